@@ -89,6 +89,7 @@ class TokenizerRecipe:
         max_steps: Optimizer steps in all.
         learning_rate: Peak AdamW learning rate.
         warmup_steps: Steps of linear warm-up; cosine decay to 0 follows.
+        plain_steps: Steps as a plain autoencoder; then k-means lays the codebook onto the latents.
         weight_decay: AdamW weight decay.
         l1_weight: Weight of |x - x'| beside the squared error of weight 1 (pixels in [-1, 1]).
         edge_weight: Weight of the L1 error of horizontal and vertical differences, which keeps edges and texture.
@@ -113,6 +114,7 @@ class TokenizerRecipe:
     max_steps: int = 4000
     learning_rate: float = 1e-3
     warmup_steps: int = 100
+    plain_steps: int = 100
     weight_decay: float = 0.0
     l1_weight: float = 1.0
     edge_weight: float = 1.0
@@ -133,6 +135,12 @@ class TokenizerRecipe:
         _require(self.max_steps >= 1, "max_steps", self.max_steps, "at least 1 step")
         _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "must be positive")
         _require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "must lie in [0, 1)")
+        _require(
+            0 <= self.plain_steps < self.max_steps,
+            "plain_steps",
+            self.plain_steps,
+            f"must lie in [0, max_steps={self.max_steps})",
+        )
 
 
 @dataclass

@@ -1,0 +1,306 @@
+"""Real images as tensors: Fashion-MNIST and any folder of class folders, resized, cropped, in [-1, 1].
+
+This file owns finding, decoding, resizing and splitting image sets, and the fingerprint of what they hold. It never
+batches, never augments colour, and never writes anything but torchvision's own download.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch.utils.data import Dataset
+from torchvision.datasets import FashionMNIST, ImageFolder
+from torchvision.datasets.mnist import read_image_file, read_label_file
+from torchvision.transforms.v2 import functional as tv
+from tqdm import tqdm
+
+from xdlm_image.recipes import DataOptions
+
+SPLITS = ("train", "validation", "test")
+DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+FASHION_MNIST_VALIDATION = 5_000  # the last images of the training file
+
+Transform = Callable[[torch.Tensor], torch.Tensor]
+
+
+def normalise(raw: torch.Tensor) -> torch.Tensor:
+    """uint8 pixels in [0, 255] -> float32 in [-1, 1], any shape."""
+    return raw.to(torch.float32) / 127.5 - 1
+
+
+def to_uint8(images: torch.Tensor) -> torch.Tensor:
+    """Float images in [-1, 1] -> uint8, rounded to nearest, values outside the range cut off (as a PNG does)."""
+    return ((images.to(torch.float32) + 1) * 127.5).round_().clamp_(0, 255).to(torch.uint8)
+
+
+class ImageSet(Dataset):
+    """One split of an image set; a torch `Dataset` whose item i is `(float32 (C, S, S) in [-1, 1], int label)`.
+
+    Attributes:
+        class_names: Name of each label.
+        labels: int64 array (N,).
+        fingerprint: sha256 over what the images are (array bytes, or file names and sizes) and the split.
+        split, image_size, channels, crop: How they were opened; only `train` crops at random.
+    """
+
+    def __init__(
+        self,
+        data: DataOptions,
+        split: str,
+        labels: np.ndarray,
+        class_names: list[str],
+        fingerprint: str,
+        array: np.ndarray | None = None,
+        paths: Sequence[str] | None = None,
+        transform: Transform | None = None,
+    ):
+        self.split = split
+        self.image_size = data.image_size
+        self.channels = data.channels
+        self.crop = data.crop if split == "train" else "center"
+        self.labels = labels
+        self.class_names = class_names
+        self.fingerprint = fingerprint
+        self.transform = transform
+        self._array = array  # (N, H, W) uint8
+        self._paths = None if paths is None else np.array(paths, dtype=object)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def raw(self, index: int, generator: torch.Generator | None = None) -> torch.Tensor:
+        """Image `index` as uint8 (C, S, S) after resize and crop.
+
+        Args:
+            index: In [0, N).
+            generator: Draws the place of a random crop; None draws it from torch's global generator.
+
+        Raises:
+            ValueError: The file is broken, or of a kind that has no 8-bit meaning; the message names it.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"index={index}: {self.split} has {len(self)} images")
+        if self._array is not None:
+            image = torch.from_numpy(self._array[index])[None]  # (1, H, W)
+            if self.channels == 3:
+                image = image.expand(3, -1, -1)
+            if self.image_size in image.shape[-2:] and image.shape[-1] == image.shape[-2]:
+                return image.clone()
+            return self._resize_and_crop(image, generator)
+        assert self._paths is not None
+        return self._resize_and_crop(read_image(self._paths[index], self.channels), generator)
+
+    def _resize_and_crop(self, image, generator: torch.Generator | None) -> torch.Tensor:
+        size = self.image_size
+        image = tv.resize(image, [size], interpolation=tv.InterpolationMode.BICUBIC, antialias=True)
+        if self.crop == "random":
+            height, width = tv.get_size(image)
+            top = int(torch.randint(height - size + 1, (), generator=generator))
+            left = int(torch.randint(width - size + 1, (), generator=generator))
+            image = tv.crop(image, top, left, size, size)
+        else:
+            image = tv.center_crop(image, [size, size])
+        return tv.pil_to_tensor(image) if isinstance(image, Image.Image) else image
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        image = normalise(self.raw(index))
+        return (image if self.transform is None else self.transform(image)), int(self.labels[index])
+
+
+def read_image(path: str | os.PathLike, channels: int) -> Image.Image:
+    """Decode one file to an upright `L` (channels 1) or `RGB` (channels 3) picture of its full size.
+
+    EXIF rotation is applied; alpha is laid on white; CMYK, palette and grey are converted; 16-bit grey is divided
+    by 257.
+
+    Raises:
+        ValueError: The file cannot be decoded (broken, truncated, a decompression bomb) or has no 8-bit meaning.
+    """
+    try:
+        with Image.open(path) as opened:
+            image = ImageOps.exif_transpose(opened)
+            image.load()
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        raise ValueError(
+            f"image {str(path)!r} cannot be read ({type(error).__name__}: {error}): replace it or take it out of the folder"
+        ) from error
+    if image.mode.startswith("I"):  # 16-bit grey; PIL's own conversion would cut everything above 255 off
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() > 65_535:
+            raise ValueError(f"image {str(path)!r} holds 32-bit values: convert it to 8 or 16 bits")
+        image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    elif image.mode == "F":
+        raise ValueError(f"image {str(path)!r} holds floating-point pixels of unknown range: convert it to 8 bits")
+    elif image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    if image.mode != "RGB":
+        image = image.convert("RGB")
+    return image if channels == 3 else image.convert("L")
+
+
+def open_images(data: DataOptions, split: str, transform: Transform | None = None) -> ImageSet:
+    """Open one split.
+
+    Fashion-MNIST: `validation` is the last 5,000 training images, `train` the first 55,000, `test` the 10,000.
+
+    Folder: `root/train`, `root/val` (or `validation`), `root/test` where they exist. With `val` but no `test`, as in
+    ImageNet, `val` *is* the test split. A split that has no folder is cut from `train` (or from a flat folder of class
+    folders) by the hash of class and file name: 5 % each.
+
+    Args:
+        data: Which images.
+        split: `train`, `validation` or `test`.
+        transform: Applied to each normalised float image.
+
+    Raises:
+        ValueError, FileNotFoundError: Unknown split; missing root; a class folder without images; an empty split.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split={split!r}: must be one of {', '.join(SPLITS)}")
+    if data.name == "fashion-mnist":
+        return _open_fashion_mnist(data, split, transform)
+    return _open_folder(data, split, transform)
+
+
+# ---------------------------------------------------------------------------------------------- Fashion-MNIST
+
+
+def _open_fashion_mnist(data: DataOptions, split: str, transform: Transform | None) -> ImageSet:
+    prefix = "t10k" if split == "test" else "train"
+    folder = _fashion_mnist_folder(data)
+    images = _read_idx(folder, f"{prefix}-images-idx3-ubyte", read_image_file)  # (N, 28, 28) uint8
+    labels = _read_idx(folder, f"{prefix}-labels-idx1-ubyte", read_label_file)  # (N,) int64
+    if len(images) != len(labels):
+        raise ValueError(f"{folder}: {len(images)} images but {len(labels)} labels: fetch the files again")
+    if split != "test":
+        cut = len(images) - FASHION_MNIST_VALIDATION
+        if cut <= 0:
+            raise ValueError(f"{folder}: {len(images)} training images are too few: fetch the files again")
+        part = slice(None, cut) if split == "train" else slice(cut, None)
+        images, labels = images[part], labels[part]
+    images, labels = np.ascontiguousarray(images), np.ascontiguousarray(labels)
+    digest = hashlib.sha256(f"fashion-mnist {split} {images.shape}".encode())
+    digest.update(images.tobytes())
+    digest.update(labels.astype("<i8").tobytes())
+    return ImageSet(
+        data, split, labels, list(FashionMNIST.classes), digest.hexdigest(), array=images, transform=transform
+    )
+
+
+def _fashion_mnist_folder(data: DataOptions) -> Path:
+    cache = Path.home() / ".cache" / "xdlm_image"
+    root = Path(data.root).expanduser() if data.root is not None else cache
+    candidates = [root / "FashionMNIST" / "raw", root]
+    if data.root is None:
+        candidates.insert(0, DEBIAN_FASHION_MNIST)
+    for folder in candidates:
+        if all(_idx_file(folder, f"{p}-{k}-ubyte") for p in ("train", "t10k") for k in ("images-idx3", "labels-idx1")):
+            return folder
+    if not data.download:
+        raise FileNotFoundError(
+            f"data.root={data.root!r}: no Fashion-MNIST in {', '.join(map(str, candidates))}; install Debian's "
+            "dataset-fashion-mnist, or set data.download: true"
+        )
+    try:
+        FashionMNIST(str(root), download=True)
+    except (RuntimeError, OSError) as error:
+        raise FileNotFoundError(
+            f"data.root={data.root!r}: Fashion-MNIST is not there and its download failed ({error}); install Debian's "
+            "dataset-fashion-mnist, or put the four idx files (.gz or not) into a folder and name it in data.root"
+        ) from error
+    return root / "FashionMNIST" / "raw"
+
+
+def _idx_file(folder: Path, name: str) -> Path | None:
+    for candidate in (folder / name, folder / f"{name}.gz"):
+        if candidate.is_file():
+            return candidate
+    return None
+
+
+def _read_idx(folder: Path, name: str, reader: Callable[[str], torch.Tensor]) -> np.ndarray:
+    path = _idx_file(folder, name)
+    assert path is not None  # the caller found it
+    try:
+        if path.suffix != ".gz":
+            return reader(str(path)).numpy()
+        with tempfile.TemporaryDirectory(prefix="xdlm_image_") as scratch:  # torchvision's reader takes a plain file
+            plain = os.path.join(scratch, name)
+            with gzip.open(path, "rb") as packed, open(plain, "wb") as unpacked:
+                shutil.copyfileobj(packed, unpacked)
+            return reader(plain).numpy()
+    except (OSError, EOFError, ValueError, RuntimeError, AssertionError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}): fetch it again") from error
+
+
+# ---------------------------------------------------------------------------------------------- folders
+
+
+def _open_folder(data: DataOptions, split: str, transform: Transform | None) -> ImageSet:
+    assert data.root is not None  # DataOptions checked
+    root = Path(data.root).expanduser()
+    if not root.is_dir():
+        raise FileNotFoundError(f"data.root={data.root!r}: no such folder; name a folder of class folders")
+    train = root / "train" if (root / "train").is_dir() else root
+    own = {"validation": _first_folder(root, "val", "validation"), "test": _first_folder(root, "test")}
+    if train == root:  # flat: nothing but class folders, whatever they are called
+        own = {"validation": None, "test": None}
+    elif own["test"] is None and own["validation"] is not None:
+        own = {"validation": None, "test": own["validation"]}
+
+    names, samples = _list_folder(train)
+    if split != "train" and own[split] is not None:
+        folder = own[split]
+        assert folder is not None
+        own_names, samples = _list_folder(folder)
+        if own_names != names:
+            odd = sorted(set(names) ^ set(own_names))
+            raise ValueError(f"data.root={data.root!r}: {folder.name} and {train.name} differ in the classes {odd[:5]}")
+    else:
+        folder = train
+        cut = [name for name in ("validation", "test") if own[name] is None]
+        samples = [s for s in samples if _hashed_split(os.path.relpath(s[0], train), cut) == split]
+    if not samples:
+        raise ValueError(
+            f"data.root={data.root!r}: the split {split!r} is empty; 5 % of so few images is none: add images, or make "
+            "the folders train, val and test yourself"
+        )
+    digest = hashlib.sha256(f"folder {split}\n".encode())
+    slow = len(samples) > 100_000
+    for path, _ in tqdm(samples, desc=f"fingerprint of {split}", unit="image", disable=not slow):
+        relative = Path(path).relative_to(folder).as_posix()
+        digest.update(f"{relative}\0{os.path.getsize(path)}\n".encode(errors="surrogateescape"))
+    labels = np.array([label for _, label in samples], dtype=np.int64)
+    paths = [path for path, _ in samples]
+    return ImageSet(data, split, labels, names, digest.hexdigest(), paths=paths, transform=transform)
+
+
+def _first_folder(root: Path, *names: str) -> Path | None:
+    return next((root / name for name in names if (root / name).is_dir()), None)
+
+
+def _list_folder(folder: Path) -> tuple[list[str], list[tuple[str, int]]]:
+    """Class names and (path, label) of a folder of class folders, by torchvision's rule (sorted names)."""
+    try:
+        found = ImageFolder(str(folder))
+    except FileNotFoundError as error:  # no class folder, or one without images
+        raise ValueError(f"data.root: {folder} is no folder of class folders with images ({error})") from error
+    return found.classes, found.samples
+
+
+def _hashed_split(name: str, cut: list[str]) -> str:
+    """The split of a file: each split in `cut` gets 5 %, by a hash of class folder and file name; the rest trains."""
+    digest = hashlib.sha256(Path(name).as_posix().encode(errors="surrogateescape")).digest()
+    twentieth = int.from_bytes(digest[:8], "big") * 20 >> 64  # uniform over 0..19
+    return cut[twentieth] if twentieth < len(cut) else "train"

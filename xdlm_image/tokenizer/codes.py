@@ -1,0 +1,121 @@
+"""Using a VQ tokenizer: images to codes, codes to images, its hash, and loading it from a folder.
+
+This file owns the calls into diffusers' `VQModel` that are easy to get wrong. It never trains and never writes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from diffusers import VQModel
+
+INFO_FILE = "tokenizer.json"
+
+
+def grid_of(vqvae: VQModel, image_size: int) -> tuple[int, int]:
+    """Rows and columns of codes of a square image.
+
+    Raises:
+        ValueError: image_size is not a multiple of the tokenizer's reduction.
+    """
+    reduction = 2 ** (len(vqvae.config.block_out_channels) - 1)
+    if image_size % reduction:
+        raise ValueError(f"image_size={image_size}: must be a multiple of the tokenizer's reduction {reduction}")
+    return image_size // reduction, image_size // reduction
+
+
+@torch.no_grad()
+def encode_images(vqvae: VQModel, images: torch.Tensor) -> torch.Tensor:
+    """Images (B, C, S, S) in [-1, 1] -> codes (B, h, w) int64, the nearest codebook row of each latent.
+
+    Raises:
+        ValueError: Wrong rank or channel count.
+    """
+    if images.dim() != 4 or images.shape[1] != vqvae.config.in_channels:
+        raise ValueError(
+            f"images of shape {tuple(images.shape)}: the tokenizer takes (B, {vqvae.config.in_channels}, S, S)"
+        )
+    latents = vqvae.encode(images.to(device=vqvae.device, dtype=vqvae.dtype)).latents  # (B, D, h, w)
+    batch, _, rows, columns = latents.shape
+    return vqvae.quantize(latents)[2][2].reshape(batch, rows, columns)
+
+
+@torch.no_grad()
+def decode_codes(vqvae: VQModel, codes: torch.Tensor) -> torch.Tensor:
+    """Codes (B, h, w) -> images (B, C, S, S), about in [-1, 1] (not cut off).
+
+    Raises:
+        ValueError: Wrong rank, or a code outside the codebook (`VQModel` itself would crash the device).
+    """
+    size = vqvae.config.num_vq_embeddings
+    if codes.dim() != 3:
+        raise ValueError(f"codes of shape {tuple(codes.shape)}: need (B, h, w)")
+    check_codes(codes, size)
+    codes = codes.to(vqvae.device, torch.int64)
+    shape = (*codes.shape, vqvae.config.vq_embed_dim or vqvae.config.latent_channels)
+    if vqvae.config.lookup_from_codebook:
+        return vqvae.decode(codes.flatten(), force_not_quantize=True, shape=shape).sample
+    latents = vqvae.quantize.get_codebook_entry(codes.flatten(), shape)  # (B, D, h, w)
+    return vqvae.decode(latents, force_not_quantize=True).sample
+
+
+def check_codes(codes: torch.Tensor, num_codes: int) -> None:
+    """Raise ValueError when any code lies outside [0, num_codes)."""
+    if codes.numel() == 0:
+        return
+    low, high = int(codes.min()), int(codes.max())
+    if low < 0 or high >= num_codes:
+        raise ValueError(
+            f"codes run from {low} to {high}, but the codebook has ids 0 to {num_codes - 1}: they are from another "
+            "tokenizer, or still hold the mask"
+        )
+
+
+def tokenizer_hash(vqvae: VQModel) -> str:
+    """sha256 over every weight's name, shape and float32 value; the order and dtype of the weights do not matter."""
+    digest = hashlib.sha256()
+    for name, value in sorted(vqvae.state_dict().items()):
+        digest.update(f"{name} {tuple(value.shape)}\n".encode())
+        digest.update(value.detach().to("cpu", torch.float32).contiguous().numpy().astype("<f4").tobytes())
+    return digest.hexdigest()
+
+
+def load_tokenizer(path: str | Path, device: str | torch.device | None = None) -> VQModel:
+    """Load a tokenizer folder (`VQModel.save_pretrained`'s layout) in evaluation mode.
+
+    Raises:
+        FileNotFoundError: The folder, its config.json or its weights are missing.
+        ValueError: The weights are truncated, do not fit the config, or are not those `tokenizer.json` tells of.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"tokenizer={str(path)!r}: no such folder; train one with train-tokenizer")
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"tokenizer={str(path)!r}: has no config.json; it is no saved VQModel (unfinished?)")
+    if not any(folder.glob("diffusion_pytorch_model*.safetensors")):
+        raise FileNotFoundError(f"tokenizer={str(path)!r}: has no diffusion_pytorch_model.safetensors")
+    try:
+        vqvae, info = VQModel.from_pretrained(
+            str(folder), use_safetensors=True, local_files_only=True, output_loading_info=True
+        )
+    except Exception as error:  # safetensors, diffusers and json each raise their own kinds
+        raise ValueError(f"tokenizer={str(path)!r}: cannot be loaded ({type(error).__name__}: {error})") from error
+    if info["missing_keys"] or info["unexpected_keys"]:
+        raise ValueError(
+            f"tokenizer={str(path)!r}: weights and config.json differ; missing {info['missing_keys'][:3]}, "
+            f"unexpected {info['unexpected_keys'][:3]}"
+        )
+    vqvae.eval().requires_grad_(False)
+    note = tokenizer_info(folder)
+    if note is not None and note.get("tokenizer_hash") != tokenizer_hash(vqvae):
+        raise ValueError(f"tokenizer={str(path)!r}: its weights are not those of its {INFO_FILE}; copy the whole folder")
+    return vqvae if device is None else vqvae.to(device)
+
+
+def tokenizer_info(path: str | Path) -> dict | None:
+    """The folder's `tokenizer.json` (image_size, channels, tokenizer_hash, data_fingerprint, data), or None."""
+    file = Path(path) / INFO_FILE
+    return json.loads(file.read_text()) if file.is_file() else None

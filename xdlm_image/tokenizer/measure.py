@@ -1,0 +1,93 @@
+"""How good a tokenizer is: PSNR, use of the codebook, rFID, and a picture of reconstructions.
+
+This file owns the measuring of a finished tokenizer. It never trains, and computes no FID itself (`evaluation` does).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import VQModel
+from torchvision.utils import make_grid
+from tqdm import tqdm
+
+from xdlm_image.data.images import ImageSet, normalise, to_uint8
+from xdlm_image.evaluation.files import write_atomic
+from xdlm_image.tokenizer.codebook import usage_of
+from xdlm_image.tokenizer.codes import decode_codes, encode_images
+
+
+def batches_of(images: ImageSet, batch_size: int) -> Iterator[torch.Tensor]:
+    """The images in order as uint8 (B, C, S, S)."""
+    for first in range(0, len(images), batch_size):
+        yield torch.stack([images.raw(i) for i in range(first, min(first + batch_size, len(images)))])
+
+
+def reconstruct(vqvae: VQModel, images: ImageSet, batch_size: int) -> Iterator[torch.Tensor]:
+    """The reconstructions in order as uint8 (B, C, S, S) on the CPU."""
+    for raw in batches_of(images, batch_size):
+        yield to_uint8(decode_codes(vqvae, encode_images(vqvae, normalise(raw)))).cpu()
+
+
+def measure_tokenizer(
+    vqvae: VQModel, images: ImageSet, batch_size: int, extractor: str | None = None
+) -> dict[str, Any]:
+    """Measure on a whole split.
+
+    Args:
+        vqvae: Tokenizer in evaluation mode.
+        images: The split.
+        batch_size: Images at once.
+        extractor: Folder of a trained extractor for rFID; None leaves rFID out.
+
+    Returns:
+        `psnr` (dB, mean over images of 10 log10(255^2 / MSE), on uint8 pixels), `psnr_of_mean_error` (of the mean MSE),
+        `l1` (mean |error| in uint8 steps), `codes_used`, `codes_used_percent`, `perplexity`, and with an extractor `rfid`.
+    """
+    counts = torch.zeros(vqvae.config.num_vq_embeddings, dtype=torch.int64)
+    squared, absolute = [], []
+    steps = math.ceil(len(images) / batch_size)
+    for raw in tqdm(batches_of(images, batch_size), total=steps, desc="measuring the tokenizer", unit="batch"):
+        codes = encode_images(vqvae, normalise(raw))
+        error = to_uint8(decode_codes(vqvae, codes)).cpu().float() - raw.float()
+        squared.append(error.square().mean((1, 2, 3)))
+        absolute.append(error.abs().mean((1, 2, 3)))
+        counts += torch.bincount(codes.flatten().cpu(), minlength=len(counts))
+    mse = torch.cat(squared).double()  # (N,)
+    report: dict[str, Any] = {
+        "split": images.split,
+        "images": len(images),
+        # an image that comes back exactly would have infinite PSNR; half a pixel value in one pixel is the least error
+        "psnr": float((10 * torch.log10(255**2 / mse.clamp(min=1e-3))).mean()),
+        "psnr_of_mean_error": float(10 * torch.log10(255**2 / mse.mean().clamp(min=1e-3))),
+        "l1": float(torch.cat(absolute).double().mean()),
+        "num_codes": len(counts),
+        **usage_of(counts),
+    }
+    if extractor is not None:
+        from xdlm_image.evaluation.fid import fid_of_images
+
+        report["rfid"] = fid_of_images(extractor, batches_of(images, batch_size), reconstruct(vqvae, images, batch_size))
+        report["rfid_extractor"] = extractor
+    return report
+
+
+def save_reconstructions(vqvae: VQModel, images: ImageSet, path: Path, columns: int = 16, rows: int = 4) -> None:
+    """PNG of evenly spread images: each row of originals stands above its row of reconstructions."""
+    number = min(columns * rows, len(images))
+    columns = min(columns, number)
+    chosen = [i * len(images) // number for i in range(number // columns * columns)]
+    raw = torch.stack([images.raw(i) for i in chosen])  # (n, C, S, S)
+    again = to_uint8(decode_codes(vqvae, encode_images(vqvae, normalise(raw)))).cpu()
+    pairs = torch.stack([raw.unflatten(0, (-1, columns)), again.unflatten(0, (-1, columns))], 1)  # (r, 2, c, C, S, S)
+    scale = max(1, 56 // images.image_size)
+    picture = make_grid(pairs.flatten(0, 2), nrow=columns, padding=1, pad_value=255)
+    picture = picture.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
+
+    from torchvision.transforms.v2.functional import to_pil_image
+
+    write_atomic(path, lambda temporary: to_pil_image(picture).save(temporary))

@@ -1,0 +1,427 @@
+"""The verb `train-tokenizer`: train diffusers' `VQModel` on images, resumably, and save tokenizer and report.
+
+This file owns the order of things: views of the data, loss, step, checkpoint, end. Codebook care is in `codebook`, measuring in
+`measure`, using a finished tokenizer in `codes`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast, set_seed
+from diffusers import VQModel
+from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, Sampler
+from tqdm import tqdm
+
+from xdlm_image.data.images import ImageSet, normalise, open_images
+from xdlm_image.evaluation.files import write_json
+from xdlm_image.recipes import TokenizerRecipe
+from xdlm_image.tokenizer.codebook import draw_badly_served, kmeans, nearest
+from xdlm_image.tokenizer.codes import INFO_FILE, grid_of, tokenizer_hash
+from xdlm_image.tokenizer.measure import measure_tokenizer, save_reconstructions
+
+LATENTS_PER_CODE = 40  # for k-means
+FREE_TO_CHANGE = ("output_dir", "num_workers", "log_every", "checkpoint_every", "resume", "extractor")
+
+
+class TrainingViews(Dataset):
+    """The endless stream of training images: position p -> float32 (C, S, S) in [-1, 1].
+
+    Every position fixes its image (epoch p // N, shuffled anew each epoch), its crop and its mirroring, so that a run
+    that goes on from position p sees exactly what it would have seen, with any number of workers.
+    """
+
+    def __init__(self, images: ImageSet, seed: int, horizontal_flip: bool):
+        self.images = images
+        self.seed = seed
+        self.horizontal_flip = horizontal_flip
+        self._epoch = -1
+        self._order = torch.empty(0, dtype=torch.int64)
+
+    def __getitem__(self, position: int) -> torch.Tensor:
+        epoch, place = divmod(position, len(self.images))
+        if epoch != self._epoch:
+            order = torch.Generator().manual_seed((self.seed + 1) * 1_000_003 + epoch)
+            self._epoch, self._order = epoch, torch.randperm(len(self.images), generator=order)
+        generator = torch.Generator().manual_seed((self.seed + 1) * 2**40 + position)
+        image = self.images.raw(int(self._order[place]), generator)
+        if self.horizontal_flip and float(torch.rand((), generator=generator)) < 0.5:
+            image = image.flip(-1)
+        return normalise(image)
+
+
+class Positions(Sampler[int]):
+    """The positions of one process from `first_step` on: step s, process r has s * world * batch + r * batch + 0, 1, ..."""
+
+    def __init__(self, first_step: int, last_step: int, batch_size: int, rank: int, world: int):
+        self.steps = range(first_step, last_step)
+        self.batch_size, self.rank, self.world = batch_size, rank, world
+
+    def __len__(self) -> int:
+        return len(self.steps) * self.batch_size
+
+    def __iter__(self) -> Iterator[int]:
+        for step in self.steps:
+            start = (step * self.world + self.rank) * self.batch_size
+            yield from range(start, start + self.batch_size)
+
+
+class Autoencoder(nn.Module):
+    """A `VQModel` whose forward gives all that training needs, in one call that DDP can see."""
+
+    def __init__(self, vqvae: VQModel):
+        super().__init__()
+        self.vqvae = vqvae
+
+    def forward(
+        self, images: torch.Tensor, quantise: bool
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """images (B, C, S, S) -> reconstructions (B, C, S, S), codebook loss (), latents (M, D), codes (M,)."""
+        vqvae = self.vqvae
+        latents = vqvae.quant_conv(vqvae.encoder(images)).float()  # (B, D, h, w)
+        flat = latents.detach().permute(0, 2, 3, 1).flatten(0, 2)  # (M, D), M = B h w
+        if quantise:
+            with torch.autocast(images.device.type, enabled=False):  # distances between close rows need float32
+                latents, loss, (_, _, codes) = vqvae.quantize(latents)
+        else:
+            loss = 0 * vqvae.quantize.embedding.weight.sum()  # DDP wants every weight in the graph
+            codes = flat.new_zeros(0, dtype=torch.int64)
+        sample = vqvae.decoder(vqvae.post_quant_conv(latents))
+        return sample.float(), loss, flat, codes
+
+
+def reconstruction_loss(recipe: TokenizerRecipe, sample: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+    """|d|^2 + l1 |d| + edge (|dx d| + |dy d|) / 2 with d = sample - images, each averaged; both (B, C, S, S)."""
+    error = sample - images
+    loss = error.square().mean() + recipe.l1_weight * error.abs().mean()
+    if recipe.edge_weight:
+        across = (error[..., :, 1:] - error[..., :, :-1]).abs().mean()
+        down = (error[..., 1:, :] - error[..., :-1, :]).abs().mean()
+        loss = loss + recipe.edge_weight * (across + down) / 2
+    return loss
+
+
+def learning_rate_at(recipe: TokenizerRecipe, step: int) -> float:
+    """Linear warm-up, then cosine decay to 0 at max_steps."""
+    warm = min(1.0, (step + 1) / max(recipe.warmup_steps, 1))
+    return recipe.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * step / recipe.max_steps))
+
+
+def build_vqvae(recipe: TokenizerRecipe) -> VQModel:
+    """A fresh `VQModel` of the recipe's sizes."""
+    options, levels = recipe.model, len(recipe.model.block_out_channels)
+    vqvae = VQModel(
+        in_channels=recipe.data.channels,
+        out_channels=recipe.data.channels,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=tuple(options.block_out_channels),
+        layers_per_block=options.layers_per_block,
+        latent_channels=options.latent_channels,
+        sample_size=recipe.data.image_size,
+        num_vq_embeddings=options.num_vq_embeddings,
+        norm_num_groups=options.norm_num_groups,
+        vq_embed_dim=options.vq_embed_dim,
+        mid_block_add_attention=options.mid_block_add_attention,
+        lookup_from_codebook=True,
+    )
+    vqvae.quantize.legacy = False  # the default puts the commitment weight on the codebook term
+    vqvae.quantize.beta = recipe.commitment_weight
+    return vqvae
+
+
+class TokenizerTraining:
+    """One run: model, optimizer, weight average, use of codes, and their checkpoints."""
+
+    def __init__(self, recipe: TokenizerRecipe):
+        self.recipe = recipe
+        self.output = Path(recipe.output_dir)
+        self.checkpoints = self.output / "checkpoints"
+        if recipe.extractor is not None and not Path(recipe.extractor).is_dir():
+            raise FileNotFoundError(f"extractor={recipe.extractor!r}: no such folder; train one with train-extractor")
+        if not recipe.resume and (newest_checkpoint(self.checkpoints) or (self.output / INFO_FILE).exists()):
+            raise ValueError(
+                f"resume=False, but output_dir={recipe.output_dir!r} holds a run: remove it, or name another folder"
+            )
+        self.images = open_images(recipe.data, "train")
+        self.test_images = open_images(recipe.data, "test")
+
+        self.accelerator = Accelerator(mixed_precision=recipe.mixed_precision)
+        self.device = self.accelerator.device
+        set_seed(recipe.seed)
+        vqvae = build_vqvae(recipe)
+        self.grid = grid_of(vqvae, recipe.data.image_size)
+        if self.device.type in ("cpu", "cuda"):
+            vqvae.to(memory_format=torch.channels_last)
+        optimizer = torch.optim.AdamW(
+            vqvae.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=recipe.weight_decay
+        )
+        self.network, self.optimizer = self.accelerator.prepare(Autoencoder(vqvae), optimizer)
+        self.vqvae: VQModel = self.accelerator.unwrap_model(self.network).vqvae
+        self.ema = EMAModel(self.vqvae.parameters(), decay=recipe.ema_decay, foreach=True)
+        names = [name for name, _ in self.vqvae.named_parameters()]
+        self.ema_codebook = self.ema.shadow_params[names.index("quantize.embedding.weight")]
+        self.last_use = torch.zeros(recipe.model.num_vq_embeddings, dtype=torch.int64, device=self.device)
+        self.step = 0
+        self.seconds = 0.0  # spent in training, over all resumes
+
+    # ------------------------------------------------------------------------------------------ one step
+
+    def train_step(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """One optimizer step on images (B, C, S, S); returns scalars as tensors, so that nothing waits for them."""
+        recipe = self.recipe
+        quantise = self.step >= recipe.plain_steps
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate_at(recipe, self.step)
+        with self.accelerator.autocast():
+            sample, codebook_loss, latents, codes = self.network(images, quantise)
+        loss = reconstruction_loss(recipe, sample, images) + codebook_loss
+        self.accelerator.backward(loss)
+        norm = self.accelerator.clip_grad_norm_(self.network.parameters(), recipe.gradient_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.ema.step(self.vqvae.parameters())
+        self.step += 1
+        if quantise:
+            self._note_use(latents, codes)
+        squared = (sample.detach() - images).square().mean()
+        return {"loss": loss.detach(), "squared_error": squared, "codebook_loss": codebook_loss.detach(), "norm": norm}
+
+    def _note_use(self, latents: torch.Tensor, codes: torch.Tensor) -> None:
+        """Remember which codes were used now; put latents in the place of codes that long were not."""
+        every = self.recipe.revive_after
+        counts = self.accelerator.reduce(torch.bincount(codes, minlength=len(self.last_use)), "sum")
+        self.last_use[counts > 0] = self.step
+        if every == 0 or self.step % max(every // 4, 1):
+            return
+        dead = (self.step - self.last_use >= every).nonzero()[:, 0]
+        if len(dead):
+            generator = torch.Generator().manual_seed((self.recipe.seed + 1) * 3**20 + self.step)
+            _, distances = nearest(latents, self.vqvae.quantize.embedding.weight.detach())
+            self._set_rows(dead, draw_badly_served(latents, distances, len(dead), generator))
+
+    @torch.no_grad()
+    def _set_rows(self, ids: torch.Tensor, rows: torch.Tensor) -> None:
+        """Put rows (n, D) into the codebook and its average, the same on all processes; forget their moments."""
+        rows = broadcast(rows.contiguous())
+        weight = self.vqvae.quantize.embedding.weight
+        weight[ids] = rows
+        self.ema_codebook[ids] = rows
+        self.last_use[ids] = self.step
+        state = self.optimizer.state.get(weight, {})
+        for name in ("exp_avg", "exp_avg_sq"):
+            if name in state:
+                state[name][ids] = 0
+
+    @torch.no_grad()
+    def lay_codebook(self, views: TrainingViews) -> None:
+        """k-means on the encoder's latents of the first training images (the same on every process)."""
+        size = self.recipe.model.num_vq_embeddings
+        number = -(-LATENTS_PER_CODE * size // math.prod(self.grid))
+        latents = []
+        for first in range(0, number, self.recipe.batch_size):
+            positions = range(first, min(first + self.recipe.batch_size, number))
+            batch = torch.stack([views[p] for p in positions]).to(self.device)
+            latents.append(self.vqvae.encode(batch).latents.permute(0, 2, 3, 1).flatten(0, 2))
+        generator = torch.Generator().manual_seed(self.recipe.seed)
+        self._set_rows(
+            torch.arange(size, device=self.device), kmeans(torch.cat(latents).float(), size, generator)
+        )
+
+    # ------------------------------------------------------------------------------------------ checkpoints
+
+    def save_checkpoint(self) -> None:
+        """Write `checkpoints/step-N` whole or not at all, then drop the older ones."""
+        if not self.accelerator.is_main_process:
+            return
+        final = self.checkpoints / f"step-{self.step:08d}"
+        partial = self.checkpoints / f".partial-{os.getpid()}"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        weights = {name: value.contiguous() for name, value in self.vqvae.state_dict().items()}
+        save_file(weights, partial / "model.safetensors")
+        average = {str(i): value.contiguous() for i, value in enumerate(self.ema.shadow_params)}
+        save_file(average | {"last_use": self.last_use}, partial / "average.safetensors")
+        scaler = self.accelerator.scaler
+        torch.save(
+            {"optimizer": self.optimizer.state_dict(), "scaler": None if scaler is None else scaler.state_dict()},
+            partial / "optimizer.pt",
+        )
+        state = {"step": self.step, "seconds": self.seconds, "ema_steps": self.ema.optimization_step}
+        write_json(partial / "state.json", state | {"bound": self._bound()})
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(partial, final)
+        for old in self.checkpoints.glob("step-*"):
+            if old != final:
+                shutil.rmtree(old, ignore_errors=True)
+
+    def resume(self) -> bool:
+        """Load the newest checkpoint, if there is one; True if there was.
+
+        Raises:
+            ValueError: It was written by another recipe, on other images, or by another number of processes.
+        """
+        newest = newest_checkpoint(self.checkpoints)
+        if newest is None:
+            return False
+        state = json.loads((newest / "state.json").read_text())
+        now = self._bound()
+        for name in sorted(set(now) | set(state["bound"])):
+            then = state["bound"].get(name)
+            if then != now.get(name):
+                raise ValueError(
+                    f"{name}={now.get(name)!r}, but the run in output_dir={self.recipe.output_dir!r} has {then!r}: "
+                    "go on with its recipe, or name another folder"
+                )
+        self.vqvae.load_state_dict(load_file(newest / "model.safetensors", device=str(self.device)))
+        average = load_file(newest / "average.safetensors", device=str(self.device))
+        self.last_use.copy_(average.pop("last_use"))
+        for i, shadow in enumerate(self.ema.shadow_params):
+            shadow.copy_(average[str(i)])
+        saved = torch.load(newest / "optimizer.pt", map_location=self.device, weights_only=True)
+        self.optimizer.load_state_dict(saved["optimizer"])
+        if self.accelerator.scaler is not None and saved["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(saved["scaler"])
+        self.step, self.seconds = state["step"], state["seconds"]
+        self.ema.optimization_step = state["ema_steps"]
+        return True
+
+    def _bound(self) -> dict:
+        """What must not change between checkpoint and resume."""
+        options = {k: v for k, v in dataclasses.asdict(self.recipe).items() if k not in FREE_TO_CHANGE}
+        options["data"] = {k: v for k, v in options["data"].items() if k not in ("root", "download")}
+        return options | {
+            "images": self.images.fingerprint,
+            "number of processes": self.accelerator.num_processes,
+        }
+
+    # ------------------------------------------------------------------------------------------ the run
+
+    def run(self) -> None:
+        """Train to max_steps, with checkpoints and lines in `metrics.jsonl`."""
+        recipe, accelerator = self.recipe, self.accelerator
+        if self.resume():
+            accelerator.print(f"going on from step {self.step} of {recipe.max_steps}")
+        self._cut_metrics()
+        views = TrainingViews(self.images, recipe.seed, recipe.horizontal_flip)
+        positions = Positions(
+            self.step, recipe.max_steps, recipe.batch_size, accelerator.process_index, accelerator.num_processes
+        )
+        loader = DataLoader(
+            views, recipe.batch_size, sampler=positions, num_workers=recipe.num_workers,
+            pin_memory=self.device.type == "cuda",
+        )
+        bar = tqdm(
+            total=recipe.max_steps, initial=self.step, desc="tokenizer", unit="step",
+            disable=not accelerator.is_main_process, mininterval=1,
+        )
+        self.network.train()
+        started = time.monotonic() - self.seconds
+        layout = torch.channels_last if self.device.type in ("cpu", "cuda") else torch.contiguous_format
+        for batch in loader:
+            if self.step == recipe.plain_steps:
+                self.lay_codebook(views)
+            scalars = self.train_step(batch.to(self.device, memory_format=layout, non_blocking=True))
+            self.seconds = time.monotonic() - started
+            bar.update()
+            if self.step % recipe.log_every == 0 or self.step == recipe.max_steps:
+                bar.set_postfix(self._log(scalars))
+            if self.step % recipe.checkpoint_every == 0 or self.step == recipe.max_steps:
+                self.save_checkpoint()
+        bar.close()
+
+    def _log(self, scalars: dict[str, torch.Tensor]) -> dict[str, str]:
+        values = {name: float(value) for name, value in scalars.items()}
+        if not math.isfinite(values["loss"]):
+            raise FloatingPointError(f"step {self.step}: the loss is {values['loss']}: lower learning_rate")
+        used = int((self.step - self.last_use < max(self.recipe.revive_after, 1)).sum())
+        psnr = 10 * math.log10(4 / max(values["squared_error"], 1e-12))  # the range of pixels is 2, its square 4
+        if self.accelerator.is_main_process:
+            self.output.mkdir(parents=True, exist_ok=True)
+            line = {"step": self.step, "images": self.step * self.recipe.batch_size * self.accelerator.num_processes}
+            line |= values | {"psnr": psnr, "codes_alive": used, "seconds": round(self.seconds, 3)}
+            with open(self.output / "metrics.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        return {"loss": f"{values['loss']:.4f}", "psnr": f"{psnr:.2f}", "codes": str(used)}
+
+    def _cut_metrics(self) -> None:
+        """Drop the lines that a killed run wrote after its last checkpoint."""
+        file = self.output / "metrics.jsonl"
+        if not file.exists() or not self.accelerator.is_main_process:
+            return
+        kept = []
+        for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
+            if line.endswith("\n") and json.loads(line)["step"] <= self.step:
+                kept.append(line)
+        temporary = file.with_name(".metrics.jsonl.partial")
+        temporary.write_text("".join(kept), encoding="utf-8")
+        os.replace(temporary, file)
+
+    def finish(self) -> None:
+        """Save the averaged weights as the tokenizer, with `tokenizer.json`, `report.json` and the picture."""
+        if not self.accelerator.is_main_process:
+            return
+        recipe = self.recipe
+        vqvae = build_vqvae(recipe).to(self.device)
+        self.ema.copy_to(vqvae.parameters())
+        vqvae.eval().requires_grad_(False)
+        (self.output / INFO_FILE).unlink(missing_ok=True)  # written last: a tokenizer with it is whole
+        vqvae.save_pretrained(self.output)
+        save_reconstructions(vqvae, self.test_images, self.output / "reconstructions.png")
+        report = measure_tokenizer(vqvae, self.test_images, recipe.batch_size, recipe.extractor)
+        images_seen = self.step * recipe.batch_size * self.accelerator.num_processes
+        report |= {
+            "training": {
+                "steps": self.step,
+                "images_seen": images_seen,
+                "seconds": round(self.seconds, 1),
+                "device": str(self.device),
+                "parameters": sum(p.numel() for p in vqvae.parameters()),
+            },
+            "recipe": dataclasses.asdict(recipe),
+        }
+        write_json(self.output / "report.json", report)
+        write_json(
+            self.output / INFO_FILE,
+            {
+                "image_size": recipe.data.image_size,
+                "channels": recipe.data.channels,
+                "grid": list(self.grid),
+                "num_codes": recipe.model.num_vq_embeddings,
+                "tokenizer_hash": tokenizer_hash(vqvae),
+                "data_fingerprint": self.images.fingerprint,
+                "data": dataclasses.asdict(recipe.data),
+            },
+        )
+
+
+def newest_checkpoint(checkpoints: Path) -> Path | None:
+    """The `step-N` folder with the largest N; a folder of that name is always whole."""
+    return max(checkpoints.glob("step-*"), default=None, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def train_tokenizer(recipe: TokenizerRecipe) -> Path:
+    """Train a tokenizer and return its folder: a saved `VQModel`, `tokenizer.json`, `report.json`, `reconstructions.png`.
+
+    Called again after a kill it goes on from the newest checkpoint and computes the very same losses.
+
+    Raises:
+        ValueError, FileNotFoundError: Options or files that cannot work; before any training.
+    """
+    training = TokenizerTraining(recipe)
+    training.run()
+    training.finish()
+    training.accelerator.wait_for_everyone()
+    return training.output
