@@ -1,0 +1,226 @@
+"""The objective against golden numbers, brute force, the two end-to-end identities, and hostile floating point."""
+
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from xdlm_image.objective import discrete_kl, posterior, reference_nelbo, xdlm_nelbo
+from xdlm_image.schedulers import XDLMProcess
+
+GOLDEN = np.load(Path(__file__).parent / "golden" / "public.npz", allow_pickle=False)
+KS = [float(k) for k in GOLDEN["k"]]
+
+
+def golden(v: str, name: str) -> torch.Tensor:
+    return torch.from_numpy(np.asarray(GOLDEN[f"{v}_{name}"]))
+
+
+def golden_process(v: str, k: float) -> XDLMProcess:
+    mask_id = int(golden(v, "mask_id"))
+    return XDLMProcess(
+        k, num_codes=mask_id, definition="B", vocab_size=golden(v, "logits").shape[-1], mask_id=mask_id
+    )
+
+
+def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((actual - expected).abs() / expected.abs().clamp(min=1.0)).max().item()
+
+
+cases = pytest.mark.parametrize(("v", "i"), [(v, i) for v in ("v8", "v37", "v1025") for i in range(len(KS))])
+
+
+@cases
+def test_loss_and_gradient_equal_golden(v: str, i: int) -> None:
+    process = golden_process(v, KS[i])
+    x, z, weight = golden(v, "x"), golden(v, "z")[i], golden(v, "weight")
+    for pair, alpha in enumerate(golden(v, "alpha_t")):
+        logits = golden(v, "logits").clone().requires_grad_()
+        loss = xdlm_nelbo(logits, z, x, process, alpha, 1.0 - alpha)
+        assert relative(loss, golden(v, "loss")[i, pair]) < 1e-10
+        assert relative(0.999 * loss, golden(v, "loss_kl")[i, pair]) < 1e-10
+        (weight * loss).sum().backward()
+        assert relative(logits.grad, golden(v, "grad")[i, pair]) < 1e-10
+
+
+@cases
+def test_posterior_and_discrete_kl_equal_golden(v: str, i: int) -> None:
+    process = golden_process(v, KS[i])
+    x, z, logits = golden(v, "x"), golden(v, "z")[i], golden(v, "logits")
+    masked = logits.clone()
+    masked[..., process.mask] = -torch.inf
+    for pair, alpha_t in enumerate(golden(v, "alpha_t")):
+        alpha_s = golden(v, "alpha_s")[pair]
+        times = [a[:, None] for a in (alpha_t, 1 - alpha_t, alpha_s, 1 - alpha_s)]
+        actual = posterior(torch.softmax(masked, -1), z, process, *times)
+        assert (actual - golden(v, "posterior")[i, pair]).abs().max() < 1e-12
+        alpha_s = golden(v, "alpha_s_disc")[pair]
+        actual = discrete_kl(logits, z, x, process, alpha_t, 1 - alpha_t, alpha_s, 1 - alpha_s)
+        assert relative(actual, golden(v, "loss_disc")[i, pair]) < 1e-10
+
+
+@cases
+def test_float32_loss_is_within_5e_6(v: str, i: int) -> None:
+    process = golden_process(v, KS[i])
+    x, z = golden(v, "x"), golden(v, "z")[i]
+    logits = golden(v, "logits").float()
+    for alpha in golden(v, "alpha_t").float():
+        beta = 1.0 - alpha.double()
+        exact = xdlm_nelbo(logits.double(), z, x, process, alpha.double(), beta)
+        loss = xdlm_nelbo(logits, z, x, process, alpha, beta.float())
+        assert loss.dtype == torch.float32
+        assert relative(loss.double(), exact) < 5e-6
+        assert loss.min() > -5e-6
+
+
+def random_case(k: float, K: int, definition: str, alpha: float, scale: float, seed: int, rows: int = 64):
+    generator = torch.Generator().manual_seed(seed)
+    extra = {"vocab_size": K + 3, "mask_id": K + 1} if definition == "B" else {}
+    process = XDLMProcess(k, K, definition, **extra)
+    logits = scale * torch.randn(1, rows, process.logits_width, generator=generator, dtype=torch.float64)
+    x = torch.randint(0, K, (1, rows), generator=generator)
+    kind = torch.rand(1, rows, generator=generator)
+    wrong = torch.randint(0, process.num_uniform, (1, rows), generator=generator)
+    z = torch.where(kind < 0.35, process.mask, torch.where((kind < 0.7) & (k > 0), wrong, x))
+    beta = torch.tensor([1.0 - alpha], dtype=torch.float64)
+    return process, logits, x, z, torch.tensor([alpha], dtype=torch.float64), beta
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    k=st.sampled_from([0.0, 1e-12, 1e-6, 1e-3, 0.1, 0.5, 0.999, 1.0]),
+    K=st.sampled_from([2, 5, 97]),
+    definition=st.sampled_from(["A", "B"]),
+    alpha=st.one_of(st.floats(1e-6, 1 - 1e-6), st.sampled_from([1e-5, 1e-3, 0.5, 0.999, 1 - 1e-5])),
+    scale=st.sampled_from([0.0, 1.0, 10.0, 60.0]),
+    seed=st.integers(0, 10**6),
+)
+def test_float64_agrees_with_the_definition_and_autograd(k, K, definition, alpha, scale, seed) -> None:
+    process, logits, x, z, alpha, beta = random_case(k, K, definition, alpha, scale, seed)
+    logits.requires_grad_()
+    loss = xdlm_nelbo(logits, z, x, process, alpha, beta)
+    expected = reference_nelbo(logits, z, x, process, alpha, beta)
+    usable = torch.isfinite(expected)  # the definition itself overflows (log 0) where ours does not
+    # the definition cancels (that is why ours exists): its own rounding bounds the comparison
+    c = process.signal_ratio(alpha, beta).item()
+    slack = 1e-8 + 1e-15 * (1 + K) * (1 + 1 / c) / (beta.item() * min(1.0, alpha.item()))
+    assert torch.isfinite(loss).all()
+    assert relative(loss[usable], expected[usable]) < slack
+    assert loss.min() > -5e-6
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    k=st.sampled_from([0.0, 1e-12, 1e-4, 0.1, 0.5, 1.0]),
+    K=st.sampled_from([2, 31, 512]),
+    definition=st.sampled_from(["A", "B"]),
+    beta=st.sampled_from([0.0, 1e-7, 1e-5, 1e-3, 0.1, 0.5, 0.9, 0.999, 1.0 - 1e-6, 1.0]),
+    scale=st.sampled_from([0.0, 1.0, 8.0, 200.0]),
+    seed=st.integers(0, 10**6),
+)
+def test_float32_follows_float64_everywhere(k, K, definition, beta, scale, seed) -> None:
+    process, logits, x, z, _, _ = random_case(k, K, definition, 0.5, scale, seed)
+    beta64 = torch.tensor([beta], dtype=torch.float64)
+    if beta == 0.0:
+        z = x.clone()  # nothing else has any probability
+        assume(scale <= 8.0)  # there l = w k / N, w = q / p_x, which no float32 holds for p_x = exp(-400)
+    logits32 = logits.float().requires_grad_()
+    logits64 = logits32.detach().double().requires_grad_()
+    alpha32, beta32 = (1 - beta64).float(), beta64.float()
+    loss32 = xdlm_nelbo(logits32, z, x, process, alpha32, beta32)
+    loss64 = xdlm_nelbo(logits64, z, x, process, alpha32.double(), beta32.double())
+    assert torch.isfinite(loss32).all() and torch.isfinite(loss64).all()
+    # rounding of the inputs' own scale: a logit of size s is known to s 2^-24, and c scales the small terms
+    assert relative(loss32.double(), loss64) < 5e-6 + 2e-7 * scale
+    assert loss32.min() > -5e-6 * max(1.0, loss64.abs().max().item())
+    loss32.sum().backward()
+    loss64.sum().backward()
+    assert torch.isfinite(logits32.grad).all()
+    # the row's scale is 1/beta: p_j (K + g c p_j / (1 + c p_j)) is a difference of two terms of that size
+    largest = logits64.grad.abs().amax(-1, keepdim=True)
+    bound = (2e-6 + 4e-7 * scale) * (largest + 1.0 / max(beta, 1e-2 if beta == 0.0 else beta))
+    assert ((logits32.grad.double() - logits64.grad).abs() <= bound).all()
+
+
+def test_gradcheck() -> None:
+    for k in (0.0, 0.1, 1.0):
+        for definition in ("A", "B"):
+            process, logits, x, z, alpha, beta = random_case(k, 5, definition, 0.4, 1.0, seed=3, rows=12)
+            logits.requires_grad_()
+            assert torch.autograd.gradcheck(lambda a: xdlm_nelbo(a, z, x, process, alpha, beta), logits)  # noqa: B023
+
+
+def test_underflowed_softmax_keeps_its_gradient() -> None:
+    process = XDLMProcess(0.0, 4)
+    logits = torch.tensor([[[0.0, 500.0, -300.0, 1.0]]], requires_grad=True)
+    loss = xdlm_nelbo(
+        logits, torch.tensor([[4]]), torch.tensor([[0]]), process, torch.tensor([0.5]), torch.tensor([0.5])
+    )
+    loss.sum().backward()
+    assert loss.item() == pytest.approx(1000.0)
+    assert logits.grad[0, 0].tolist() == pytest.approx([-2.0, 2.0, 0.0, 0.0])
+
+
+def test_is_the_limit_of_the_discrete_kl() -> None:
+    for k in (0.0, 0.1, 1.0):
+        process, logits, x, z, alpha, beta = random_case(k, 7, "A", 0.37, 1.5, seed=5)
+        step = 1e-6
+        kl = discrete_kl(logits, z, x, process, alpha, beta, alpha + step, beta - step)
+        assert relative(kl / step, xdlm_nelbo(logits, z, x, process, alpha, beta)) < 2e-4
+
+
+@pytest.mark.parametrize("definition", ["A", "B"])
+@pytest.mark.parametrize("k", [0.0, 0.001, 0.1, 0.5, 1.0])
+def test_integral_with_the_leave_one_out_denoiser_is_the_entropy(k: float, definition: str) -> None:
+    """Two dependent tokens over three codes, every (x, z) enumerated: integral of E[l] over alpha = H(x) exactly."""
+    K = 3
+    extra = {"vocab_size": K + 1, "mask_id": K} if definition == "B" else {}
+    process = XDLMProcess(k, K, definition, **extra)
+    p_data = torch.tensor([[0.30, 0.05, 0.02], [0.01, 0.20, 0.12], [0.08, 0.02, 0.20]], dtype=torch.float64)
+    entropy = -(p_data * p_data.log()).sum().item()
+    nodes, weights = np.polynomial.legendre.leggauss(32)
+    # t = s^4 resolves t = 0, where k > 0 has a logarithm; the last intervals resolve alpha near k/N
+    total = 0.0
+    pairs = torch.cartesian_prod(torch.arange(K), torch.arange(K))  # (9, 2) x
+    ids = torch.cartesian_prod(torch.arange(process.num_ids), torch.arange(process.num_ids))  # z
+    for node, weight in zip(nodes, weights):
+        for low, high in pairwise((0.0, 0.02, 0.2, 0.8, 0.99, 0.9995, 1.0)):
+            s = low + (high - low) * 0.5 * (node + 1)
+            t = torch.tensor([s**4], dtype=torch.float64)
+            alpha, beta = process.alpha_beta(t)
+            q = process.marginal(torch.arange(K), alpha, beta)  # (K, ids)
+            # leave-one-out: p(x_i | z_j) for j != i
+            joint0 = torch.einsum("ab,bz->za", p_data, q)  # position 0 given z_1
+            joint1 = torch.einsum("ab,az->zb", p_data, q)  # position 1 given z_0
+            loo = torch.stack([joint0[ids[:, 1]], joint1[ids[:, 0]]], 1)  # (Z, 2, K)
+            logits = torch.nn.functional.pad(loo.log(), (0, process.logits_width - K), value=-1e9)
+            expected = 0.0
+            for x in pairs:
+                p_z = q[x[0], ids[:, 0]] * q[x[1], ids[:, 1]]
+                possible = p_z > 0
+                z = ids[possible]
+                loss = xdlm_nelbo(
+                    logits[possible],
+                    z,
+                    x.expand_as(z).contiguous(),
+                    process,
+                    alpha.expand(len(z)),
+                    beta.expand(len(z)),
+                )
+                expected += p_data[x[0], x[1]] * (p_z[possible] * loss.sum(-1)).sum()
+            total += weight * 0.5 * (high - low) * 4 * s**3 * float(expected)
+    assert total == pytest.approx(entropy, abs=1e-6)
+
+
+def test_wrong_shapes_are_named() -> None:
+    process = XDLMProcess(0.1, 8)
+    x = torch.zeros(2, 3, dtype=torch.long)
+    half = torch.full((2,), 0.5)
+    with pytest.raises(ValueError, match="logits_width=8"):
+        xdlm_nelbo(torch.zeros(2, 3, 9), x, x, process, half, half)
+    with pytest.raises(ValueError, match=r"need \(B, L, V\)"):
+        xdlm_nelbo(torch.zeros(2, 4, 8), x, x, process, half, half)

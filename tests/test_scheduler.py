@@ -1,0 +1,207 @@
+"""The process and the reverse step against exact distributions: chi-square in every branch, and the closed forms."""
+
+import numpy as np
+import pytest
+import torch
+
+from xdlm_image.objective import posterior
+from xdlm_image.schedulers import XDLMProcess, XDLMScheduler
+from xdlm_image.schedulers.process_xdlm import draw_uniforms
+
+KS = [0.0, 1e-3, 0.1, 0.5, 1.0]
+DRAWS = 60_000
+
+
+def process_of(k: float, K: int, definition: str) -> XDLMProcess:
+    extra = {"vocab_size": K + 3, "mask_id": K + 1} if definition == "B" else {}
+    return XDLMProcess(k, K, definition, **extra)
+
+
+def assert_drawn_from(samples: torch.Tensor, probs: torch.Tensor) -> None:
+    """Pearson's chi-square at p > 1e-6, and nothing where the probability is 0."""
+    counts = torch.bincount(samples.flatten(), minlength=len(probs)).double()
+    assert counts[probs <= 1e-15].sum() == 0
+    likely = probs * samples.numel() >= 5
+    observed = torch.cat([counts[likely], counts[~likely].sum()[None]])
+    expected = torch.cat([probs[likely], probs[~likely].sum()[None]]) * samples.numel()
+    keep = expected > 0.5
+    statistic = ((observed - expected) ** 2 / expected.clamp(min=0.5))[keep].sum().item()
+    dof = max(1, int(keep.sum()) - 1)
+    # Wilson-Hilferty: (chi2/dof)^(1/3) is near normal; 4.9 sigma is p about 1e-6
+    sigmas = ((statistic / dof) ** (1 / 3) - (1 - 2 / (9 * dof))) / (2 / (9 * dof)) ** 0.5
+    assert sigmas < 4.9, f"chi-square {statistic:.1f} at {dof} degrees of freedom"
+
+
+@pytest.mark.parametrize("definition", ["A", "B"])
+@pytest.mark.parametrize("k", KS)
+def test_step_draws_from_the_exact_posterior(k: float, definition: str) -> None:
+    """Every kind of z (mask, a likely code, an unlikely one, a special id) at the first, a middle and an early time."""
+    K = 5
+    process = process_of(k, K, definition)
+    scheduler = XDLMScheduler.from_process(process)
+    scheduler.set_timesteps(timesteps=[1.0, 0.7, 0.2, 0.05])
+    logits = torch.tensor([2.0, 0.0, -1.0, 0.7, -4.0, 1.0, 3.0, -0.5])[: process.logits_width]
+    p = torch.zeros(process.num_ids, dtype=torch.float64)
+    scores = logits.double().clone()
+    if process.excluded_column is not None:
+        scores[process.excluded_column] = -torch.inf
+    p[: process.logits_width] = torch.softmax(scores, -1)
+    generator = torch.Generator().manual_seed(2 * KS.index(k) + (definition == "B"))
+    possible = [process.mask, 0, 4] + ([6] if definition == "B" else [])
+    for t, s in ((1.0, 0.7), (0.7, 0.2), (0.2, 0.05)):
+        for z_value in possible if k > 0 or t < 1 else [process.mask]:
+            z = torch.full((1, DRAWS), z_value)
+            prev = scheduler.step(logits.expand(1, DRAWS, -1), t, z, generator).prev_sample
+            times = [torch.tensor(a, dtype=torch.float64) for a in (1 - t, t, 1 - s, s)]
+            expected = posterior(p, torch.tensor(z_value), process, *times)
+            assert expected.sum() == pytest.approx(1.0, abs=1e-12)
+            assert_drawn_from(prev, expected)
+
+
+@pytest.mark.parametrize("k", KS)
+def test_last_step_leaves_only_codes(k: float) -> None:
+    process = process_of(k, 5, "B")  # ids 5 and 7 are no codes, 6 is the mask
+    scheduler = XDLMScheduler.from_process(process)
+    scheduler.set_timesteps(1)
+    z = process.prior((50, 200), torch.Generator().manual_seed(0))
+    out = scheduler.step(torch.randn(50, 200, 8), 1.0, z, torch.Generator().manual_seed(1)).prev_sample
+    assert out.min() >= 0 and out.max() < 5
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7])
+@pytest.mark.parametrize("k", KS)
+def test_single_token_with_the_true_distribution_gives_it_in_any_number_of_steps(
+    k: float, steps: int
+) -> None:
+    p_data = torch.tensor([0.5, 0.2, 0.15, 0.1, 0.04, 0.01], dtype=torch.float64)
+    process = process_of(k, 6, "A")
+    scheduler = XDLMScheduler.from_process(process)
+    scheduler.set_timesteps(steps)
+    generator = torch.Generator().manual_seed(steps)
+    z = scheduler.prior((200, 500), generator)
+    for t in scheduler.timesteps:
+        z = scheduler.step(p_data.log().float().expand(200, 500, -1), t, z, generator).prev_sample
+    assert_drawn_from(z, p_data)
+
+
+@pytest.mark.parametrize("definition", ["A", "B"])
+@pytest.mark.parametrize("k", KS)
+def test_noise_draws_from_the_marginal(k: float, definition: str) -> None:
+    process = process_of(k, 5, definition)
+    for t in (0.0, 0.3, 1.0):
+        alpha, beta = process.alpha_beta(torch.tensor([t], dtype=torch.float64))
+        x = torch.full((1, DRAWS), 2)
+        z = process.noise(x, alpha, beta, torch.Generator().manual_seed(3))
+        assert_drawn_from(z, process.marginal(torch.tensor(2), alpha[0], beta[0]))
+    assert_drawn_from(process.prior((2, DRAWS), torch.Generator().manual_seed(4)), process.prior_probs())
+
+
+@pytest.mark.parametrize("k", KS)
+def test_chain_of_true_posteriors_keeps_the_marginal(k: float) -> None:
+    """sum_z q(z_t = z | x) q(z_s | z, x) = q(z_s | x): the mixture is the process's own posterior."""
+    process = process_of(k, 4, "A")
+    at = [torch.tensor(a, dtype=torch.float64) for a in (0.3, 0.7, 0.8, 0.2)]
+    x = torch.tensor(1)
+    q_t = process.marginal(x, at[0], at[1])
+    onehot = torch.nn.functional.one_hot(x, process.num_ids).double()
+    possible = q_t > 0
+    z = torch.arange(process.num_ids)[possible]
+    onward = posterior(onehot.expand(len(z), -1).clone(), z, process, *at)
+    assert torch.allclose(q_t[possible] @ onward, process.marginal(x, at[2], at[3]), atol=1e-14)
+
+
+def test_each_image_owns_its_generator() -> None:
+    process = process_of(0.1, 16, "A")
+    scheduler = XDLMScheduler.from_process(process)
+    scheduler.set_timesteps(4)
+    logits = torch.randn(3, 49, 16, generator=torch.Generator().manual_seed(0))
+
+    def run(images: list[int]) -> torch.Tensor:
+        generators = [torch.Generator().manual_seed(100 + i) for i in images]
+        z = scheduler.prior((len(images), 49), generators)
+        for t in scheduler.timesteps:
+            z = scheduler.step(logits[images], t, z, generators).prev_sample
+        return z
+
+    together = run([0, 1, 2])
+    for i in range(3):
+        assert torch.equal(run([i])[0], together[i])
+    with pytest.raises(ValueError, match="one per image"):
+        draw_uniforms((3, 49), [torch.Generator()] * 2)
+
+
+def test_temperature_sharpens() -> None:
+    scheduler = XDLMScheduler(k=0.0, num_codes=3)
+    scheduler.set_timesteps(1)
+    logits = torch.tensor([1.0, 0.0, -1.0])
+    z = scheduler.step(
+        logits.expand(1, DRAWS, -1),
+        1.0,
+        torch.full((1, DRAWS), 3),
+        torch.Generator().manual_seed(0),
+        temperature=0.5,
+    ).prev_sample
+    assert_drawn_from(z, torch.softmax(2 * logits.double(), -1))
+
+
+@pytest.mark.parametrize("grid", ["linear", "cosine", "arccos"])
+def test_time_grids_fall_from_one(grid: str) -> None:
+    scheduler = XDLMScheduler(time_grid=grid)
+    for n in (1, 2, 8, 64):
+        scheduler.set_timesteps(n)
+        times = np.append(scheduler.timesteps.numpy(), 0.0)
+        assert len(times) == n + 1 and times[0] == 1.0 and (np.diff(times) < 0).all()
+        assert scheduler.next_timestep(times[-2]) == 0.0
+
+
+def test_alpha_and_beta_are_exact_at_both_ends() -> None:
+    alpha, beta = XDLMProcess.alpha_beta(torch.tensor([0.0, 1.0, 1e-9]))
+    assert alpha.tolist()[:2] == [1.0, 0.0] and beta.tolist()[:2] == [0.0, 1.0]
+    assert beta[2].item() == pytest.approx(1e-9, rel=1e-6)
+
+
+def test_scheduler_saves_and_loads(tmp_path) -> None:
+    XDLMScheduler(
+        k=0.5, num_codes=7, definition="B", vocab_size=10, mask_id=8, time_grid="cosine"
+    ).save_pretrained(tmp_path)
+    loaded = XDLMScheduler.from_pretrained(tmp_path)
+    assert loaded.process == XDLMProcess(0.5, 7, "B", 10, 8) and loaded.config.time_grid == "cosine"
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: XDLMProcess(1.5, 8), r"k=1.5: must lie in \[0, 1\]"),
+        (lambda: XDLMProcess(float("nan"), 8), "k=nan"),
+        (lambda: XDLMProcess(0.1, 1), "num_codes=1"),
+        (lambda: XDLMProcess(0.1, 8, mask_id=3), "mask_id=3"),
+        (lambda: XDLMProcess(0.1, 8, "B"), "vocab_size"),
+        (lambda: XDLMProcess(0.1, 8, "B", 9, 7), "mask_id=7"),
+        (lambda: XDLMProcess(0.1, 8, "C"), "definition='C'"),
+        (lambda: XDLMScheduler(time_grid="spiral"), "time_grid='spiral'"),
+        (lambda: XDLMScheduler().set_timesteps(0), "num_inference_steps=0"),
+        (lambda: XDLMScheduler().set_timesteps(2.5), "num_inference_steps=2.5"),
+        (lambda: XDLMScheduler().set_timesteps(), "one of the two"),
+        (lambda: XDLMScheduler().set_timesteps(timesteps=[1.0, 1.0]), "fall strictly"),
+        (lambda: XDLMScheduler().add_noise(torch.zeros(1, 2).long(), torch.tensor([1.5])), r"\[0, 1\]"),
+        (
+            lambda: XDLMScheduler().step(torch.zeros(1, 2, 512), 0.5, torch.zeros(1, 2).long()),
+            "set_timesteps",
+        ),
+    ],
+)
+def test_wrong_input_is_named(make, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_step_refuses_wrong_widths_and_temperatures() -> None:
+    scheduler = XDLMScheduler(num_codes=8)
+    scheduler.set_timesteps(2)
+    z = torch.zeros(1, 3, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"expected \(1, 3, 8\)"):
+        scheduler.step(torch.zeros(1, 3, 9), 1.0, z)
+    with pytest.raises(ValueError, match="temperature=0"):
+        scheduler.step(torch.zeros(1, 3, 8), 1.0, z, temperature=0)
+    with pytest.raises(ValueError, match="not on the grid"):
+        scheduler.step(torch.zeros(1, 3, 8), 0.9, z)

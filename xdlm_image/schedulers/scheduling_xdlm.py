@@ -1,0 +1,260 @@
+"""The XDLM reverse step for inference: a time grid and the exact ancestral step on it.
+
+Owns which times are visited and how codes move from t to s (arXiv 2602.01362, the posterior as a mixture of four
+scalar branches). The noise itself is `process_xdlm`'s. It never builds a (batch, length, vocabulary) posterior:
+softmax and draw happen only in the rows that may move.
+
+This file travels to the Hub beside weights: it imports torch, diffusers, the standard library and its sibling only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils import BaseOutput
+
+from .process_xdlm import Generators, XDLMProcess, draw_uniforms
+
+TIME_GRIDS = {
+    # progress r in [0, 1] -> t, from 1 to 0; alpha = 1 - t, so a grid in t is a grid in alpha
+    "linear": lambda r: 1.0 - r,
+    "cosine": lambda r: math.cos(0.5 * math.pi * r),
+    "arccos": lambda r: 2.0 / math.pi * math.acos(r),
+}
+
+
+@dataclass
+class XDLMSchedulerOutput(BaseOutput):
+    """Output of `XDLMScheduler.step`.
+
+    Attributes:
+        prev_sample: Codes at the next time, int64, the shape of `sample`.
+    """
+
+    prev_sample: torch.Tensor
+
+
+class XDLMScheduler(SchedulerMixin, ConfigMixin):
+    """Exact ancestral sampler of the XDLM process.
+
+    Args:
+        k: Weight of uniform noise in [0, 1]; 0 is MDLM, 1 is UDLM. Must be the k of the training.
+        num_codes: Codebook size K.
+        definition: `"A"` or `"B"`, see `XDLMProcess`.
+        vocab_size: Definition B: the logits' width.
+        mask_id: Definition B: the mask id.
+        time_grid: `"linear"`, `"cosine"` or `"arccos"`.
+    """
+
+    order = 1
+
+    @register_to_config
+    def __init__(
+        self,
+        k: float = 0.1,
+        num_codes: int = 512,
+        definition: str = "A",
+        vocab_size: int | None = None,
+        mask_id: int | None = None,
+        time_grid: str = "linear",
+    ) -> None:
+        if time_grid not in TIME_GRIDS:
+            raise ValueError(f"time_grid={time_grid!r}: must be one of {sorted(TIME_GRIDS)}")
+        self.process = XDLMProcess(k, num_codes, definition, vocab_size, mask_id)
+        self.num_inference_steps: int | None = None
+        self.timesteps = torch.empty(0, dtype=torch.float64)
+
+    @classmethod
+    def from_process(cls, process: XDLMProcess, time_grid: str = "linear") -> XDLMScheduler:
+        """The scheduler of a process."""
+        return cls(
+            process.k, process.num_codes, process.definition, process.vocab_size, process.mask_id, time_grid
+        )
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: torch.device | str | None = None,
+        timesteps: Sequence[float] | None = None,
+    ) -> None:
+        """Choose the times. `self.timesteps` (n,) float64 falls from 1; step i goes from t_i to t_{i+1}, the last to 0.
+
+        Args:
+            num_inference_steps: Number of steps n, at least 1.
+            device: Accepted for diffusers' sake; times are scalars of the host and stay there, so that reading one
+                never waits for the device.
+            timesteps: Own times instead: falling strictly from 1 to above 0.
+
+        Raises:
+            ValueError: If neither or both are given, or the values are out of range.
+        """
+        if (num_inference_steps is None) == (timesteps is None):
+            raise ValueError("set_timesteps: give num_inference_steps or timesteps, one of the two")
+        if timesteps is None:
+            assert num_inference_steps is not None
+            if num_inference_steps != int(num_inference_steps) or num_inference_steps < 1:
+                raise ValueError(
+                    f"num_inference_steps={num_inference_steps!r}: must be a whole number, at least 1"
+                )
+            n, grid = int(num_inference_steps), TIME_GRIDS[self.config.time_grid]
+            times = [1.0] + [grid(i / n) for i in range(1, n)]
+        else:
+            times = [float(t) for t in timesteps]
+            falling = all(a > b for a, b in zip(times, times[1:]))
+            if not times or times[0] != 1.0 or times[-1] <= 0.0 or not falling:
+                raise ValueError(f"timesteps={times!r}: must start at 1.0 and fall strictly, staying above 0")
+        self.timesteps = torch.tensor(times, dtype=torch.float64)
+        self.num_inference_steps = len(times)
+
+    def scale_model_input(
+        self, sample: torch.Tensor, timestep: float | torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Codes need no scaling; returns `sample`."""
+        return sample
+
+    def prior(
+        self, shape: Sequence[int], generator: Generators = None, device: torch.device | str | None = None
+    ) -> torch.Tensor:
+        """Codes at t = 1: int64 of `shape`, images first."""
+        return self.process.prior(shape, generator, device)
+
+    def add_noise(
+        self, original_samples: torch.Tensor, timesteps: torch.Tensor, generator: Generators = None
+    ) -> torch.Tensor:
+        """z ~ q(z_t | x) for codes (B, ...) at times (B,) or () in [0, 1]."""
+        t = torch.as_tensor(timesteps, dtype=torch.float64).to("cpu")
+        if not bool(((t >= 0) & (t <= 1)).all()):
+            raise ValueError(f"timesteps={timesteps!r}: times lie in [0, 1]")
+        alpha, beta = self.process.alpha_beta(t.expand(original_samples.shape[0]))
+        dtype = torch.float32 if original_samples.device.type == "mps" else torch.float64
+        device = original_samples.device
+        return self.process.noise(
+            original_samples, alpha.to(device, dtype), beta.to(device, dtype), generator
+        )
+
+    def next_timestep(self, timestep: float | torch.Tensor) -> float:
+        """s, the time after `timestep` on the current grid; 0 after the last."""
+        times = self.timesteps.tolist()
+        if not times:
+            raise ValueError("timestep: no grid yet; call set_timesteps first")
+        t = float(timestep)
+        i = min(range(len(times)), key=lambda j: abs(times[j] - t))
+        if abs(times[i] - t) > 1e-6:
+            raise ValueError(f"timestep={t!r}: not on the grid {times}; call set_timesteps for another grid")
+        return times[i + 1] if i + 1 < len(times) else 0.0
+
+    def step(
+        self,
+        model_output: torch.Tensor,
+        timestep: float | torch.Tensor,
+        sample: torch.Tensor,
+        generator: Generators = None,
+        temperature: float = 1.0,
+        return_dict: bool = True,
+    ) -> XDLMSchedulerOutput | tuple[torch.Tensor]:
+        """Draw z_s from the exact posterior q(z_s | z_t, p), p = softmax(logits / temperature).
+
+        Args:
+            model_output: Logits (B, ..., V), V = `process.logits_width`. Any float type; read in float32.
+            timestep: t, one of `self.timesteps`.
+            sample: z_t, int64 (B, ...).
+            generator: None, one generator, or one per image.
+            temperature: Above 0. Acts on the network's (leave-one-out) prediction.
+            return_dict: False returns a tuple.
+
+        Raises:
+            ValueError: If shapes, temperature or time do not fit.
+        """
+        process = self.process
+        if model_output.shape != (*sample.shape, process.logits_width):
+            raise ValueError(
+                f"model_output: shape {tuple(model_output.shape)}, expected {(*sample.shape, process.logits_width)}"
+            )
+        if not temperature > 0.0:
+            raise ValueError(f"temperature={temperature!r}: must be above 0")
+        s = self.next_timestep(timestep)
+        times = torch.tensor([float(timestep), s], dtype=torch.float64)
+        alpha, beta = process.alpha_beta(times)
+        u, v = draw_uniforms(sample.shape, generator, sample.device)
+        prev_sample = self._step(model_output, sample, u, v, alpha, beta, temperature, last=s == 0.0)
+        return XDLMSchedulerOutput(prev_sample) if return_dict else (prev_sample,)
+
+    def _step(
+        self,
+        logits: torch.Tensor,  # (B, ..., V)
+        z: torch.Tensor,  # (B, ...)
+        u: torch.Tensor,  # (B, ...) branch
+        v: torch.Tensor,  # (B, ...) inverse CDF
+        alpha: torch.Tensor,  # (2,) at t and s
+        beta: torch.Tensor,  # (2,)
+        temperature: float,
+        last: bool,
+    ) -> torch.Tensor:
+        """The mixture by exact thinning: the branch is drawn with D = beta_t, as if z were the mask; where z != m a
+        move is then accepted with probability 1 / (1 + c p_z), c = a_t N / (beta_t k), by what is left of u.
+        """
+        process = self.process
+        (alpha_t, alpha_s), (beta_t, beta_s) = alpha, beta
+        one = torch.ones((), dtype=torch.float64)
+        w = process.mixture(0.0 * one, one.bool(), alpha_t, beta_t, alpha_s, beta_s)
+        end_model = float(w.model)
+        end_uniform = end_model + float(w.uniform)
+        end_move = end_uniform + float(w.mask)
+        if last:
+            end_model = end_uniform = end_move = 1.0  # w_model = 1 but for rounding: no mask may survive
+
+        is_mask = z == process.mask
+        takes_model = u < end_model
+        takes_uniform = (u >= end_model) & (u < end_uniform)
+        moves = u < end_move
+        if process.k == 0.0:
+            rows = moves & takes_model & is_mask  # visible codes stay
+        else:
+            rows = moves & (takes_model | ~is_mask)
+
+        prev = torch.where(is_mask & moves & takes_uniform, process._uniform_id(v), z)
+        z_rows = z[rows]  # (R,)
+        if z_rows.numel() == 0:
+            return prev
+        scores = logits[rows].float() / temperature  # (R, V)
+        if process.excluded_column is not None:
+            scores[:, process.excluded_column] = -torch.inf
+        p = torch.softmax(scores, dim=-1)
+        u_rows, v_rows, mask_rows = u[rows], v[rows], is_mask[rows]
+
+        # thinning: given its branch, u is uniform on the branch's interval
+        start = torch.where(
+            u_rows < end_model, 0.0, torch.where(u_rows < end_uniform, end_model, end_uniform)
+        )
+        end = torch.where(
+            u_rows < end_model, end_model, torch.where(u_rows < end_uniform, end_uniform, end_move)
+        )
+        left_of_u = (u_rows - start) / (end - start)
+        p_z = p.gather(-1, z_rows.clamp(max=p.shape[-1] - 1)[:, None])[:, 0].to(u.dtype)
+        c = float(process.signal_ratio(alpha_t, beta_t))
+        accepted = mask_rows | (left_of_u * (1.0 + c * p_z) < 1.0)
+        if last and process.num_ids > process.num_codes + 1:
+            p = p[
+                :, : process.num_codes
+            ]  # definition B: the last draw is from the codes only, and so is the result
+            accepted |= z_rows >= process.num_codes
+        moved = torch.where(
+            u_rows < end_model,
+            _inverse_cdf(p, v_rows),
+            torch.where(u_rows < end_uniform, process._uniform_id(v_rows), process.mask),
+        )
+        prev[rows] = torch.where(accepted, moved, z_rows)
+        return prev
+
+
+def _inverse_cdf(p: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Index drawn from unnormalised p (R, V) by one uniform v (R,) each: the first whose CDF exceeds v."""
+    cdf = p.to(v.dtype).cumsum(dim=-1)
+    total = cdf[:, -1]
+    target = torch.minimum(v * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cdf, target[:, None], right=True)[:, 0]
