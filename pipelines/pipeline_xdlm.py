@@ -1,0 +1,442 @@
+"""XDLM's pipeline: class labels in, images out, in few steps.
+
+This file owns the user's call: it checks arguments, runs the steps in order and turns codes into pictures. It
+never decides how codes move (the scheduler does), and changes no component. It imports only torch, diffusers
+and the standard library, so that it can travel beside the weights.
+"""
+
+import difflib
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.models.autoencoders.vq_model import VQModel
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
+DEFAULT_STEPS = 8
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+ClassLabels = int | str | list[int | str] | tuple[int | str, ...] | torch.Tensor | None
+Generators = torch.Generator | list[torch.Generator] | None
+
+
+class XDLMPipeline(DiffusionPipeline):
+    """Class-conditional image generation by mixed discrete diffusion (XDLM, arXiv 2602.01362) on VQ codes.
+
+    Latents are grids of codes, int64 (batch, rows, columns).
+
+    Args:
+        transformer: `XDLMTransformer2DModel`, predicts clean codes from noisy ones.
+        scheduler: `XDLMScheduler`, owns the noise and the reverse step.
+        vqvae: The VQ tokenizer whose codes the transformer learned.
+        id2label: Class id -> name; a name may list synonyms, "goldfish, Carassius auratus". Saved with the
+            pipeline.
+        supports_guidance: Whether the transformer was trained with its null class (class dropout), which
+            guidance needs. Saved with the pipeline.
+
+    Raises:
+        ValueError: If a key of `id2label` is no class id of the transformer.
+    """
+
+    model_cpu_offload_seq = "transformer->vqvae"
+    _callback_tensor_inputs = ["latents"]
+
+    def __init__(
+        self,
+        transformer: ModelMixin,
+        scheduler: SchedulerMixin,
+        vqvae: VQModel,
+        id2label: dict | None = None,
+        supports_guidance: bool = True,
+    ):
+        super().__init__()
+        self.register_modules(transformer=transformer, scheduler=scheduler, vqvae=vqvae)
+        # JSON turns integer keys into strings: both are read, integers are kept
+        labels = None if id2label is None else {int(key): str(name) for key, name in id2label.items()}
+        num_classes = getattr(getattr(transformer, "config", None), "num_classes", None)
+        if labels and num_classes is not None and not set(labels) <= set(range(num_classes)):
+            strange = sorted(set(labels) - set(range(num_classes)))[:5]
+            raise ValueError(f"id2label names classes {strange}: the transformer's are 0 to {num_classes - 1}")
+        self.register_to_config(id2label=labels, supports_guidance=bool(supports_guidance))
+        self.image_processor = VaeImageProcessor(do_resize=False, do_normalize=True)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """Load as every diffusers pipeline, from safetensors only (unless `use_safetensors=False`), and whole.
+
+        Raises:
+            OSError: If a file is missing or truncated.
+            ValueError: If a tensor is missing; diffusers alone would draw it at random and only warn.
+        """
+        kwargs.setdefault("use_safetensors", True)
+        pipeline = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        for name in ("transformer", "vqvae"):
+            if name not in kwargs:  # given modules are the caller's
+                _check_all_loaded(name, getattr(pipeline, name))
+        return pipeline
+
+    # --- properties -------------------------------------------------------------------------------
+
+    @property
+    def id2label(self) -> dict[int, str]:
+        """Class id -> name; empty where the pipeline was saved without names."""
+        return dict(self.config.id2label or {})
+
+    @property
+    def guidance_scale(self) -> float:
+        """Guidance of the call that runs; read anew at every step."""
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether a step runs the network on the doubled batch."""
+        return self._guidance_scale != 1 and self.transformer.config.num_classes is not None
+
+    @property
+    def num_timesteps(self) -> int:
+        """Reverse steps of the call that runs."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """True skips the steps that are left; set `pipe._interrupt = True` in a callback."""
+        return self._interrupt
+
+    # --- labels -----------------------------------------------------------------------------------
+
+    def get_label_ids(self, names: str | list[str]) -> list[int]:
+        """Class ids of class names.
+
+        A name is a whole entry of `id2label` ("goldfish, Carassius auratus") or one of its comma-separated
+        synonyms, upper or lower case alike. Whole entries go before synonyms.
+
+        Args:
+            names: One name or several.
+
+        Returns:
+            One id a name.
+
+        Raises:
+            ValueError: If a name is unknown or fits several classes; the error lists the nearest, or the several.
+        """
+        if isinstance(names, str):
+            names = [names]
+        return [self._label_id(name) for name in names]
+
+    def _label_id(self, name: str) -> int:
+        if not self.id2label:
+            raise ValueError(f"class_labels={name!r}: this pipeline has no id2label; pass the class id as an int")
+        entries: dict[str, list[int]] = {}  # whole entry -> ids
+        synonyms: dict[str, list[int]] = {}  # part of an entry -> ids
+        for index, entry in self.id2label.items():
+            entries.setdefault(_normalise(entry), []).append(index)
+            for part in {_normalise(part) for part in entry.split(",")}:
+                synonyms.setdefault(part, []).append(index)
+        wanted = _normalise(name)
+        found = entries.get(wanted) or synonyms.get(wanted) or []
+        if len(found) == 1:
+            return found[0]
+        if found:
+            candidates = "; ".join(f"{i}: {self.id2label[i]!r}" for i in found)
+            raise ValueError(f"class_labels={name!r} fits several classes, pass one of their ids: {candidates}")
+        near = difflib.get_close_matches(wanted, [*entries, *synonyms], n=5, cutoff=0.5)
+        near = list(dict.fromkeys(near))
+        hint = f"the nearest are {near}" if near else f"{len(entries)} names are in pipe.id2label"
+        raise ValueError(f"class_labels={name!r} is no class of this pipeline; {hint}")
+
+    def _class_ids(self, class_labels: ClassLabels) -> list[int] | None:
+        """Checked ids, one an image prompt; None for an unconditional model."""
+        num_classes = self.transformer.config.num_classes
+        if num_classes is None:
+            if class_labels is not None:
+                raise ValueError(f"class_labels={class_labels!r}: this model is unconditional, pass None")
+            return None
+        if class_labels is None:
+            raise ValueError(f"class_labels=None: this model needs ids (0 to {num_classes - 1}) or names")
+        if isinstance(class_labels, torch.Tensor):
+            if class_labels.ndim > 1 or class_labels.is_floating_point() or class_labels.dtype == torch.bool:
+                raise ValueError(
+                    f"class_labels has shape {tuple(class_labels.shape)} and dtype {class_labels.dtype}: "
+                    "a tensor of labels holds integers and has at most one axis"
+                )
+            class_labels = class_labels.reshape(-1).tolist()
+        items: Any = class_labels if isinstance(class_labels, Iterable) else [class_labels]
+        items = [items] if isinstance(items, str) else items
+        ids = []
+        for item in items:
+            if isinstance(item, str):
+                item = self._label_id(item)
+            elif isinstance(item, bool) or not hasattr(item, "__index__"):
+                raise ValueError(f"class_labels holds {item!r}: a label is an int or a name")
+            index = int(item)
+            if not 0 <= index < num_classes:
+                raise ValueError(f"class_labels holds {index}: the classes are 0 to {num_classes - 1}")
+            ids.append(index)
+        if not ids:
+            raise ValueError("class_labels is empty: name at least one class")
+        return ids
+
+    # --- the stages of a call ---------------------------------------------------------------------
+
+    def check_inputs(
+        self,
+        guidance_scale: float,
+        temperature: float,
+        num_images_per_prompt: int,
+        output_type: str,
+        callback_on_step_end_tensor_inputs: list[str],
+    ) -> None:
+        """Refuse parts that do not fit each other and arguments out of range, before any work.
+
+        Raises:
+            ValueError: Names the argument, its value and the remedy.
+        """
+        process, config = self.scheduler.process, self.transformer.config
+        if config.num_embeds != process.num_ids or config.out_channels != process.logits_width:
+            raise ValueError(
+                f"transformer takes {config.num_embeds} ids and gives {config.out_channels} logits, "
+                f"scheduler {process.num_ids} and {process.logits_width}: they do not belong together"
+            )
+        if process.num_codes > self.vqvae.config.num_vq_embeddings:
+            raise ValueError(
+                f"scheduler draws from {process.num_codes} codes, vqvae has "
+                f"{self.vqvae.config.num_vq_embeddings}: they do not belong together"
+            )
+        if not isinstance(num_images_per_prompt, int) or num_images_per_prompt < 1:
+            raise ValueError(f"num_images_per_prompt={num_images_per_prompt!r}: must be at least 1")
+        if not (isinstance(guidance_scale, int | float) and abs(guidance_scale) < float("inf")):
+            raise ValueError(f"guidance_scale={guidance_scale!r}: must be a finite number")
+        if guidance_scale != 1 and config.num_classes is None:
+            raise ValueError(f"guidance_scale={guidance_scale}: an unconditional model takes 1 only")
+        if guidance_scale != 1 and not self.config.supports_guidance:
+            raise ValueError(
+                f"guidance_scale={guidance_scale}: this model was trained without its null class "
+                "(class dropout 0), which guidance needs; use 1"
+            )
+        if not (isinstance(temperature, int | float) and 0 < temperature < float("inf")):
+            raise ValueError(f"temperature={temperature!r}: must be a positive number")
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type={output_type!r}: must be one of {', '.join(OUTPUT_TYPES)}")
+        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
+        if unknown:
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs holds {unknown}, may hold {self._callback_tensor_inputs}"
+            )
+
+    def prepare_latents(
+        self,
+        batch_size: int,
+        generator: Generators = None,
+        device: torch.device | str | None = None,
+        latents: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Codes at t = 1, drawn or given.
+
+        Args:
+            batch_size: Images B.
+            generator: One, or one an image.
+            device: Where the codes go.
+            latents: (B, rows, columns) int64 ids to start from; None draws the prior.
+
+        Returns:
+            (B, rows, columns) int64.
+
+        Raises:
+            ValueError: If `latents` has the wrong shape, dtype or range, or generators the wrong number.
+        """
+        shape = (batch_size, *self.transformer.grid)
+        if isinstance(generator, list | tuple) and len(generator) != batch_size:
+            raise ValueError(
+                f"generator is a list of {len(generator)} for {batch_size} images: give one an image, or one"
+            )
+        if latents is None:
+            return self.scheduler.prior(shape, generator=generator, device=device)  # (B, h, w)
+        self._check_latents(latents, shape)
+        return latents.to(device)  # (B, h, w)
+
+    def _check_latents(self, latents: torch.Tensor, shape: tuple[int, ...]) -> None:
+        if latents.shape != shape or latents.dtype != torch.int64:
+            raise ValueError(
+                f"latents has shape {tuple(latents.shape)} and dtype {latents.dtype}: expected {shape}, int64"
+            )
+        lowest, highest = latents.min().item(), latents.max().item()
+        num_ids = self.scheduler.process.num_ids
+        if lowest < 0 or highest >= num_ids:
+            raise ValueError(f"latents holds ids from {lowest} to {highest}: they must lie in [0, {num_ids})")
+
+    def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        """Images of clean codes.
+
+        Args:
+            latents: (B, rows, columns) int64 codes, each below the size of the codebook.
+
+        Returns:
+            (B, channels, height, width) float32, about [-1, 1].
+
+        Raises:
+            ValueError: If an id is no code, such as the mask.
+        """
+        config, quantize = self.vqvae.config, self.vqvae.quantize
+        lowest, highest = latents.min().item(), latents.max().item()
+        if lowest < 0 or highest >= config.num_vq_embeddings:
+            raise ValueError(
+                f"latents holds ids from {lowest} to {highest}, the codebook has {config.num_vq_embeddings}: "
+                "masks are left (were steps skipped, or did a callback put them?); "
+                'output_type="latent" returns them'
+            )
+        shape = (*latents.shape, config.vq_embed_dim or config.latent_channels)
+        if config.lookup_from_codebook:
+            images = self.vqvae.decode(latents, force_not_quantize=True, shape=shape).sample
+        else:  # decodes vectors only: look them up where the codebook lies, offloading may have moved it
+            home = quantize.embedding.weight.device
+            codes = latents if home.type == "meta" else latents.to(home)
+            vectors = quantize.get_codebook_entry(codes, shape).to(latents.device)  # (B, d, h, w)
+            images = self.vqvae.decode(vectors, force_not_quantize=True).sample
+        return images.float()  # (B, C, H, W)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: ClassLabels = None,
+        num_steps: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float = 1.0,
+        temperature: float = 1.0,
+        generator: Generators = None,
+        num_images_per_prompt: int = 1,
+        latents: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
+        callback_on_step_end_tensor_inputs: list[str] | tuple[str, ...] = ("latents",),
+    ) -> ImagePipelineOutput | tuple:
+        """Generate images.
+
+        Args:
+            class_labels: Id or name, or several in a list or a tensor; None for an unconditional model.
+            num_steps: Reverse steps, 8 by default. Each runs the network once.
+            num_inference_steps: Another name of `num_steps`.
+            guidance_scale: s in logits = uncond + s (cond - uncond). 1 is none; any other doubles the batch.
+            temperature: Divides the logits; above 0.
+            generator: One `torch.Generator`, or a list of one an image (batch x num_images_per_prompt): an
+                image with its own generator does not depend on what else is in the batch.
+            num_images_per_prompt: Images a label; those of one label stand together.
+            latents: (B, rows, columns) int64 ids to start from instead of the prior.
+            output_type: `pil` (mode L or RGB), `np` ((B, H, W, C) in [0, 1]), `pt` ((B, C, H, W) in [0, 1])
+                or `latent` ((B, rows, columns) codes).
+            return_dict: False returns the tuple `(images,)`.
+            callback_on_step_end: Called after step i as `callback(pipe, i, t, {"latents": ...})`; what it
+                returns under "latents" replaces them.
+            callback_on_step_end_tensor_inputs: Which of `_callback_tensor_inputs` it is given.
+
+        Returns:
+            `ImagePipelineOutput` with `images`, or a tuple.
+
+        Raises:
+            ValueError: If an argument is out of range or the parts do not fit; before any work.
+        """
+        # 1. Check the arguments
+        self.check_inputs(
+            guidance_scale,
+            temperature,
+            num_images_per_prompt,
+            output_type,
+            list(callback_on_step_end_tensor_inputs),
+        )
+        num_steps = _same_steps(num_steps, num_inference_steps)
+        ids = self._class_ids(class_labels)
+        self._guidance_scale = guidance_scale
+        self._interrupt = False
+
+        # 2. Labels: each as often as images are wanted of it
+        device = self._execution_device
+        batch_size = num_images_per_prompt * (1 if ids is None else len(ids))
+        labels = labels_and_null = None
+        if ids is not None:
+            labels = torch.tensor(ids, device=device).repeat_interleave(num_images_per_prompt)  # (B,)
+            null = torch.full_like(labels, self.transformer.config.num_classes)  # (B,)
+            labels_and_null = torch.cat([labels, null])  # (2B,)
+
+        # 3. Times and noise
+        self.scheduler.set_timesteps(num_steps, device=device)
+        timesteps = self.scheduler.timesteps
+        self._num_timesteps = len(timesteps)
+        latents = self.prepare_latents(batch_size, generator, device, latents)  # (B, h, w)
+
+        # 4. Reverse steps
+        with self.progress_bar(total=len(timesteps)) as progress_bar:
+            for i, t in enumerate(timesteps):
+                if self.interrupt:
+                    continue
+                codes = latents.flatten(1)  # (B, L)
+                if self.do_classifier_free_guidance:
+                    logits = self.transformer(
+                        torch.cat([codes, codes]), timestep=t, class_labels=labels_and_null, return_dict=False
+                    )[0]  # (2B, L, V)
+                    cond, uncond = logits.float().chunk(2)  # 2 x (B, L, V)
+                    logits = uncond + self.guidance_scale * (cond - uncond)  # (B, L, V)
+                else:
+                    logits = self.transformer(codes, timestep=t, class_labels=labels, return_dict=False)[0]  # (B, L, V)
+                codes = self.scheduler.step(
+                    logits, t, codes, generator=generator, temperature=temperature, return_dict=False
+                )[0]  # (B, L)
+                latents = codes.reshape(latents.shape)  # (B, h, w)
+
+                if callback_on_step_end is not None:
+                    given = {"latents": latents} if "latents" in callback_on_step_end_tensor_inputs else {}
+                    changed = callback_on_step_end(self, i, t, given).pop("latents", latents)
+                    if changed is not latents:
+                        self._check_latents(changed, tuple(latents.shape))
+                    latents = changed.to(device)
+                progress_bar.update()
+
+        # 5. Codes to pictures
+        if output_type == "latent":
+            images = latents
+        else:
+            images = self.image_processor.postprocess(self.decode_latents(latents), output_type=output_type)
+
+        # 6. Give offloaded models back
+        self.maybe_free_model_hooks()
+
+        if not return_dict:
+            return (images,)
+        return ImagePipelineOutput(images=images)
+
+
+def _check_all_loaded(name: str, module: Any) -> None:
+    """Raise if a tensor of the module is in none of the safetensors files of the folder it came from."""
+    folder = Path(getattr(module.config, "_name_or_path", None) or "")
+    saved: set[str] = set()
+    files = sorted(folder.glob("diffusion_pytorch_model*.safetensors"))
+    for file in files:
+        with file.open("rb") as stream:  # the header: its length in 8 bytes, then JSON by tensor name
+            saved |= set(json.loads(stream.read(int.from_bytes(stream.read(8), "little"))))
+    missing = sorted(set(module.state_dict()) - saved) if files else []
+    if missing:
+        raise ValueError(
+            f"{name}: {len(missing)} tensors are not in {folder}, such as {missing[:3]}; save or download it anew"
+        )
+
+
+def _normalise(name: str) -> str:
+    return " ".join(name.split()).casefold()
+
+
+def _same_steps(num_steps: int | None, num_inference_steps: int | None) -> int:
+    """The step count that two names of one argument agree on."""
+    given = [n for n in (num_steps, num_inference_steps) if n is not None]
+    if len(set(given)) == 2:
+        raise ValueError(
+            f"num_steps={num_steps} and num_inference_steps={num_inference_steps}: they are two names of one "
+            "argument, give one"
+        )
+    steps = given[0] if given else DEFAULT_STEPS
+    if isinstance(steps, bool) or not hasattr(steps, "__index__") or steps < 1:
+        raise ValueError(f"num_steps={steps!r}: must be an integer of at least 1")
+    return int(steps)
