@@ -131,7 +131,7 @@ def read_image(path: str | os.PathLike, channels: int) -> Image.Image:
             image.load()
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         raise ValueError(
-            f"image {str(path)!r} cannot be read ({type(error).__name__}: {error}): replace it or take it out of the folder"
+            f"image {str(path)!r} cannot be read ({type(error).__name__}: {error}): replace it, or take it away"
         ) from error
     if image.mode.startswith("I"):  # 16-bit grey; PIL's own conversion would cut everything above 255 off
         values = np.asarray(image).astype(np.int64)

@@ -45,8 +45,9 @@ def measure_tokenizer(
         extractor: Folder of a trained extractor for rFID; None leaves rFID out.
 
     Returns:
-        `psnr` (dB, mean over images of 10 log10(255^2 / MSE), on uint8 pixels), `psnr_of_mean_error` (of the mean MSE),
-        `l1` (mean |error| in uint8 steps), `codes_used`, `codes_used_percent`, `perplexity`, and with an extractor `rfid`.
+        `psnr` (dB, mean over images of 10 log10(255^2 / MSE), on uint8 pixels), `psnr_of_mean_error` (of the mean
+        MSE), `l1` (mean |error| in uint8 steps), `codes_used`, `codes_used_percent`, `perplexity`, and `rfid` with
+        an extractor.
     """
     counts = torch.zeros(vqvae.config.num_vq_embeddings, dtype=torch.int64)
     squared, absolute = [], []
@@ -61,7 +62,7 @@ def measure_tokenizer(
     report: dict[str, Any] = {
         "split": images.split,
         "images": len(images),
-        # an image that comes back exactly would have infinite PSNR; half a pixel value in one pixel is the least error
+        # an image that comes back exactly would have infinite PSNR; the floor on its error says 78 dB
         "psnr": float((10 * torch.log10(255**2 / mse.clamp(min=1e-3))).mean()),
         "psnr_of_mean_error": float(10 * torch.log10(255**2 / mse.mean().clamp(min=1e-3))),
         "l1": float(torch.cat(absolute).double().mean()),
@@ -71,7 +72,8 @@ def measure_tokenizer(
     if extractor is not None:
         from xdlm_image.evaluation.fid import fid_of_images
 
-        report["rfid"] = fid_of_images(extractor, batches_of(images, batch_size), reconstruct(vqvae, images, batch_size))
+        real, again = batches_of(images, batch_size), reconstruct(vqvae, images, batch_size)
+        report["rfid"] = fid_of_images(extractor, real, again)
         report["rfid_extractor"] = extractor
     return report
 

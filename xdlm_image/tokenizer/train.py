@@ -1,7 +1,7 @@
 """The verb `train-tokenizer`: train diffusers' `VQModel` on images, resumably, and save tokenizer and report.
 
-This file owns the order of things: views of the data, loss, step, checkpoint, end. Codebook care is in `codebook`, measuring in
-`measure`, using a finished tokenizer in `codes`.
+This file owns the order of things: views of the data, loss, step, checkpoint, end. It never measures a finished
+tokenizer (`measure`) nor calls one (`codes`); the care of the codebook is in `codebook`.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class TrainingViews(Dataset):
 
 
 class Positions(Sampler[int]):
-    """The positions of one process from `first_step` on: step s, process r has s * world * batch + r * batch + 0, 1, ..."""
+    """The positions of one process from `first_step` on: step s of process r begins at (s * world + r) * batch."""
 
     def __init__(self, first_step: int, last_step: int, batch_size: int, rank: int, world: int):
         self.steps = range(first_step, last_step)
@@ -413,7 +413,7 @@ def newest_checkpoint(checkpoints: Path) -> Path | None:
 
 
 def train_tokenizer(recipe: TokenizerRecipe) -> Path:
-    """Train a tokenizer and return its folder: a saved `VQModel`, `tokenizer.json`, `report.json`, `reconstructions.png`.
+    """Train a tokenizer; returns its folder: a saved `VQModel`, `tokenizer.json`, `report.json`, a picture.
 
     Called again after a kill it goes on from the newest checkpoint and computes the very same losses.
 

@@ -1,0 +1,98 @@
+"""The verb `encode`: images through a tokenizer into code caches, one a split.
+
+This file owns the pass over the images. The format on disk is `data.code_cache`'s, the call into the network `codes`'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import VQModel
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from xdlm_image.data.code_cache import (
+    CodeCache,
+    Manifest,
+    code_dtype,
+    refuse_existing,
+    usage_of_cache,
+    write_code_cache,
+)
+from xdlm_image.data.images import ImageSet, open_images
+from xdlm_image.recipes import EncodeRecipe
+from xdlm_image.tokenizer.codes import encode_images, grid_of, load_tokenizer, tokenizer_hash, tokenizer_info
+
+
+def best_device() -> torch.device:
+    """cuda, else mps, else cpu."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def encode(recipe: EncodeRecipe) -> Path:
+    """Encode the splits of an image set; returns output_dir, which then has a `CodeCache` a split.
+
+    Raises:
+        ValueError: The tokenizer was trained for other sizes or channels; random crop; an image that cannot be read.
+        FileExistsError: A cache is there already and overwrite is False.
+        FileNotFoundError: No tokenizer, no images.
+    """
+    data = recipe.data
+    if data.crop != "center":
+        raise ValueError(f"data.crop={data.crop!r}: a cache holds one crop of an image; set data.crop: center")
+    if not recipe.splits or len(set(recipe.splits)) != len(recipe.splits):
+        raise ValueError(f"splits={recipe.splits!r}: name each split once")
+    output = Path(recipe.output_dir)
+    for split in recipe.splits:
+        refuse_existing(output / split, recipe.overwrite)
+    vqvae = load_tokenizer(recipe.tokenizer, recipe.device or best_device())
+    if vqvae.config.in_channels != data.channels:
+        raise ValueError(f"data.channels={data.channels}: {recipe.tokenizer} takes {vqvae.config.in_channels}")
+    trained = tokenizer_info(recipe.tokenizer)
+    if trained is not None and trained["image_size"] != data.image_size:
+        tqdm.write(f"note: {recipe.tokenizer} was trained at image_size={trained['image_size']}, not {data.image_size}")
+    grid = grid_of(vqvae, data.image_size)
+    opened = [open_images(data, split) for split in recipe.splits]  # all, before the first is encoded
+
+    for images in opened:
+        num_views = 2 if recipe.flip else 1
+        manifest = Manifest(
+            tokenizer_hash=tokenizer_hash(vqvae),
+            data_fingerprint=images.fingerprint,
+            split=images.split,
+            image_size=images.image_size,
+            channels=images.channels,
+            crop=images.crop,
+            grid=list(grid),
+            num_codes=vqvae.config.num_vq_embeddings,
+            num_images=len(images),
+            num_views=num_views,
+            class_names=images.class_names,
+            dtype=code_dtype(vqvae.config.num_vq_embeddings).str,
+            label_dtype="<u2" if len(images.class_names) < 65_536 else "<i8",
+            tokenizer=str(recipe.tokenizer),
+        )
+        path = write_code_cache(output / images.split, manifest, _encoded(vqvae, images, recipe), recipe.overwrite)
+        usage = usage_of_cache(CodeCache.open(path))
+        tqdm.write(
+            f"{path}: {len(images)} images x {num_views} views x {grid[0]}x{grid[1]} codes; {usage['codes_used']} of "
+            f"{manifest.num_codes} codes used ({usage['codes_used_percent']:.1f} %), "
+            f"perplexity {usage['perplexity']:.0f}"
+        )
+    return output
+
+
+def _encoded(vqvae: VQModel, images: ImageSet, recipe: EncodeRecipe) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(codes (b, views, h*w), labels (b,)) in the order of the images."""
+    loader = DataLoader(images, recipe.batch_size, num_workers=recipe.num_workers)
+    with tqdm(total=len(images), desc=f"encoding {images.split}", unit="image", mininterval=1) as bar:
+        for batch, labels in loader:
+            views = [batch, batch.flip(-1)] if recipe.flip else [batch]
+            codes = [encode_images(vqvae, view).flatten(1).cpu() for view in views]  # each (b, h*w)
+            yield torch.stack(codes, 1).numpy(), labels.numpy()
+            bar.update(len(labels))
