@@ -1,0 +1,183 @@
+"""Images from a saved pipeline: opening it with checks, its hash, and drawing with one generator an image.
+
+This file owns the user's call of the pipeline on behalf of grids and sweeps; it never measures and never writes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from xdlm_image.data.images import to_uint8
+from xdlm_image.evaluation.batches import LabelledBatch
+from xdlm_image.evaluation.seeds import image_generators
+from xdlm_image.evaluation.statistics import rank_and_world
+from xdlm_image.pipelines import XDLMPipeline
+from xdlm_image.tokenizer.codes import tokenizer_hash
+
+
+@dataclass(frozen=True)
+class SamplerSettings:
+    """How a pipeline is called.
+
+    Attributes:
+        num_steps: Reverse steps.
+        guidance_scale: 1 is no guidance.
+        temperature: Divides the logits.
+    """
+
+    num_steps: int
+    guidance_scale: float = 1.0
+    temperature: float = 1.0
+
+    @property
+    def nfe(self) -> int:
+        """Network evaluations an image; guidance takes two a step."""
+        return self.num_steps * (1 if self.guidance_scale == 1 else 2)
+
+
+def open_pipeline(folder: str | Path, device: torch.device, argument: str = "pipeline") -> XDLMPipeline:
+    """Load a saved pipeline in evaluation mode.
+
+    Args:
+        folder: From `save_pretrained`.
+        device: Where it will run.
+        argument: What the caller calls the folder, for errors.
+
+    Raises:
+        FileNotFoundError: No such folder, or no `model_index.json` in it.
+        ValueError: A file in it is damaged or its parts do not fit.
+    """
+    path = Path(folder)
+    if not (path / "model_index.json").is_file():
+        raise FileNotFoundError(
+            f"{argument}={str(folder)!r}: no saved pipeline there (no model_index.json); train one with "
+            "`xdlm-image train`, or check the path"
+        )
+    try:
+        pipeline = XDLMPipeline.from_pretrained(str(path), local_files_only=True)
+    except Exception as error:  # json, safetensors, OSError, KeyError: whatever a damaged folder raises
+        raise ValueError(
+            f"{argument}={str(folder)!r}: cannot be loaded ({type(error).__name__}: {error}); save it again"
+        ) from error
+    pipeline.transformer.eval()
+    pipeline.vqvae.eval()
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device)
+
+
+def pipeline_hash(pipeline: XDLMPipeline) -> str:
+    """SHA-256 over the weights of network and tokenizer and over the configurations that decide what is drawn."""
+    digest = hashlib.sha256()
+    for module in (pipeline.transformer, pipeline.vqvae):
+        digest.update(tokenizer_hash(module).encode())  # names, shapes and float32 values: of any module
+        digest.update(_config_json(module).encode())
+    digest.update(_config_json(pipeline.scheduler).encode())
+    return digest.hexdigest()
+
+
+def _config_json(component: object) -> str:
+    config = {k: v for k, v in dict(component.config).items() if not k.startswith("_")}  # type: ignore[attr-defined]
+    return json.dumps(config, sort_keys=True, default=str)
+
+
+def image_shape(pipeline: XDLMPipeline) -> tuple[int, int]:
+    """(channels, side in pixels) of the pipeline's square images. Raises ValueError where they are not square."""
+    rows, columns = pipeline.transformer.grid
+    if rows != columns:
+        raise ValueError(f"the pipeline draws a grid of {rows} x {columns} codes: only square images are evaluated")
+    return int(pipeline.vqvae.config.out_channels), rows * 2 ** (len(pipeline.vqvae.config.block_out_channels) - 1)
+
+
+def class_names(pipeline: XDLMPipeline) -> list[str]:
+    """Names by class id; `class 3` where the pipeline has none. Empty for an unconditional pipeline."""
+    return [pipeline.id2label.get(i, f"class {i}") for i in range(pipeline.transformer.config.num_classes or 0)]
+
+
+def draw(
+    pipeline: XDLMPipeline, labels: Sequence[int], indices: Sequence[int], seed: int, settings: SamplerSettings
+) -> torch.Tensor:
+    """Draw one image for each label.
+
+    Args:
+        pipeline: From `open_pipeline`.
+        labels: Class ids (B).
+        indices: Place of each image in the set (B); with `seed` it decides the image's random numbers.
+        seed: Which set.
+        settings: How the pipeline is called.
+
+    Returns:
+        uint8 (B, C, S, S) on the CPU, rounded to nearest.
+    """
+    conditional = pipeline.transformer.config.num_classes is not None
+    generators = image_generators(seed, indices)
+    images = pipeline(
+        class_labels=list(labels) if conditional else None,
+        num_steps=settings.num_steps,
+        guidance_scale=settings.guidance_scale,
+        temperature=settings.temperature,
+        generator=generators,
+        num_images_per_prompt=1 if conditional else len(indices),
+        output_type="pt",
+    ).images  # (B, C, S, S) in [0, 1]
+    return to_uint8(images.float().cpu() * 2 - 1)
+
+
+class DrawnBatches:
+    """This rank's share of a balanced set: image i of `num_samples` has class i mod num_classes.
+
+    An iterable of (uint8 images, labels), with `seconds` spent drawing so far.
+    """
+
+    def __init__(
+        self,
+        pipeline: XDLMPipeline,
+        num_samples: int,
+        num_classes: int,
+        seed: int,
+        settings: SamplerSettings,
+        batch_size: int,
+    ) -> None:
+        self.pipeline = pipeline
+        self.num_samples = num_samples
+        self.num_classes = num_classes
+        self.seed = seed
+        self.settings = settings
+        self.batch_size = batch_size
+        self.seconds = 0.0
+
+    def __iter__(self) -> Iterator[LabelledBatch]:
+        rank, world = rank_and_world()
+        mine = range(rank, self.num_samples, world)
+        for start in range(0, len(mine), self.batch_size):
+            indices = mine[start : start + self.batch_size]
+            labels = [index % self.num_classes for index in indices]
+            began = time.perf_counter()
+            images = draw(self.pipeline, labels, indices, self.seed, self.settings)
+            self.seconds += time.perf_counter() - began
+            yield images, torch.tensor(labels)
+
+
+def draw_all(
+    pipeline: XDLMPipeline,
+    labels: Sequence[int],
+    seed: int,
+    settings: SamplerSettings,
+    batch_size: int,
+    description: str = "images",
+) -> torch.Tensor:
+    """Draw image i of class labels[i] for every i, by batches; uint8 (N, C, S, S)."""
+    parts = []
+    with tqdm(total=len(labels), desc=description, unit="image", leave=False) as progress:
+        for start in range(0, len(labels), batch_size):
+            indices = range(start, min(start + batch_size, len(labels)))
+            parts.append(draw(pipeline, labels[start : indices.stop], indices, seed, settings))
+            progress.update(len(indices))
+    return torch.cat(parts)

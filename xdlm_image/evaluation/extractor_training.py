@@ -1,0 +1,185 @@
+"""Train the small classifier whose features judge images.
+
+This file owns the training loop of the extractor and the files it leaves; the network is in `extractor`, the images
+come from `data.images`. It never computes FID.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from xdlm_image.data.images import ImageSet, open_images
+from xdlm_image.evaluation.batches import Uint8Images, real_batches
+from xdlm_image.evaluation.extractor import (
+    ExtractorConfig,
+    SmallClassifier,
+    best_device,
+    load_extractor,
+    read_extractor_config,
+)
+from xdlm_image.evaluation.files import sha256_of_file, write_atomic, write_json
+from xdlm_image.recipes import ExtractorRecipe
+
+EVALUATION_BATCH = 500
+
+
+def augment(images: torch.Tensor, shift: int, generator: torch.Generator) -> torch.Tensor:
+    """Mirror half of the images and move each by up to `shift` pixels both ways, repeating the border.
+
+    Args:
+        images: Float (B, C, S, S) on any device.
+        shift: Largest move in pixels, at least 0.
+        generator: CPU generator of the draws.
+
+    Returns:
+        A new tensor (B, C, S, S).
+    """
+    batch, channels, side, _ = images.shape
+    mirrored = torch.rand(batch, generator=generator) < 0.5  # (B,)
+    moves = torch.randint(-shift, shift + 1, (2, batch, 1), generator=generator)  # rows and columns
+    rows, columns = (torch.arange(side) + moves).clamp(0, side - 1)  # (B, S) each
+    columns = torch.where(mirrored[:, None], side - 1 - columns, columns)
+    index = (rows[:, :, None] * side + columns[:, None, :]).to(images.device)  # (B, S, S)
+    index = index.view(batch, 1, side * side).expand(-1, channels, -1)
+    return images.reshape(batch, channels, side * side).gather(2, index).view_as(images)
+
+
+@torch.no_grad()
+def measure_accuracy(classifier: SmallClassifier, images: ImageSet, device: torch.device, num_workers: int) -> float:
+    """Share of `images` that the classifier puts in their class, in [0, 1]."""
+    classifier.eval()
+    right = 0
+    for batch, labels in real_batches(images, EVALUATION_BATCH, num_workers=num_workers):
+        logits = classifier(batch.to(device).float().div(127.5).sub(1))  # (B, num_classes)
+        right += int((logits.argmax(1).cpu() == labels).sum())
+    return right / len(images)
+
+
+def train_extractor(recipe: ExtractorRecipe) -> Path:
+    """Train on the train split, measure accuracy on the test split, write the extractor's folder.
+
+    Writes `model.safetensors`, `report.json` and, last, `config.json`. A folder that already holds an extractor of
+    exactly this recipe and these images is left as it is.
+
+    Raises:
+        ValueError: `output_dir` holds an extractor of another recipe: FIDs measured with it could not be repeated.
+    """
+    output = Path(recipe.output_dir)
+    train, test = open_images(recipe.data, "train"), open_images(recipe.data, "test")
+    if _is_trained(output, recipe, train.fingerprint):
+        print(f"{output}: this extractor is already trained; delete the folder to train it again")
+        return output
+
+    device = best_device()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        classifier = SmallClassifier(
+            recipe.data.image_size, recipe.data.channels, len(train.class_names), recipe.width, recipe.feature_dim
+        )
+    classifier = classifier.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    started = time.perf_counter()
+    curve = _fit(classifier, train, recipe, device)
+    seconds = time.perf_counter() - started
+    accuracy = measure_accuracy(classifier, test, device, recipe.num_workers)
+
+    output.mkdir(parents=True, exist_ok=True)
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in classifier.state_dict().items()}
+    weights = write_atomic(output / "model.safetensors", lambda path: save_file(state, path))
+    config = ExtractorConfig(
+        image_size=recipe.data.image_size,
+        channels=recipe.data.channels,
+        width=recipe.width,
+        feature_dim=recipe.feature_dim,
+        class_names=list(train.class_names),
+        data_fingerprint=train.fingerprint,
+        test_accuracy=accuracy,
+        weights_sha256=sha256_of_file(weights),
+    )
+    write_json(
+        output / "report.json",
+        {
+            "test_accuracy": accuracy,
+            "test_images": len(test),
+            "train_images": len(train),
+            "parameters": sum(parameter.numel() for parameter in classifier.parameters()),
+            "seconds": round(seconds, 1),
+            "device": str(device),
+            "loss_curve": curve,
+        },
+    )
+    write_json(
+        output / "config.json", {**config.to_dict(), "recipe": asdict(recipe)}
+    )  # last: it makes the folder whole
+    load_extractor(output, device)
+    print(f"{output}: test accuracy {accuracy:.4f} after {seconds:.0f} s")
+    return output
+
+
+def _is_trained(output: Path, recipe: ExtractorRecipe, fingerprint: str) -> bool:
+    if not (output / "config.json").exists():
+        return False
+    config = read_extractor_config(output)
+    stored = json.loads((output / "config.json").read_text(encoding="utf-8")).get("recipe", {})
+    ignored = ("output_dir", "num_workers")
+    same = {key: value for key, value in stored.items() if key not in ignored} == {
+        key: value for key, value in asdict(recipe).items() if key not in ignored
+    }
+    if not same or config.data_fingerprint != fingerprint:
+        raise ValueError(
+            f"output_dir={str(output)!r}: it holds an extractor of another recipe or other images. Numbers measured "
+            "with it could not be repeated; name another folder, or delete this one"
+        )
+    load_extractor(output, "cpu")
+    return True
+
+
+def _fit(
+    classifier: SmallClassifier, train: ImageSet, recipe: ExtractorRecipe, device: torch.device
+) -> list[dict[str, Any]]:
+    """One-cycle AdamW on the cross-entropy; returns the loss curve, one point every 50 steps and the last."""
+    generator = torch.Generator().manual_seed(recipe.seed)
+    loader = DataLoader(
+        Uint8Images(train),
+        batch_size=min(recipe.batch_size, len(train)),
+        shuffle=True,
+        drop_last=True,
+        generator=generator,
+        num_workers=recipe.num_workers,
+    )
+    total_steps = recipe.epochs * len(loader)
+    optimizer = torch.optim.AdamW(classifier.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=recipe.learning_rate, total_steps=total_steps, pct_start=0.15, div_factor=4
+    )
+    shift = max(1, recipe.data.image_size // 28)
+    curve: list[dict[str, Any]] = []
+    recent: list[float] = []
+    classifier.train()
+    with tqdm(total=total_steps, desc="extractor", unit="step") as progress:
+        for _ in range(recipe.epochs):
+            for images, labels in loader:
+                images = images.to(device).float().div(127.5).sub(1)  # (B, C, S, S) in [-1, 1]
+                images = augment(images, shift, generator).contiguous(memory_format=torch.channels_last)
+                loss = F.cross_entropy(classifier(images), labels.to(device))
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                recent.append(loss.item())
+                progress.update()
+                if progress.n % 50 == 0 or progress.n == total_steps:
+                    mean = sum(recent) / len(recent)
+                    curve.append({"step": progress.n, "loss": round(mean, 5)})
+                    progress.set_postfix(loss=f"{mean:.3f}")
+                    recent.clear()
+    return curve

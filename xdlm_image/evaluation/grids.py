@@ -1,0 +1,148 @@
+"""Pictures of many images with names at the rows, and the verb `sample`.
+
+This file owns the layout of grids and the saving of single images; the images come from `drawing`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from xdlm_image.evaluation.drawing import SamplerSettings, class_names, draw_all, open_pipeline
+from xdlm_image.evaluation.extractor import best_device
+from xdlm_image.evaluation.files import write_atomic
+from xdlm_image.pipelines import XDLMPipeline
+from xdlm_image.recipes import SampleRecipe
+
+GAP = 2  # white pixels between images
+SMALLEST_SIDE = 56  # smaller images are enlarged by a whole factor, each pixel a square
+
+
+def save_grid(
+    path: str | Path,
+    images: torch.Tensor,
+    row_names: Sequence[str] | None = None,
+    column_names: Sequence[str] | None = None,
+    title: str | None = None,
+) -> Path:
+    """Write one picture of rows of images, atomically.
+
+    Args:
+        path: PNG file.
+        images: uint8 (rows, columns, C, S, S), C = 1 or 3.
+        row_names: A name for each row, left of it; None for none.
+        column_names: A name for each column, above it; None for none.
+        title: A line above everything; None for none.
+
+    Raises:
+        ValueError: Wrong shape or dtype, or a wrong number of names.
+    """
+    if images.dtype != torch.uint8 or images.ndim != 5 or images.shape[2] not in (1, 3):
+        raise ValueError(f"images: {images.dtype} {tuple(images.shape)}, expected uint8 (rows, columns, 1 or 3, S, S)")
+    rows, columns, _, height, width = images.shape
+    for argument, names, count in (("row_names", row_names, rows), ("column_names", column_names, columns)):
+        if names is not None and len(names) != count:
+            raise ValueError(f"{argument}: {len(names)} names for {count} rows or columns of images")
+    factor = max(1, -(-SMALLEST_SIDE // height))
+    cell_height, cell_width = height * factor, width * factor
+    font = ImageFont.load_default(size=max(12, min(28, cell_height // 4)))
+    measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    line = int(font.size * 1.5) if hasattr(font, "size") else 18
+    left = int(max((measure.textlength(name, font=font) for name in row_names), default=0)) + 12 if row_names else GAP
+    title_height = line if title else 0
+    top = title_height + (line if column_names else 0) + GAP
+    picture_width = left + columns * (cell_width + GAP)
+    if title:
+        picture_width = max(picture_width, int(measure.textlength(title, font=font)) + 12)
+    picture = Image.new("RGB", (picture_width, top + rows * (cell_height + GAP)), "white")
+    pen = ImageDraw.Draw(picture)
+    if title:
+        pen.text((6, 2), title, fill="black", font=font)
+    for column, name in enumerate(column_names or []):
+        middle = left + column * (cell_width + GAP) + cell_width // 2
+        pen.text((middle, title_height + line // 2), name, fill="black", font=font, anchor="mm")
+    for row in range(rows):
+        y = top + row * (cell_height + GAP)
+        if row_names:
+            pen.text((left - 6, y + cell_height // 2), row_names[row], fill="black", font=font, anchor="rm")
+        for column in range(columns):
+            x = left + column * (cell_width + GAP)
+            cell = to_picture(images[row, column]).convert("RGB")
+            picture.paste(cell.resize((cell_width, cell_height), Image.Resampling.NEAREST), (x, y))
+    return write_atomic(path, lambda temporary: picture.save(temporary, format="PNG"))
+
+
+def to_picture(image: torch.Tensor) -> Image.Image:
+    """uint8 (C, H, W) -> a Pillow picture, grey for C = 1."""
+    array = image.permute(1, 2, 0).contiguous().numpy()  # (H, W, C)
+    return Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)
+
+
+def class_ids(pipeline: XDLMPipeline, class_labels: Sequence[str | int] | None) -> list[int]:
+    """Ids of the classes named by id or name; None means all of them.
+
+    Raises:
+        ValueError: An unknown name or an id out of range.
+    """
+    num_classes = pipeline.transformer.config.num_classes
+    if num_classes is None:
+        if class_labels:
+            raise ValueError(f"class_labels={list(class_labels)!r}: this pipeline is unconditional; leave them out")
+        return [0]
+    if class_labels is None:
+        return list(range(num_classes))
+    ids = []
+    for label in class_labels:
+        text = str(label).strip()
+        if re.fullmatch(r"-?\d+", text):
+            if not 0 <= int(text) < num_classes:
+                raise ValueError(f"class_labels={text!r}: the classes are 0 to {num_classes - 1}")
+            ids.append(int(text))
+        else:
+            ids.extend(pipeline.get_label_ids(text))
+    if not ids:
+        raise ValueError("class_labels=[]: name at least one class, or leave it out for all of them")
+    return ids
+
+
+def class_grid(
+    pipeline: XDLMPipeline, ids: Sequence[int], per_class: int, seed: int, settings: SamplerSettings, batch_size: int
+) -> torch.Tensor:
+    """uint8 (len(ids), per_class, C, S, S): row r holds images of class ids[r]; image i counts row by row."""
+    labels = [label for label in ids for _ in range(per_class)]
+    images = draw_all(pipeline, labels, seed, settings, batch_size)
+    return images.unflatten(0, (len(ids), per_class))
+
+
+def sample(recipe: SampleRecipe) -> Path:
+    """Draw a class grid, one row a class, and write it; with `images_dir` each image too.
+
+    Returns:
+        The grid's path.
+
+    Raises:
+        FileNotFoundError, ValueError: No such pipeline, unknown class, or a setting it does not take.
+    """
+    if Path(recipe.output).suffix.lower() != ".png":
+        raise ValueError(f"output={recipe.output!r}: name a .png file")
+    if recipe.batch_size < 1:
+        raise ValueError(f"batch_size={recipe.batch_size!r}: at least 1 image")
+    pipeline = open_pipeline(recipe.pipeline, best_device(recipe.device))
+    ids = class_ids(pipeline, recipe.class_labels)
+    settings = SamplerSettings(recipe.num_steps, recipe.guidance_scale, recipe.temperature)
+    images = class_grid(pipeline, ids, recipe.images_per_class, recipe.seed, settings, recipe.batch_size)
+    names = class_names(pipeline)
+    if recipe.images_dir is not None:
+        for row, label in enumerate(ids):
+            for column in range(recipe.images_per_class):
+                index = row * recipe.images_per_class + column
+                picture = to_picture(images[row, column])
+                write_atomic(
+                    Path(recipe.images_dir) / f"{index:05d}_class{label:04d}.png",
+                    lambda temporary, picture=picture: picture.save(temporary, format="PNG"),
+                )
+    return save_grid(recipe.output, images, [names[i] for i in ids] if names else None)

@@ -1,0 +1,206 @@
+"""What a sweep is going to do: its parts opened, checked against each other, and written down as the protocol.
+
+This file owns the checks before expensive work and the content of `fid.json`'s protocol; it never draws or measures.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import re
+import warnings
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from xdlm_image.data.images import ImageSet, open_images
+from xdlm_image.evaluation.batches import UINT8_RULE
+from xdlm_image.evaluation.drawing import (
+    SamplerSettings,
+    class_names,
+    image_shape,
+    open_pipeline,
+    pipeline_hash,
+)
+from xdlm_image.evaluation.extractor import FeatureExtractor, best_device, load_extractor
+from xdlm_image.evaluation.seeds import SEED_RULE, image_seed
+from xdlm_image.evaluation.statistics import rank_and_world
+from xdlm_image.recipes import EvaluateRecipe
+from xdlm_image.tokenizer.codes import tokenizer_hash
+
+
+@dataclass
+class Plan:
+    """A sweep whose parts are known to fit.
+
+    Attributes:
+        recipe: What was asked for.
+        device: Where it runs.
+        extractor: The judge.
+        reference: Images of the reference split.
+        train: Images of the train split, for the floor.
+        pipelines: Name -> folder, hashes and settings, as the protocol records them.
+        warnings: What a reader of the numbers must know.
+    """
+
+    recipe: EvaluateRecipe
+    device: torch.device
+    extractor: FeatureExtractor
+    reference: ImageSet
+    train: ImageSet
+    pipelines: dict[str, dict[str, Any]]
+    warnings: list[str]
+
+
+def check(recipe: EvaluateRecipe) -> Plan:
+    """Open everything the sweep needs and see that it fits; nothing is drawn or measured.
+
+    Raises:
+        FileNotFoundError, ValueError: Names the argument, its value and the remedy.
+    """
+    for argument, values in (("num_steps", recipe.num_steps), ("seeds", recipe.seeds)):
+        if not values or len(set(values)) != len(values):
+            raise ValueError(f"{argument}={values!r}: name at least one, each only once")
+    if recipe.batch_size < 1:
+        raise ValueError(f"batch_size={recipe.batch_size!r}: at least 1 image")
+    if recipe.num_samples < 2:
+        raise ValueError(
+            f"num_samples={recipe.num_samples!r}: at least 2 images, and far more for numbers that mean much"
+        )
+    for seed in recipe.seeds:
+        image_seed(seed, recipe.num_samples - 1)
+    for name in recipe.pipelines:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._=+-]*", name):
+            raise ValueError(f"pipelines: the name {name!r} becomes part of file names; use letters, digits, . _ = + -")
+    if recipe.reference_split == "train" and recipe.data.crop == "random":
+        raise ValueError("data.crop='random': the reference images would change at every reading; use center")
+    data = replace(recipe.data, crop="center")
+    reference, train = open_images(data, recipe.reference_split), open_images(data, "train")
+    names = list(reference.class_names)
+    if recipe.num_samples % len(names) != 0:
+        nearest = max(1, round(recipe.num_samples / len(names))) * len(names)
+        raise ValueError(
+            f"num_samples={recipe.num_samples}: must be a multiple of the {len(names)} classes, so that each has as "
+            f"many images; {nearest} is near"
+        )
+    device = best_device(recipe.device)
+    if rank_and_world()[1] > 1 and recipe.device is None:
+        from accelerate import PartialState
+
+        device = PartialState().device
+    extractor = load_extractor(recipe.extractor, device)
+    extractor.check_images(data.channels, data.image_size)
+    notes = []
+    if extractor.config is not None and extractor.config.class_names != names:
+        extractor = replace(extractor, logits_layer=None)
+        notes.append("the extractor was trained on other classes than the data's: no class accuracy is given")
+    for layer, dim in extractor.feature_dims.items():
+        smallest = min(recipe.num_samples, len(reference))
+        if smallest < 2 * dim:
+            notes.append(
+                f"{smallest} images are few for the {dim} features of {layer!r} (at least {2 * dim} are wanted): FID "
+                "is biased upwards, compare only numbers of the same num_samples"
+            )
+    pipelines = {
+        name: _check_pipeline(recipe, name, folder, device, (data.channels, data.image_size), names)
+        for name, folder in recipe.pipelines.items()
+    }
+    if rank_and_world()[0] == 0:
+        for note in notes:
+            warnings.warn(note, stacklevel=3)
+    return Plan(recipe, device, extractor, reference, train, pipelines, notes)
+
+
+def _check_pipeline(
+    recipe: EvaluateRecipe, name: str, folder: str, device: torch.device, shape: tuple[int, int], names: list[str]
+) -> dict[str, Any]:
+    argument = f"pipelines.{name}={folder!r}"
+    pipeline = open_pipeline(folder, device, f"pipelines.{name}")
+    if image_shape(pipeline) != shape:
+        raise ValueError(
+            f"{argument}: it draws images of (channels, size) {image_shape(pipeline)}, the reference has {shape}; set "
+            "data.channels and data.image_size to the pipeline's"
+        )
+    num_classes = pipeline.transformer.config.num_classes
+    if num_classes is not None and num_classes != len(names):
+        raise ValueError(f"{argument}: it has {num_classes} classes, the data have {len(names)}; use the same data")
+    if num_classes is not None and pipeline.id2label and class_names(pipeline) != names:
+        raise ValueError(
+            f"{argument}: its classes are {class_names(pipeline)[:5]}..., the data's are {names[:5]}...; the ids would "
+            "not mean the same"
+        )
+    if recipe.guidance_scale != 1 and not pipeline.config.get("supports_guidance", True):
+        raise ValueError(f"guidance_scale={recipe.guidance_scale}: {argument} was trained without class dropout; use 1")
+    return {
+        "folder": folder,
+        "weights_hash": pipeline_hash(pipeline),
+        "tokenizer_hash": tokenizer_hash(pipeline.vqvae),
+        "scheduler": {k: v for k, v in dict(pipeline.scheduler.config).items() if not k.startswith("_")},
+        "parameters": sum(p.numel() for p in pipeline.transformer.parameters()),
+        "conditional": num_classes is not None,
+        "grid": list(pipeline.transformer.grid),
+    }
+
+
+def metric_name(extractor: FeatureExtractor) -> str:
+    if extractor.is_inception:
+        return "Fréchet Inception Distance (torch-fidelity's InceptionV3, 2048 pooled features)"
+    assert extractor.config is not None
+    return (
+        f"Fréchet distance of features of {extractor.name} (a small classifier of these classes, test accuracy "
+        f"{100 * extractor.config.test_accuracy:.1f} %). This is not Inception FID and compares only with itself"
+    )
+
+
+def images_key(plan: Plan, images: ImageSet) -> dict[str, Any]:
+    return {
+        "fingerprint": images.fingerprint,
+        "split": images.split,
+        "num_images": len(images),
+        "image_size": images.image_size,
+        "channels": images.channels,
+        "crop": images.crop,
+        "uint8_rule": UINT8_RULE,
+    }
+
+
+def protocol(plan: Plan, statistics_hashes: dict[str, str]) -> dict[str, Any]:
+    recipe = plan.recipe
+    classes = len(plan.reference.class_names)
+    return {
+        "reference": {
+            "name": recipe.data.name,
+            "root": recipe.data.root,
+            **images_key(plan, plan.reference),
+            "resize": "shorter side to image_size, bicubic with antialiasing, then centre crop; none where it fits",
+            "statistics_sha256": statistics_hashes,
+        },
+        "num_samples": recipe.num_samples,
+        "samples_per_class": recipe.num_samples // classes,
+        "class_balance": f"image i has class i mod {classes}",
+        "seeds": recipe.seeds,
+        "seed_rule": SEED_RULE,
+        "uint8_rule": UINT8_RULE,
+        "extractor": plan.extractor.describe(),
+        "sampler": {
+            "num_steps": recipe.num_steps,
+            "guidance_scale": recipe.guidance_scale,
+            "temperature": recipe.temperature,
+            "nfe_per_step": SamplerSettings(1, recipe.guidance_scale).nfe,
+        },
+        "pipelines": plan.pipelines,
+        "device": device_name(plan.device),
+        "versions": versions(),
+    }
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.getdevice_name(device)
+    return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def versions() -> dict[str, str]:
+    packages = ("xdlm-image", "torch", "torchvision", "diffusers", "torch-fidelity", "timm", "numpy")
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}

@@ -1,0 +1,143 @@
+"""Statistics of sets that do not depend on a sampler: the reference images, their reconstructions, training images.
+
+This file owns their cache on disk (`statistics/` in the output folder), keyed by what the images are and which
+extractor looked at them. It never draws samples.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from xdlm_image.evaluation.batches import LabelledBatch
+from xdlm_image.evaluation.extractor import FeatureExtractor
+from xdlm_image.evaluation.fid import new_statistics
+from xdlm_image.evaluation.files import sha256_of_file, write_json
+from xdlm_image.evaluation.statistics import StreamedStatistics, rank_and_world
+
+
+@dataclass
+class Measured:
+    """What an extractor saw of a set of images.
+
+    Attributes:
+        statistics: Layer -> mean and covariance.
+        class_accuracy: Share of images that the extractor's own head puts in their class; None without such a head.
+        hashes: Layer -> SHA-256 of the statistics' file; empty where they are on no disk.
+    """
+
+    statistics: dict[str, StreamedStatistics]
+    class_accuracy: float | None
+    hashes: dict[str, str]
+
+
+def measure(extractor: FeatureExtractor, batches: Iterable[LabelledBatch], progress: tqdm | None = None) -> Measured:
+    """Stream labelled uint8 batches into statistics of each FID layer; merged over ranks at the end.
+
+    Args:
+        extractor: From `load_extractor`.
+        batches: This rank's share.
+        progress: Bar that counts this rank's images.
+    """
+    statistics = new_statistics(extractor)
+    right = 0
+    for images, labels in batches:
+        features = extractor(images)
+        for layer, layer_statistics in statistics.items():
+            layer_statistics.update(features[layer])
+        if extractor.logits_layer is not None:
+            right += int((features[extractor.logits_layer].argmax(1) == labels.cpu()).sum())
+        if progress is not None:
+            progress.update(len(images))
+    for layer_statistics in statistics.values():
+        layer_statistics.all_reduce(extractor.device)
+    count = next(iter(statistics.values())).count
+    accuracy = sum_over_ranks(right, extractor.device) / count if extractor.logits_layer is not None else None
+    return Measured(statistics, accuracy, {})
+
+
+def sum_over_ranks(value: int, device: torch.device) -> int:
+    """Sum of an integer over the ranks."""
+    if rank_and_world()[1] == 1:
+        return value
+    total = torch.tensor([value], dtype=torch.int64, device=device)
+    dist.all_reduce(total)
+    return int(total)
+
+
+def barrier() -> None:
+    """Wait for the other ranks, if there are any."""
+    if rank_and_world()[1] > 1:
+        dist.barrier()
+
+
+def short_hash(content: Any) -> str:
+    """12 hexadecimal digits that differ when the JSON content does."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def cached_measure(
+    folder: Path,
+    label: str,
+    key: dict[str, Any],
+    extractor: FeatureExtractor,
+    make_batches: Callable[[], Iterable[LabelledBatch]],
+    total: int,
+) -> Measured:
+    """`measure`, or what an earlier run with the same key left in `folder`.
+
+    Args:
+        folder: Folder of the cache.
+        label: What the set is called in file names and in the progress bar.
+        key: JSON that names the images and everything that changes their statistics.
+        extractor: Its weights' hash becomes part of the key.
+        make_batches: This rank's share of the images.
+        total: Images over all ranks.
+    """
+    key = {**key, "extractor": extractor.weights_hash, "layers": list(extractor.fid_layers)}
+    place = folder / f"{label}-{short_hash(key)}"
+    found = _load(place, key, extractor.fid_layers)
+    if found is not None:
+        return found
+    rank, world = rank_and_world()
+    with tqdm(total=(total - rank + world - 1) // world, desc=label, unit="image", disable=rank != 0) as progress:
+        measured = measure(extractor, make_batches(), progress)
+    if rank == 0:
+        for layer, statistics in measured.statistics.items():
+            statistics.save(place / f"{layer}.safetensors", {"layer": layer, "extractor": extractor.weights_hash})
+        hashes = {layer: sha256_of_file(place / f"{layer}.safetensors") for layer in measured.statistics}
+        about = {"key": key, "class_accuracy": measured.class_accuracy, "statistics_sha256": hashes}
+        write_json(place / "about.json", about)  # last: it makes the folder whole
+    barrier()
+    found = _load(place, key, extractor.fid_layers)
+    if found is None:
+        raise RuntimeError(f"{place}: the statistics just written cannot be read back; check the disk")
+    return found
+
+
+def _load(place: Path, key: dict[str, Any], layers: tuple[str, ...]) -> Measured | None:
+    if not (place / "about.json").is_file():
+        return None
+    try:
+        about = json.loads((place / "about.json").read_text(encoding="utf-8"))
+        hashes = {layer: sha256_of_file(place / f"{layer}.safetensors") for layer in layers}
+        if about["key"] != key or about["statistics_sha256"] != hashes:
+            raise ValueError("its files do not belong together")
+        statistics = {
+            layer: StreamedStatistics.load(
+                place / f"{layer}.safetensors", {"layer": layer, "extractor": key["extractor"]}
+            )
+            for layer in layers
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        print(f"{place}: cached statistics cannot be used ({error}); computing them again")
+        return None
+    return Measured(statistics, about["class_accuracy"], hashes)

@@ -1,0 +1,134 @@
+"""What a sweep leaves to read: `fid.json`, the table `fid.md` and the plot `fid.png`.
+
+This file owns their layout; the numbers come from `sweep`. Every file is written atomically.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from xdlm_image.evaluation.files import write_atomic, write_json, write_text
+
+Content = dict[str, Any]  # fid.json, see `sweep.evaluate`
+
+
+def write_report(output_dir: str | Path, content: Content) -> None:
+    """Write `fid.json` and `fid.md` of what is measured so far."""
+    write_json(Path(output_dir) / "fid.json", content)
+    write_text(Path(output_dir) / "fid.md", markdown(content))
+
+
+def mean_and_spread(values: list[float]) -> str:
+    """`12.34`, or `12.34 ± 0.56` (standard deviation, n - 1) of several; a dash for none."""
+    if not values:
+        return "–"
+    mean = f"{statistics.fmean(values):.2f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.2f}"
+
+
+def markdown(content: Content) -> str:
+    """The Markdown page: one table for each feature layer and reference, floors beneath, the protocol last."""
+    protocol, floors = content["protocol"], content["floors"]
+    extractor = protocol["extractor"]
+    lines = ["# Image quality over sampling steps", "", content["metric"] + ".", ""]
+    for warning in content["warnings"]:
+        lines += [f"> **Warning:** {warning}", ""]
+    for layer in extractor["fid_layers"]:
+        lines += [f"## Features `{layer}`, against the real images", ""]
+        lines += _table(content, lambda cell, layer=layer: cell["fid"][layer])
+        lines += ["", "Floors: " + "; ".join(_floors(floors, layer)) + ".", ""]
+        lines += [f"## Features `{layer}`, against reconstructions of the real images", ""]
+        lines += _table(content, lambda cell, layer=layer: cell["fid_against_reconstructions"][layer])
+        lines += ["", "The tokenizer's own error is out of this table.", ""]
+    if any(cell["class_accuracy"] is not None for cell in content["cells"]):
+        lines += ["## Class accuracy (%), judged by the extractor's own classifier", ""]
+        lines += _table(content, lambda cell: 100 * cell["class_accuracy"])
+        real = floors["reference_class_accuracy"]
+        lines += ["", f"The same classifier on the real reference images: {100 * real:.2f} %.", ""]
+    lines += ["## Images per second", "", *_table(content, lambda cell: cell["images_per_second"]), ""]
+    reference, sampler = protocol["reference"], protocol["sampler"]
+    lines += [
+        "## Protocol",
+        "",
+        f"{protocol['num_samples']} images a cell, {protocol['samples_per_class']} a class; "
+        f"seeds {', '.join(map(str, protocol['seeds']))}; guidance {sampler['guidance_scale']:g}, "
+        f"temperature {sampler['temperature']:g}; NFE = steps x {sampler['nfe_per_step']}; "
+        f"reference: {reference['num_images']} images, split {reference['split']} of {reference['name']}, "
+        f"{reference['channels']} x {reference['image_size']} x {reference['image_size']}, fingerprint "
+        f"{reference['fingerprint'][:12]}; extractor {extractor['name']} "
+        f"{extractor['weights_sha256'][:12]}; uint8: {protocol['uint8_rule']}. "
+        "The whole protocol is in `fid.json`.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _floors(floors: Content, layer: str) -> list[str]:
+    texts = [
+        f"reconstruction (rFID) of {', '.join(floor['pipelines'])} {floor['fid'][layer]:.2f}"
+        for floor in floors["reconstruction"]
+    ]
+    train = floors["train_against_reference"]
+    texts.append(f"{train['num_images']} training images against the reference {train['fid'][layer]:.2f}")
+    return texts
+
+
+def _table(content: Content, value: Callable[[Content], float]) -> list[str]:
+    protocol = content["protocol"]
+    steps = protocol["sampler"]["num_steps"]
+    lines = [
+        "| pipeline | " + " | ".join(f"{n} step{'s' if n > 1 else ''}" for n in steps) + " |",
+        "|---|" + "---:|" * len(steps),
+    ]
+    for name in protocol["pipelines"]:
+        cells = [mean_and_spread([value(cell) for cell in _cells(content, name, num_steps)]) for num_steps in steps]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _cells(content: Content, pipeline: str, num_steps: int) -> list[Content]:
+    return [c for c in content["cells"] if c["pipeline"] == pipeline and c["num_steps"] == num_steps]
+
+
+def write_plot(output_dir: str | Path, content: Content) -> Path:
+    """Write `fid.png`: FID against network evaluations, a panel for each feature layer, spread over seeds as bars."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import ScalarFormatter
+
+    protocol, floors = content["protocol"], content["floors"]
+    layers = protocol["extractor"]["fid_layers"]
+    figure = Figure(figsize=(6.2 * len(layers), 4.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    all_panels = figure.subplots(1, len(layers), squeeze=False)[0]
+    for panel, layer in zip(all_panels, layers):
+        for name in protocol["pipelines"]:
+            nfe, means, spreads = [], [], []
+            for num_steps in sorted(protocol["sampler"]["num_steps"]):
+                cells = _cells(content, name, num_steps)
+                if cells:
+                    values = [cell["fid"][layer] for cell in cells]
+                    nfe.append(cells[0]["nfe"])
+                    means.append(statistics.fmean(values))
+                    spreads.append(statistics.stdev(values) if len(values) > 1 else math.nan)
+            panel.errorbar(nfe, means, yerr=spreads, marker="o", capsize=3, label=name)
+        for floor in floors["reconstruction"]:
+            label = "reconstruction" if len(floors["reconstruction"]) == 1 else "rec. " + ", ".join(floor["pipelines"])
+            panel.axhline(floor["fid"][layer], linestyle="--", color="grey", linewidth=1, label=label)
+        train = floors["train_against_reference"]["fid"][layer]
+        panel.axhline(train, linestyle=":", color="black", linewidth=1, label="training images")
+        panel.set_xscale("log", base=2)
+        panel.set_yscale("log")
+        panel.xaxis.set_major_formatter(ScalarFormatter())
+        panel.yaxis.set_major_formatter(ScalarFormatter())
+        panel.set_xlabel("network evaluations an image (NFE)")
+        panel.set_ylabel(f"Fréchet distance, features {layer}")
+        panel.set_title(f"{protocol['extractor']['name']}, {protocol['num_samples']} images", fontsize=10)
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=8)
+    path = Path(output_dir) / "fid.png"
+    return write_atomic(path, lambda temporary: figure.savefig(temporary, format="png", dpi=130))
