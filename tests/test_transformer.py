@@ -30,9 +30,7 @@ def tiny(seed: int = 0, **config) -> XDLMTransformer2DModel:
     return model.eval()
 
 
-def codes_and_labels(
-    model: XDLMTransformer2DModel, batch: int = 3
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+def codes_and_labels(model: XDLMTransformer2DModel, batch: int = 3) -> tuple[torch.Tensor, torch.Tensor | None]:
     rows, columns = model.grid
     generator = torch.Generator().manual_seed(7)
     codes = torch.randint(model.config.num_embeds, (batch, rows * columns), generator=generator)
@@ -65,9 +63,7 @@ def official_logits(w: dict[str, torch.Tensor], codes: torch.Tensor, labels: tor
     x = w["codes"][codes]
     for i in range(int(w["layers"])):
         p = {key.removeprefix(f"{i}."): value for key, value in w.items() if key.startswith(f"{i}.")}
-        shift1, scale1, gate1, shift2, scale2, gate2 = (c @ p["adaln"].T + p["adalnb"])[:, None].split(
-            x.shape[-1], -1
-        )
+        shift1, scale1, gate1, shift2, scale2, gate2 = (c @ p["adaln"].T + p["adalnb"])[:, None].split(x.shape[-1], -1)
         h = norm(x, p["norm1"]) * (1 + scale1) + shift1
         q, k, v = (h @ p["qkv"].T).unflatten(-1, (3, heads, -1)).unbind(2)  # (B, L, H, d)
         scores = torch.einsum("blhd,bmhd->bhlm", rotate(q), rotate(k)) / math.sqrt(q.shape[-1])

@@ -92,9 +92,7 @@ class XDLMConditioning(nn.Module):
         self.dim = dim
         self.time_conditioning = time_conditioning
         if time_conditioning != "none":
-            self.time_proj = Timesteps(
-                TIME_FREQUENCIES, flip_sin_to_cos=True, downscale_freq_shift=0, scale=TIME_SCALE
-            )
+            self.time_proj = Timesteps(TIME_FREQUENCIES, flip_sin_to_cos=True, downscale_freq_shift=0, scale=TIME_SCALE)
             self.time_embed = TimestepEmbedding(TIME_FREQUENCIES, dim)
         if num_classes is not None:
             self.class_embed = nn.Embedding(num_classes + 1, dim)  # the last row is the null class
@@ -179,9 +177,7 @@ class XDLMAttention(nn.Module, AttentionModuleMixin):
         self.norm_k: nn.Module = RMSNorm(head_dim, eps=1e-6) if qk_norm else nn.Identity()
         self.processor = self._default_processor_cls()
 
-    def forward(
-        self, hidden_states: torch.Tensor, image_rotary_emb: tuple[torch.Tensor, torch.Tensor]
-    ) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, image_rotary_emb: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         return self.processor(self, hidden_states, image_rotary_emb)  # (B, L, D)
 
 
