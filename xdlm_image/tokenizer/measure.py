@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import VQModel
@@ -19,6 +19,9 @@ from xdlm_image.data.images import ImageSet, normalise, to_uint8
 from xdlm_image.evaluation.files import write_atomic
 from xdlm_image.tokenizer.codebook import usage_of
 from xdlm_image.tokenizer.codes import decode_codes, encode_images
+
+if TYPE_CHECKING:
+    from xdlm_image.evaluation.extractor import FeatureExtractor
 
 
 def batches_of(images: ImageSet, batch_size: int) -> Iterator[torch.Tensor]:
@@ -34,7 +37,7 @@ def reconstruct(vqvae: VQModel, images: ImageSet, batch_size: int) -> Iterator[t
 
 
 def measure_tokenizer(
-    vqvae: VQModel, images: ImageSet, batch_size: int, extractor: str | None = None
+    vqvae: VQModel, images: ImageSet, batch_size: int, extractor: FeatureExtractor | None = None
 ) -> dict[str, Any]:
     """Measure on a whole split.
 
@@ -42,12 +45,12 @@ def measure_tokenizer(
         vqvae: Tokenizer in evaluation mode.
         images: The split.
         batch_size: Images at once.
-        extractor: Folder of a trained extractor for rFID; None leaves rFID out.
+        extractor: From `evaluation.extractor.load_extractor`, for rFID; None leaves rFID out.
 
     Returns:
         `psnr` (dB, mean over images of 10 log10(255^2 / MSE), on uint8 pixels), `psnr_of_mean_error` (of the mean
-        MSE), `l1` (mean |error| in uint8 steps), `codes_used`, `codes_used_percent`, `perplexity`, and `rfid` with
-        an extractor.
+        MSE), `l1` (mean |error| in uint8 steps), `codes_used`, `codes_used_percent`, `perplexity`, and with an
+        extractor `rfid` (one a feature layer) and `rfid_extractor`.
     """
     counts = torch.zeros(vqvae.config.num_vq_embeddings, dtype=torch.int64)
     squared, absolute = [], []
@@ -73,8 +76,8 @@ def measure_tokenizer(
         from xdlm_image.evaluation.fid import fid_of_images
 
         real, again = batches_of(images, batch_size), reconstruct(vqvae, images, batch_size)
-        report["rfid"] = fid_of_images(extractor, real, again)
-        report["rfid_extractor"] = extractor
+        report["rfid"] = fid_of_images(extractor, real, again)  # layer -> distance
+        report["rfid_extractor"] = extractor.describe()
     return report
 
 

@@ -149,8 +149,6 @@ class TokenizerTraining:
         self.recipe = recipe
         self.output = Path(recipe.output_dir)
         self.checkpoints = self.output / "checkpoints"
-        if recipe.extractor is not None and not Path(recipe.extractor).is_dir():
-            raise FileNotFoundError(f"extractor={recipe.extractor!r}: no such folder; train one with train-extractor")
         if not recipe.resume and (newest_checkpoint(self.checkpoints) or (self.output / INFO_FILE).exists()):
             raise ValueError(
                 f"resume=False, but output_dir={recipe.output_dir!r} holds a run: remove it, or name another folder"
@@ -160,6 +158,12 @@ class TokenizerTraining:
 
         self.accelerator = Accelerator(mixed_precision=recipe.mixed_precision)
         self.device = self.accelerator.device
+        self.extractor = None
+        if recipe.extractor is not None:  # now, in case it fails
+            from xdlm_image.evaluation.extractor import load_extractor
+
+            self.extractor = load_extractor(recipe.extractor, self.device)
+            self.extractor.check_images(recipe.data.channels, recipe.data.image_size)
         set_seed(recipe.seed)
         vqvae = build_vqvae(recipe)
         self.grid = grid_of(vqvae, recipe.data.image_size)
@@ -380,7 +384,7 @@ class TokenizerTraining:
         (self.output / INFO_FILE).unlink(missing_ok=True)  # written last: a tokenizer with it is whole
         vqvae.save_pretrained(self.output)
         save_reconstructions(vqvae, self.test_images, self.output / "reconstructions.png")
-        report = measure_tokenizer(vqvae, self.test_images, recipe.batch_size, recipe.extractor)
+        report = measure_tokenizer(vqvae, self.test_images, recipe.batch_size, self.extractor)
         images_seen = self.step * recipe.batch_size * self.accelerator.num_processes
         report |= {
             "training": {

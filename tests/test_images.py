@@ -1,0 +1,268 @@
+"""Opening real images: every kind of file a folder may hold, the splits, and the errors."""
+
+from __future__ import annotations
+
+import gzip
+import struct
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from xdlm_image.data.images import DEBIAN_FASHION_MNIST, normalise, open_images, read_image, to_uint8
+from xdlm_image.recipes import DataOptions
+
+GREY = np.arange(256, dtype=np.uint8).reshape(16, 16)
+
+
+def folder_data(root: Path, **options) -> DataOptions:
+    return DataOptions(**{"name": "folder", "root": str(root), "image_size": 8, "channels": 3} | options)
+
+
+def class_folder(root: Path, name: str, number: int = 3) -> Path:
+    folder = root / name
+    folder.mkdir(parents=True)
+    for i in range(number):
+        Image.fromarray(GREY // (i % 7 + 1)).save(folder / f"{i:03d}.png")
+    return folder
+
+
+def test_uint8_and_float_are_inverse():
+    raw = torch.arange(256, dtype=torch.uint8)
+    assert normalise(raw).min() == -1 and normalise(raw).max() == 1
+    assert torch.equal(to_uint8(normalise(raw)), raw)
+    assert to_uint8(torch.tensor([-3.0, 3.0])).tolist() == [0, 255]
+
+
+# ------------------------------------------------------------------------------------------------ kinds of files
+
+
+def test_kinds_of_pictures_become_what_a_viewer_shows(tmp_path):
+    colour = np.zeros((4, 4, 3), np.uint8) + np.array([200, 100, 50], np.uint8)
+
+    Image.fromarray(colour).convert("CMYK").save(tmp_path / "cmyk.jpg", quality=100)
+    assert np.abs(np.asarray(read_image(tmp_path / "cmyk.jpg", 3)).astype(int) - colour).max() <= 4
+
+    Image.fromarray(colour).quantize(4).save(tmp_path / "palette.png")
+    assert np.array_equal(np.asarray(read_image(tmp_path / "palette.png", 3)), colour)
+
+    Image.fromarray(GREY).save(tmp_path / "grey.png")
+    assert np.array_equal(np.asarray(read_image(tmp_path / "grey.png", 1)), GREY)
+    assert np.array_equal(np.asarray(read_image(tmp_path / "grey.png", 3)), np.repeat(GREY[..., None], 3, 2))
+    assert np.array_equal(
+        np.asarray(read_image(tmp_path / "palette.png", 1)), np.asarray(Image.fromarray(colour).convert("L"))
+    )
+
+    alpha = np.concatenate([colour, np.full((4, 4, 1), 255, np.uint8)], -1)
+    alpha[0, 0, 3] = 0
+    alpha[0, 1, 3] = 128
+    Image.fromarray(alpha).save(tmp_path / "alpha.png")
+    seen = np.asarray(read_image(tmp_path / "alpha.png", 3))
+    assert seen[0, 0].tolist() == [255, 255, 255]  # transparent is white, not the colour (nor black) beneath
+    assert np.abs(seen[0, 1].astype(int) - [227, 177, 152]).max() <= 1
+    assert seen[1, 1].tolist() == [200, 100, 50]
+
+    clear = Image.fromarray(np.array([[0, 1]], np.uint8), mode="P")
+    clear.putpalette([10, 20, 30, 40, 50, 60])
+    clear.save(tmp_path / "clear.png", transparency=0)
+    assert np.asarray(read_image(tmp_path / "clear.png", 3)).tolist() == [[[255, 255, 255], [40, 50, 60]]]
+
+
+def test_sixteen_bits_are_scaled_not_cut_off(tmp_path):
+    deep = (np.arange(256, dtype=np.uint16) * 257).reshape(16, 16)
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    assert np.array_equal(np.asarray(read_image(tmp_path / "deep.png", 1)), GREY)
+
+
+def test_exif_rotation_is_applied(tmp_path):
+    wide = np.zeros((8, 16), np.uint8)
+    wide[:, :8] = 255  # left half white
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: show it rotated by 90 degrees clockwise
+    Image.fromarray(wide).save(tmp_path / "turned.png", exif=exif)
+    upright = np.asarray(read_image(tmp_path / "turned.png", 1))
+    assert upright.shape == (16, 8)
+    assert upright[:8].min() == 255 and upright[8:].max() == 0  # left is now on top
+
+
+def test_broken_pictures_are_named(tmp_path):
+    folder = class_folder(tmp_path / "train", "a")
+    class_folder(tmp_path / "test", "a")
+    class_folder(tmp_path / "val", "a")
+    whole = (folder / "001.png").read_bytes()
+    (folder / "001.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "002.png").write_bytes(b"no picture at all")
+    images = open_images(folder_data(tmp_path), "train")
+    assert images[0][0].shape == (3, 8, 8)
+    with pytest.raises(ValueError, match=r"001\.png.*cannot be read"):
+        images[1]
+    with pytest.raises(ValueError, match=r"002\.png.*UnidentifiedImageError"):
+        images[2]
+    with pytest.raises(IndexError, match="3 images"):
+        images[3]
+
+
+def test_decompression_bomb_is_an_error_that_names_file_and_reason(tmp_path, monkeypatch):
+    Image.fromarray(np.zeros((64, 64), np.uint8)).save(tmp_path / "bomb.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(ValueError, match=r"bomb\.png.*decompression bomb"):
+        read_image(tmp_path / "bomb.png", 3)
+
+
+def test_floats_and_32_bits_have_no_8_bit_meaning(tmp_path):
+    Image.fromarray(np.ones((4, 4), np.float32)).save(tmp_path / "float.tiff")
+    Image.fromarray(np.full((4, 4), 100_000, np.int32)).save(tmp_path / "wide.tiff")
+    with pytest.raises(ValueError, match=r"float\.tiff.*floating-point"):
+        read_image(tmp_path / "float.tiff", 1)
+    with pytest.raises(ValueError, match=r"wide\.tiff.*32-bit"):
+        read_image(tmp_path / "wide.tiff", 1)
+
+
+# ------------------------------------------------------------------------------------------------ resize and crop
+
+
+def test_shorter_side_is_resized_and_the_middle_cut_out(tmp_path):
+    for split in ("train", "val", "test"):
+        class_folder(tmp_path / split, "a", 1)
+    wide = np.zeros((16, 48), np.uint8)
+    wide[:, 16:32] = 255
+    Image.fromarray(wide).save(tmp_path / "train" / "a" / "000.png")
+    raw = open_images(folder_data(tmp_path), "train").raw(0)
+    assert raw.shape == (3, 8, 8) and raw.dtype == torch.uint8
+    assert raw[:, :, 1:-1].min() > 230  # the white middle third
+
+
+def test_random_crop_belongs_to_training_and_to_its_generator(tmp_path):
+    for split in ("train", "val", "test"):
+        class_folder(tmp_path / split, "a", 1)
+    ramp = np.tile(np.arange(64, dtype=np.uint8) * 4, (16, 1))
+    for split in ("train", "test"):
+        Image.fromarray(ramp).save(tmp_path / split / "a" / "000.png")
+    data = folder_data(tmp_path, crop="random")
+    images = open_images(data, "train")
+    crops = [images.raw(0, torch.Generator().manual_seed(seed)) for seed in range(8)]
+    assert len({crop.numpy().tobytes() for crop in crops}) > 3
+    assert torch.equal(crops[0], images.raw(0, torch.Generator().manual_seed(0)))
+    test = open_images(data, "test")
+    assert test.crop == "center"
+    assert torch.equal(test.raw(0), test.raw(0))
+
+
+# ------------------------------------------------------------------------------------------------ splits, errors
+
+
+def test_own_folders_are_used_and_val_is_the_test_set_of_imagenet(tmp_path):
+    for split, number in (("train", 40), ("val", 4)):
+        for name in ("a", "b"):
+            class_folder(tmp_path / split, name, number)
+    data = folder_data(tmp_path)
+    sizes = {split: len(open_images(data, split)) for split in ("train", "validation", "test")}
+    assert sizes["test"] == 8 and sizes["train"] + sizes["validation"] == 80 and 0 < sizes["validation"] < 20
+    class_folder(tmp_path / "test", "a", 2)
+    class_folder(tmp_path / "test", "b", 2)
+    sizes = {split: len(open_images(data, split)) for split in ("train", "validation", "test")}
+    assert sizes == {"train": 80, "validation": 8, "test": 4}
+
+
+def test_flat_folder_is_split_by_name_whatever_else_is_there(tmp_path):
+    for name in ("a", "b"):
+        class_folder(tmp_path, name, 120)
+    data = folder_data(tmp_path)
+    before = {s: {str(p) for p in open_images(data, s)._paths} for s in ("train", "validation", "test")}
+    assert sum(map(len, before.values())) == len(set().union(*before.values())) == 240
+    assert 2 <= len(before["validation"]) <= 30 and 2 <= len(before["test"]) <= 30
+    Image.fromarray(GREY).save(tmp_path / "a" / "new.png")
+    after = {s: {str(p) for p in open_images(data, s)._paths} for s in ("train", "validation", "test")}
+    assert all(before[s] <= after[s] for s in before)  # no image changes its split because another came
+
+
+def test_fingerprint_tells_images_and_splits_apart(tmp_path):
+    for split in ("train", "val", "test"):
+        class_folder(tmp_path / split, "a")
+    data = folder_data(tmp_path)
+    first = open_images(data, "test").fingerprint
+    assert first == open_images(data, "test").fingerprint
+    assert first != open_images(data, "validation").fingerprint  # same files in another split
+    Image.fromarray(GREY[:9]).save(tmp_path / "test" / "a" / "000.png")
+    assert first != open_images(data, "test").fingerprint
+
+
+def test_folder_errors_say_what_to_do(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"data\.root='.*nowhere'.*name a folder"):
+        open_images(folder_data(tmp_path / "nowhere"), "train")
+    with pytest.raises(ValueError, match="no folder of class folders"):
+        open_images(folder_data(tmp_path), "train")
+    class_folder(tmp_path, "a", 2)
+    (tmp_path / "hollow").mkdir()
+    with pytest.raises(ValueError, match="hollow"):
+        open_images(folder_data(tmp_path), "train")
+    (tmp_path / "hollow").rmdir()
+    with pytest.raises(ValueError, match="split 'validation' is empty"):
+        open_images(folder_data(tmp_path), "validation")
+    with pytest.raises(ValueError, match="split='dev'.*train, validation, test"):
+        open_images(folder_data(tmp_path), "dev")
+
+
+def test_splits_must_have_the_same_classes(tmp_path):
+    class_folder(tmp_path / "train", "a")
+    class_folder(tmp_path / "train", "b")
+    class_folder(tmp_path / "val", "a")
+    with pytest.raises(ValueError, match=r"differ in the classes \['b'\]"):
+        open_images(folder_data(tmp_path), "test")
+
+
+# ------------------------------------------------------------------------------------------------ Fashion-MNIST
+
+
+def write_idx(folder: Path, prefix: str, number: int) -> np.ndarray:
+    folder.mkdir(parents=True, exist_ok=True)
+    images = np.random.default_rng(0).integers(0, 256, (number, 28, 28), dtype=np.uint8)
+    labels = (np.arange(number) % 10).astype(np.uint8)
+    with gzip.open(folder / f"{prefix}-images-idx3-ubyte.gz", "wb", compresslevel=1) as file:
+        file.write(struct.pack(">IIII", 2051, number, 28, 28) + images.tobytes())
+    with gzip.open(folder / f"{prefix}-labels-idx1-ubyte.gz", "wb") as file:
+        file.write(struct.pack(">II", 2049, number) + labels.tobytes())
+    return images
+
+
+def test_fashion_mnist_files_are_split_and_read_exactly(tmp_path):
+    train, test = write_idx(tmp_path, "train", 5_020), write_idx(tmp_path, "t10k", 30)
+    data = DataOptions(root=str(tmp_path), download=False)
+    sets = {split: open_images(data, split) for split in ("train", "validation", "test")}
+    assert [len(s) for s in sets.values()] == [20, 5_000, 30]
+    assert np.array_equal(sets["train"].raw(19)[0].numpy(), train[19])
+    assert np.array_equal(sets["validation"].raw(0)[0].numpy(), train[20])
+    assert np.array_equal(sets["test"].raw(29)[0].numpy(), test[29])
+    assert sets["test"][13][1] == 3 and sets["test"].class_names[3] == "Dress"
+    assert len({s.fingerprint for s in sets.values()}) == 3
+    larger = open_images(DataOptions(root=str(tmp_path), image_size=32, channels=3), "test")
+    assert larger[0][0].shape == (3, 32, 32)
+
+
+def test_damaged_or_missing_fashion_mnist_is_a_clear_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no Fashion-MNIST in .*data\.download"):
+        open_images(DataOptions(root=str(tmp_path), download=False), "train")
+    write_idx(tmp_path, "train", 5_020)
+    write_idx(tmp_path, "t10k", 30)
+    file = tmp_path / "t10k-images-idx3-ubyte.gz"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"t10k-images-idx3-ubyte\.gz is damaged"):
+        open_images(DataOptions(root=str(tmp_path), download=False), "test")
+
+
+@pytest.mark.skipif(not DEBIAN_FASHION_MNIST.is_dir(), reason="Debian's dataset-fashion-mnist is not installed")
+def test_the_real_fashion_mnist():
+    images = open_images(DataOptions(), "test")
+    assert len(images) == 10_000 and np.bincount(images.labels).tolist() == [1_000] * 10
+    image, label = images[0]
+    assert image.shape == (1, 28, 28) and image.dtype == torch.float32 and (label, image.min()) == (9, -1)
+
+
+def test_pictures_open_without_warnings(tmp_path):
+    Image.fromarray(GREY).save(tmp_path / "grey.png")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read_image(tmp_path / "grey.png", 3)
