@@ -17,7 +17,8 @@ from xdlm_image.data.code_cache import CodeCache, Manifest, code_dtype, usage_of
 def manifest(**changes) -> Manifest:
     values = {
         "tokenizer_hash": "t" * 64, "data_fingerprint": "d" * 64, "split": "train", "image_size": 8, "channels": 1,
-        "crop": "center", "grid": [2, 3], "num_codes": 50, "num_images": 7, "num_views": 2, "class_names": ["a", "b", "c"],
+        "crop": "center", "grid": [2, 3], "num_codes": 50, "num_images": 7, "num_views": 2,
+        "class_names": ["a", "b", "c"],
         "dtype": "<u2", "label_dtype": "<u2",
     }  # fmt: skip
     return Manifest(**(values | changes))

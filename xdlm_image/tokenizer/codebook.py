@@ -24,7 +24,7 @@ def kmeans(latents: torch.Tensor, num_codes: int, generator: torch.Generator, it
     """Lloyd's algorithm from random latents; a centre without members moves to a latent that is badly served.
 
     Args:
-        latents: (M, D) float32, M >= 1; fewer than num_codes are repeated with a little noise.
+        latents: (M, D) float32, M >= 1; fewer than num_codes are only repeated, with a little noise.
         num_codes: K.
         generator: CPU generator.
 
@@ -37,7 +37,7 @@ def kmeans(latents: torch.Tensor, num_codes: int, generator: torch.Generator, it
     centres = latents[chosen.to(latents.device)].clone()
     if count < num_codes:
         noise = torch.randn(centres.shape, generator=generator).to(centres)
-        centres += 1e-2 * latents.std(unbiased=False) * noise
+        return centres + 1e-2 * latents.std(unbiased=False) * noise
     for _ in range(iterations):
         ids, distances = nearest(latents, centres)
         members = torch.bincount(ids, minlength=num_codes)  # (K,)
@@ -53,7 +53,7 @@ def draw_badly_served(
     latents: torch.Tensor, distances: torch.Tensor, number: int, generator: torch.Generator
 ) -> torch.Tensor:
     """Draw latents (number, D) with probability proportional to their squared distance to the codebook."""
-    weights = distances.to("cpu", torch.float64) + 1e-12
+    weights = distances.cpu().double() + 1e-12
     cumulative = weights.cumsum(0)
     uniform = torch.rand(number, generator=generator, dtype=torch.float64) * cumulative[-1]
     picked = torch.searchsorted(cumulative, uniform).clamp_(max=len(weights) - 1)
@@ -65,7 +65,7 @@ def usage_of(counts: torch.Tensor) -> dict[str, float]:
 
     The perplexity exp(entropy) is the number of equally likely codes with the same entropy, in [1, K].
     """
-    counts = counts.to("cpu", torch.float64)
+    counts = counts.cpu().double()
     total = counts.sum()
     if total == 0:
         raise ValueError("counts are all zero: no codes were counted")

@@ -110,7 +110,7 @@ def load_tokenizer(path: str | Path, device: str | torch.device | None = None) -
         )
     vqvae.eval().requires_grad_(False)
     note = tokenizer_info(folder)
-    if note is not None and note.get("tokenizer_hash") != tokenizer_hash(vqvae):
+    if note is not None and note.get("tokenizer_hash", "") not in ("", tokenizer_hash(vqvae)):
         raise ValueError(
             f"tokenizer={str(path)!r}: its weights are not those its {INFO_FILE} tells of; copy the whole folder"
         )

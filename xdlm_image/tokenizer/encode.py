@@ -54,7 +54,7 @@ def encode(recipe: EncodeRecipe) -> Path:
     if vqvae.config.in_channels != data.channels:
         raise ValueError(f"data.channels={data.channels}: {recipe.tokenizer} takes {vqvae.config.in_channels}")
     trained = tokenizer_info(recipe.tokenizer)
-    if trained is not None and trained["image_size"] != data.image_size:
+    if trained is not None and trained.get("image_size", data.image_size) != data.image_size:
         tqdm.write(f"note: {recipe.tokenizer} was trained at image_size={trained['image_size']}, not {data.image_size}")
     grid = grid_of(vqvae, data.image_size)
     opened = [open_images(data, split) for split in recipe.splits]  # all, before the first is encoded

@@ -240,9 +240,7 @@ class TokenizerTraining:
             batch = torch.stack([views[p] for p in positions]).to(self.device)
             latents.append(self.vqvae.encode(batch).latents.permute(0, 2, 3, 1).flatten(0, 2))
         generator = torch.Generator().manual_seed(self.recipe.seed)
-        self._set_rows(
-            torch.arange(size, device=self.device), kmeans(torch.cat(latents).float(), size, generator)
-        )
+        self._set_rows(torch.arange(size, device=self.device), kmeans(torch.cat(latents).float(), size, generator))
 
     # ------------------------------------------------------------------------------------------ checkpoints
 
@@ -324,12 +322,19 @@ class TokenizerTraining:
             self.step, recipe.max_steps, recipe.batch_size, accelerator.process_index, accelerator.num_processes
         )
         loader = DataLoader(
-            views, recipe.batch_size, sampler=positions, num_workers=recipe.num_workers,
+            views,
+            recipe.batch_size,
+            sampler=positions,
+            num_workers=recipe.num_workers,
             pin_memory=self.device.type == "cuda",
         )
         bar = tqdm(
-            total=recipe.max_steps, initial=self.step, desc="tokenizer", unit="step",
-            disable=not accelerator.is_main_process, mininterval=1,
+            total=recipe.max_steps,
+            initial=self.step,
+            desc="tokenizer",
+            unit="step",
+            disable=not accelerator.is_main_process,
+            mininterval=1,
         )
         self.network.train()
         started = time.monotonic() - self.seconds
@@ -350,7 +355,8 @@ class TokenizerTraining:
         values = {name: float(value) for name, value in scalars.items()}
         if not math.isfinite(values["loss"]):
             raise FloatingPointError(f"step {self.step}: the loss is {values['loss']}: lower learning_rate")
-        used = int((self.step - self.last_use < max(self.recipe.revive_after, 1)).sum())
+        recent = self.last_use > max(self.recipe.plain_steps, self.step - max(self.recipe.revive_after, 1))
+        used = int(recent.sum())
         psnr = 10 * math.log10(4 / max(values["squared_error"], 1e-12))  # the range of pixels is 2, its square 4
         if self.accelerator.is_main_process:
             self.output.mkdir(parents=True, exist_ok=True)

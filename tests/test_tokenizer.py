@@ -1,0 +1,359 @@
+"""The tokenizer: care of the codebook, codes and pictures, a whole tiny training, kill and resume, and encoding."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import VQModel
+from PIL import Image
+
+from xdlm_image.data.code_cache import CodeCache
+from xdlm_image.data.images import open_images, to_uint8
+from xdlm_image.recipes import DataOptions, EncodeRecipe, TokenizerModelOptions, TokenizerRecipe
+from xdlm_image.tokenizer.codebook import draw_badly_served, kmeans, nearest, usage_of
+from xdlm_image.tokenizer.codes import decode_codes, encode_images, grid_of, load_tokenizer, tokenizer_hash
+from xdlm_image.tokenizer.encode import encode
+from xdlm_image.tokenizer.measure import measure_tokenizer
+from xdlm_image.tokenizer.train import (
+    Positions,
+    TokenizerTraining,
+    TrainingViews,
+    build_vqvae,
+    learning_rate_at,
+    reconstruction_loss,
+    train_tokenizer,
+)
+
+STEPS, CHECKPOINT = 14, 6
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory) -> DataOptions:
+    """Two classes of 16x16 pictures: bars across and bars down, of many widths."""
+    root = tmp_path_factory.mktemp("pictures")
+    y, x = np.mgrid[0:16, 0:16]
+    for split, number in (("train", 20), ("val", 4), ("test", 6)):
+        for name, axis in (("across", y), ("down", x)):
+            (root / split / name).mkdir(parents=True)
+            for i in range(number):
+                picture = 127 * (1 + np.sin(axis * (0.3 + 0.1 * i) + i))
+                Image.fromarray(picture.astype(np.uint8)).save(root / split / name / f"{i:02d}.png")
+    return DataOptions(name="folder", root=str(root), image_size=16, channels=1, crop="random")
+
+
+def tiny_recipe(output: Path, data: DataOptions, **changes) -> TokenizerRecipe:
+    model = TokenizerModelOptions(
+        block_out_channels=[8, 8, 8], latent_channels=4, num_vq_embeddings=16, vq_embed_dim=2, norm_num_groups=4
+    )
+    values = {
+        "batch_size": 4, "max_steps": STEPS, "plain_steps": 4, "warmup_steps": 2, "learning_rate": 5e-3,
+        "revive_after": 4, "log_every": 1, "checkpoint_every": CHECKPOINT,
+    }  # fmt: skip
+    return TokenizerRecipe(output_dir=str(output), data=data, model=model, **(values | changes))
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, pictures) -> Path:
+    return train_tokenizer(tiny_recipe(tmp_path_factory.mktemp("trained") / "tokenizer", pictures))
+
+
+def losses(folder: Path) -> list[tuple]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"], line["squared_error"], line["norm"], line["codes_alive"]) for line in lines]
+
+
+# ------------------------------------------------------------------------------------------------ codebook
+
+
+def test_kmeans_finds_well_separated_groups_and_uses_every_centre():
+    generator = torch.Generator().manual_seed(0)
+    groups = torch.tensor([[0.0, 0.0], [10.0, 0.0], [0.0, 10.0]])
+    latents = groups.repeat_interleave(50, 0) + 0.01 * torch.randn(150, 2, generator=generator)
+    centres = kmeans(latents, 3, generator)
+    assert nearest(groups, centres)[1].max() < 0.01
+    centres = kmeans(latents, 40, generator)
+    assert len(nearest(latents, centres)[0].unique()) == 40
+    assert kmeans(latents[:3], 8, generator).unique(dim=0).shape == (8, 2)  # fewer latents than codes
+
+
+def test_revival_draws_where_the_codebook_serves_badly():
+    latents = torch.arange(100.0)[:, None]
+    distances = torch.zeros(100)
+    distances[60:62] = 1.0
+    drawn = draw_badly_served(latents, distances, 200, torch.Generator().manual_seed(0))
+    assert set(drawn.flatten().tolist()) == {60.0, 61.0}
+
+
+def test_usage_of_known_counts():
+    assert usage_of(torch.tensor([5, 5, 5, 5])) == {
+        "codes_used": 4, "codes_used_percent": 100.0, "perplexity": pytest.approx(4),
+    }  # fmt: skip
+    assert usage_of(torch.tensor([9, 0, 0, 0]))["perplexity"] == 1
+    with pytest.raises(ValueError, match="all zero"):
+        usage_of(torch.zeros(4))
+
+
+def test_dead_codes_are_revived_in_weights_average_and_moments(tmp_path, pictures):
+    training = TokenizerTraining(tiny_recipe(tmp_path, pictures, plain_steps=0))
+    weight = training.vqvae.quantize.embedding.weight
+    with torch.no_grad():
+        weight[8:] = 1e4  # far from every latent
+        weight[:8] = torch.randn(8, 2)
+    before = weight.detach().clone()
+    views = TrainingViews(training.images, 0, False)
+    for _ in range(4):
+        training.train_step(torch.stack([views[i] for i in range(16)]))
+    assert (weight[8:].abs() < 100).all() and not torch.equal(weight[8:], before[8:])
+    assert torch.equal(training.ema_codebook[8:], weight[8:])
+    assert (training.optimizer.state[weight]["exp_avg"][8:] == 0).all()
+    assert (training.last_use[8:] == 4).all()
+
+
+# ------------------------------------------------------------------------------------------------ loss, order
+
+
+def test_loss_by_hand(pictures):
+    recipe = tiny_recipe(Path("unused"), pictures, l1_weight=2.0, edge_weight=3.0)
+    images = torch.zeros(1, 1, 2, 2)
+    sample = torch.tensor([[[[1.0, 0.0], [0.0, 0.0]]]])
+    # squares 1/4; l1 1/4; differences across: 1, 0 -> 1/2; down: 1, 0 -> 1/2
+    assert reconstruction_loss(recipe, sample, images).item() == pytest.approx(0.25 + 2 * 0.25 + 3 * 0.5)
+
+
+def test_learning_rate_warms_up_and_ends_at_zero(pictures):
+    recipe = tiny_recipe(Path("unused"), pictures, max_steps=100, warmup_steps=10, learning_rate=1.0)
+    rates = [learning_rate_at(recipe, step) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1) and max(rates) > 0.97 and rates[-1] < 1e-3
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_views_are_fixed_by_position_and_each_epoch_sees_every_image(pictures):
+    images = open_images(pictures, "train")
+    views, again = TrainingViews(images, 3, True), TrainingViews(images, 3, True)
+    late = again[100]  # without having seen the others
+    stream = [views[p] for p in range(101)]
+    assert torch.equal(stream[100], late)
+    n = len(images)
+    seen = {to_uint8(view).sort().values.numpy().tobytes() for view in stream[:n]}
+    assert len(seen) == len({images.raw(i).sort().values.numpy().tobytes() for i in range(n)})
+    assert not all(torch.equal(a, b) for a, b in zip(stream[:n], stream[n:]))
+    ranks = [list(Positions(2, 4, 3, rank, 2)) for rank in (0, 1)]
+    assert ranks == [[12, 13, 14, 18, 19, 20], [15, 16, 17, 21, 22, 23]]
+
+
+# ------------------------------------------------------------------------------------------------ a whole training
+
+
+def test_training_leaves_a_tokenizer_a_report_and_a_picture(trained, pictures):
+    vqvae = load_tokenizer(trained)
+    assert isinstance(vqvae, VQModel) and not vqvae.training
+    told = json.loads((trained / "tokenizer.json").read_text())
+    assert told["tokenizer_hash"] == tokenizer_hash(vqvae)
+    assert (told["image_size"], told["channels"], told["grid"], told["num_codes"]) == (16, 1, [4, 4], 16)
+    assert told["data_fingerprint"] == open_images(pictures, "train").fingerprint
+    report = json.loads((trained / "report.json").read_text())
+    assert report["split"] == "test" and report["images"] == 12
+    assert 1 <= report["perplexity"] <= report["codes_used"] <= 16
+    assert report["training"]["images_seen"] == STEPS * 4
+    with Image.open(trained / "reconstructions.png") as picture:
+        assert picture.width > picture.height > 16
+    psnrs = [line[2] for line in losses(trained)]
+    assert len(psnrs) == STEPS and psnrs[-1] < psnrs[0]
+    # the report is what an independent computation gives
+    test = open_images(pictures, "test")
+    raw = torch.stack([test.raw(i) for i in range(12)])
+    again = to_uint8(decode_codes(vqvae, encode_images(vqvae, raw.float() / 127.5 - 1)))
+    mse = ((again.double() - raw.double()) ** 2).flatten(1).mean(1)
+    assert report["psnr"] == pytest.approx(float((10 * torch.log10(255**2 / mse)).mean()), abs=1e-3)
+
+
+def test_killed_and_resumed_is_bitwise_the_same(tmp_path, trained, pictures, monkeypatch):
+    recipe = tiny_recipe(tmp_path / "tokenizer", pictures)
+    step, count = torch.optim.AdamW.step, 0
+
+    def dies_after_nine(self, *arguments, **named):
+        nonlocal count
+        count += 1
+        if count == 10:
+            raise KeyboardInterrupt
+        return step(self, *arguments, **named)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(torch.optim.AdamW, "step", dies_after_nine)
+        train_tokenizer(recipe)
+    output = tmp_path / "tokenizer"
+    assert [line[0] for line in losses(output)] == list(range(1, 10))
+    assert [p.name for p in (output / "checkpoints").glob("step-*")] == [f"step-{CHECKPOINT:08d}"]
+    with pytest.raises(FileNotFoundError, match=r"no config\.json"):
+        load_tokenizer(output)
+    # a checkpoint and a line that were being written when the lights went out
+    (output / "checkpoints" / ".partial-1").mkdir()
+    with open(output / "metrics.jsonl", "a") as file:
+        file.write('{"step": 10, "lo')
+
+    train_tokenizer(recipe)
+    assert losses(output) == losses(trained)
+    assert tokenizer_hash(load_tokenizer(output)) == tokenizer_hash(load_tokenizer(trained))
+    codes = [encode_images(load_tokenizer(p), torch.zeros(1, 1, 16, 16)) for p in (output, trained)]
+    assert torch.equal(*codes)
+
+
+def test_another_recipe_is_not_resumed(trained, pictures, tmp_path):
+    folder = tmp_path / "tokenizer"
+    shutil.copytree(trained, folder)
+    with pytest.raises(ValueError, match=r"learning_rate=0\.01, but the run .* has 0\.005"):
+        train_tokenizer(tiny_recipe(folder, pictures, learning_rate=1e-2))
+    with pytest.raises(ValueError, match="resume=False"):
+        train_tokenizer(tiny_recipe(folder, pictures, resume=False))
+
+
+def test_wrong_options_fail_before_training(tmp_path, pictures):
+    with pytest.raises(ValueError, match="plain_steps=14"):
+        tiny_recipe(tmp_path, pictures, plain_steps=STEPS)
+    with pytest.raises(ValueError, match=r"image_size=18: must be a multiple"):
+        train_tokenizer(tiny_recipe(tmp_path, dataclasses.replace(pictures, image_size=18)))
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        train_tokenizer(tiny_recipe(tmp_path, pictures, extractor=str(tmp_path / "nowhere")))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tokenizer_learns(tmp_path, pictures):
+    """More than the mean image: 250 tiny steps beat the best constant picture by far."""
+    data = dataclasses.replace(pictures, crop="center", image_size=8)
+    recipe = tiny_recipe(tmp_path, data, batch_size=8, max_steps=250, plain_steps=50, warmup_steps=10)
+    recipe = dataclasses.replace(recipe, learning_rate=1e-2, checkpoint_every=1000, log_every=50, revive_after=40)
+    recipe.model.block_out_channels = [8, 16]
+    training = TokenizerTraining(recipe)
+    training.run()
+    training.finish()
+    train = open_images(data, "train")
+    report = measure_tokenizer(load_tokenizer(tmp_path), train, 40)
+    raw = torch.stack([train.raw(i) for i in range(len(train))]).double()
+    constant = 10 * math.log10(255**2 / float((raw - raw.mean(0)).square().mean()))
+    assert report["psnr_of_mean_error"] > constant + 3
+    assert report["codes_used"] >= 14
+
+
+# ------------------------------------------------------------------------------------------------ using one
+
+
+def test_codes_and_pictures_agree_with_vqmodel_itself(trained):
+    vqvae = load_tokenizer(trained)
+    images = torch.rand(3, 1, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    codes = encode_images(vqvae, images)
+    assert codes.shape == (3, 4, 4) and codes.dtype == torch.int64
+    with torch.no_grad():
+        assert torch.allclose(decode_codes(vqvae, codes), vqvae(images).sample, atol=1e-5)
+    latents = vqvae.encode(images).latents.permute(0, 2, 3, 1)[:, :, :, None]  # (B, h, w, 1, D)
+    brute = (latents - vqvae.quantize.embedding.weight).square().sum(-1).argmin(-1)
+    assert torch.equal(codes, brute)
+    vqvae.register_to_config(lookup_from_codebook=False)
+    with torch.no_grad():
+        assert torch.allclose(decode_codes(vqvae, codes), vqvae(images).sample, atol=1e-5)
+
+
+def test_codes_outside_the_codebook_are_refused(trained):
+    vqvae = load_tokenizer(trained)
+    for bad in (16, -1):
+        codes = torch.zeros(1, 4, 4, dtype=torch.int64)
+        codes[0, 1, 2] = bad
+        with pytest.raises(ValueError, match="ids 0 to 15"):
+            decode_codes(vqvae, codes)
+    with pytest.raises(ValueError, match=r"need \(B, h, w\)"):
+        decode_codes(vqvae, torch.zeros(1, 16, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"takes \(B, 1, S, S\)"):
+        encode_images(vqvae, torch.zeros(1, 3, 16, 16))
+    with pytest.raises(ValueError, match="multiple"):
+        grid_of(vqvae, 15)
+
+
+def test_hash_sees_values_only(trained, tmp_path):
+    vqvae = load_tokenizer(trained)
+    first = tokenizer_hash(vqvae)
+    assert tokenizer_hash(vqvae.double()) == first
+    vqvae.float().save_pretrained(tmp_path)
+    assert tokenizer_hash(VQModel.from_pretrained(tmp_path)) == first
+    with torch.no_grad():
+        vqvae.quantize.embedding.weight[3, 1] += 1e-6
+    assert tokenizer_hash(vqvae) != first
+
+
+def test_damaged_tokenizers_are_refused(trained, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such folder; train one"):
+        load_tokenizer(tmp_path / "nowhere")
+    folder = tmp_path / "tokenizer"
+    shutil.copytree(trained, folder, ignore=shutil.ignore_patterns("checkpoints"))
+    weights = folder / "diffusion_pytorch_model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-64])
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        load_tokenizer(folder)
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(ValueError, match=r"not those its tokenizer\.json tells of"):
+        load_tokenizer(folder)
+    weights.unlink()
+    with pytest.raises(FileNotFoundError, match=r"no diffusion_pytorch_model\.safetensors"):
+        load_tokenizer(folder)
+
+
+# ------------------------------------------------------------------------------------------------ encoding
+
+
+def test_encode_writes_caches_that_know_what_they_hold(trained, tmp_path, pictures):
+    data = dataclasses.replace(pictures, crop="center")
+    recipe = EncodeRecipe(tokenizer=str(trained), output_dir=str(tmp_path / "codes"), data=data, batch_size=7)
+    output = encode(recipe)
+    vqvae = load_tokenizer(trained)
+    for split, number in (("train", 40), ("validation", 8), ("test", 12)):
+        cache, images = CodeCache.open(output / split), open_images(data, split)
+        assert cache.codes.shape == (number, 2, 16)
+        cache.verify()
+        cache.check(tokenizer=vqvae, data=images)
+        for i in (0, number - 1):
+            plain = encode_images(vqvae, images[i][0][None]).flatten()
+            mirrored = encode_images(vqvae, images[i][0].flip(-1)[None]).flatten()
+            codes, labels = cache.batch([i, i], [False, True])
+            assert torch.equal(codes, torch.stack([plain, mirrored]))
+            assert labels.tolist() == [images[i][1]] * 2
+    test = CodeCache.open(output / "test")
+    with pytest.raises(ValueError, match=r"data\.split='train'.*'test'"):
+        test.check(data=open_images(data, "train"))
+    with pytest.raises(ValueError, match=r"data\.image_size=32.*16"):
+        test.check(data=open_images(dataclasses.replace(data, image_size=32), "test"))
+    other = build_vqvae(tiny_recipe(tmp_path, data))
+    with pytest.raises(ValueError, match="encode again, or name that tokenizer"):
+        test.check(tokenizer=other)
+    with pytest.raises(FileExistsError, match="overwrite"):
+        encode(recipe)
+    encode(dataclasses.replace(recipe, overwrite=True, flip=False, splits=["test"]))
+    assert CodeCache.open(output / "test").codes.shape == (12, 1, 16)
+
+
+def test_a_cache_does_not_fit_changed_images(trained, tmp_path, pictures):
+    root = tmp_path / "copy"
+    shutil.copytree(pictures.root, root)
+    data = dataclasses.replace(pictures, root=str(root), crop="center")
+    output = encode(EncodeRecipe(str(trained), str(tmp_path / "codes"), data, splits=["test"]))
+    (root / "test" / "down" / "05.png").unlink()
+    with pytest.raises(ValueError, match="not the ones"):
+        CodeCache.open(output / "test").check(data=open_images(data, "test"))
+
+
+def test_encode_refuses_what_cannot_be_right(trained, tmp_path, pictures):
+    recipe = EncodeRecipe(str(trained), str(tmp_path / "codes"), dataclasses.replace(pictures, crop="center"))
+    with pytest.raises(ValueError, match=r"data\.crop='random'"):
+        encode(dataclasses.replace(recipe, data=pictures))
+    with pytest.raises(ValueError, match=r"data\.channels=3"):
+        encode(dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, channels=3)))
+    with pytest.raises(ValueError, match="name each split once"):
+        encode(dataclasses.replace(recipe, splits=["test", "test"]))
+    with pytest.raises(FileNotFoundError, match="train one with train-tokenizer"):
+        encode(dataclasses.replace(recipe, tokenizer=str(tmp_path / "none")))
+    assert not (tmp_path / "codes").exists()
