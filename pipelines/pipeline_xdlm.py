@@ -67,13 +67,15 @@ class XDLMPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-        """Load as every diffusers pipeline, from safetensors only (unless `use_safetensors=False`), and whole.
+        """Load as every diffusers pipeline, and see that the weights are whole.
 
         Raises:
             OSError: If a file is missing or truncated.
             ValueError: If a tensor is missing; diffusers alone would draw it at random and only warn.
         """
-        kwargs.setdefault("use_safetensors", True)
+        folder = Path(pretrained_model_name_or_path)
+        if folder.is_dir() and not any(folder.rglob("*.bin")):  # then never look, or ask, for pickled weights
+            kwargs.setdefault("use_safetensors", True)
         pipeline = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         for name in ("transformer", "vqvae"):
             if name not in kwargs:  # given modules are the caller's
@@ -158,17 +160,8 @@ class XDLMPipeline(DiffusionPipeline):
             return None
         if class_labels is None:
             raise ValueError(f"class_labels=None: this model needs ids (0 to {num_classes - 1}) or names")
-        if isinstance(class_labels, torch.Tensor):
-            if class_labels.ndim > 1 or class_labels.is_floating_point() or class_labels.dtype == torch.bool:
-                raise ValueError(
-                    f"class_labels has shape {tuple(class_labels.shape)} and dtype {class_labels.dtype}: "
-                    "a tensor of labels holds integers and has at most one axis"
-                )
-            class_labels = class_labels.reshape(-1).tolist()
-        items: Any = class_labels if isinstance(class_labels, Iterable) else [class_labels]
-        items = [items] if isinstance(items, str) else items
         ids = []
-        for item in items:
+        for item in _flatten(class_labels):
             if isinstance(item, str):
                 item = self._label_id(item)
             elif isinstance(item, bool) or not hasattr(item, "__index__"):
@@ -422,6 +415,15 @@ def _check_all_loaded(name: str, module: Any) -> None:
         raise ValueError(
             f"{name}: {len(missing)} tensors are not in {folder}, such as {missing[:3]}; save or download it anew"
         )
+
+
+def _flatten(labels: Any) -> list[Any]:
+    """Labels in one list, however they were nested; a name is one label, not a list of letters."""
+    if isinstance(labels, torch.Tensor):
+        return labels.reshape(-1).tolist()
+    if isinstance(labels, str) or not isinstance(labels, Iterable) or getattr(labels, "shape", None) == ():
+        return [labels]
+    return [label for item in labels for label in _flatten(item)]
 
 
 def _normalise(name: str) -> str:
