@@ -64,7 +64,7 @@ class SmallClassifier(torch.nn.Module):
     """A small residual network (timm's ByobNet with basic blocks) for images of one size.
 
     A 3x3 convolution with stride 2, then basic blocks that halve the side each, until it is at most 4: for 28x28
-    that is 28 -> 14 -> 7 -> 4 with widths (width, 2 width, feature_dim).
+    that is 28 -> 14 -> 7 -> 4 with widths (width, 2 width, feature_dim). Two blocks at least.
 
     Args:
         image_size: Side of the images in pixels, at least 8.
@@ -76,11 +76,12 @@ class SmallClassifier(torch.nn.Module):
 
     def __init__(self, image_size: int, channels: int, num_classes: int, width: int, feature_dim: int) -> None:
         super().__init__()
-        side, num_blocks = (image_size + 1) // 2, 0
-        while side > LAST_GRID or num_blocks == 0:
-            side, num_blocks = (side + 1) // 2, num_blocks + 1
-        widths = [min(width * 2**block, feature_dim) for block in range(1, num_blocks)] + [feature_dim]
-        blocks = tuple(ByoBlockCfg(type="basic", d=1, c=block_width, s=2) for block_width in widths)
+        side, strides = (image_size + 1) // 2, []
+        while side > LAST_GRID or len(strides) < 2:  # ByobNet wants two stages at least
+            strides.append(2 if side > LAST_GRID else 1)
+            side = -(-side // strides[-1])
+        widths = [min(width * 2**block, feature_dim) for block in range(1, len(strides))] + [feature_dim]
+        blocks = tuple(ByoBlockCfg(type="basic", d=1, c=c, s=s) for c, s in zip(widths, strides))
         self.net = ByobNet(
             ByoModelCfg(blocks=blocks, stem_type="3x3", stem_pool="", stem_chs=width),
             num_classes=num_classes,
@@ -126,7 +127,7 @@ class SmallClassifierFeatures(FeatureExtractorBase):
         if feature_extractor_weights_path is None:
             raise ValueError(f"feature_extractor_weights_path=None: name the extractor's folder; {_REMEDY}")
         self.config, self.classifier = _load_small_classifier(Path(feature_extractor_weights_path))
-        self.classifier.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.classifier.to(memory_format=torch.channels_last)
         self.requires_grad_(False)
         self.eval()
 
@@ -293,7 +294,7 @@ def _load_inception(device: torch.device) -> FeatureExtractor:
     except Exception as error:  # urllib, SSL, RuntimeError on a wrong hash: the remedy is the same
         raise RuntimeError(
             f"extractor='inception': its weights could not be loaded from {URL_INCEPTION_V3} ({error}). Put the file "
-            f"at {weights}, or pass extractor=FOLDER of a small classifier ({_REMEDY}); that FID is then not Inception FID"
+            f"at {weights}, or pass extractor=FOLDER of a small classifier ({_REMEDY}), which gives no Inception FID"
         ) from error
     return FeatureExtractor(
         name="inception-v3-compat",

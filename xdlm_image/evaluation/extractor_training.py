@@ -86,7 +86,7 @@ def train_extractor(recipe: ExtractorRecipe) -> Path:
         classifier = SmallClassifier(
             recipe.data.image_size, recipe.data.channels, len(train.class_names), recipe.width, recipe.feature_dim
         )
-    classifier = classifier.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    classifier = classifier.to(device).to(memory_format=torch.channels_last)
     started = time.perf_counter()
     curve = _fit(classifier, train, recipe, device)
     seconds = time.perf_counter() - started
@@ -118,11 +118,19 @@ def train_extractor(recipe: ExtractorRecipe) -> Path:
         },
     )
     write_json(
-        output / "config.json", {**config.to_dict(), "recipe": asdict(recipe)}
+        output / "config.json", {**config.to_dict(), "recipe": _recipe_key(recipe)}
     )  # last: it makes the folder whole
     load_extractor(output, device)
     print(f"{output}: test accuracy {accuracy:.4f} after {seconds:.0f} s")
     return output
+
+
+def _recipe_key(recipe: ExtractorRecipe) -> dict[str, Any]:
+    """What decides the weights: everything but where files lie and how they are read."""
+    key = asdict(recipe)
+    for name in ("output_dir", "num_workers"):
+        del key[name]
+    return {**key, "data": {k: v for k, v in key["data"].items() if k not in ("root", "download")}}
 
 
 def _is_trained(output: Path, recipe: ExtractorRecipe, fingerprint: str) -> bool:
@@ -130,10 +138,7 @@ def _is_trained(output: Path, recipe: ExtractorRecipe, fingerprint: str) -> bool
         return False
     config = read_extractor_config(output)
     stored = json.loads((output / "config.json").read_text(encoding="utf-8")).get("recipe", {})
-    ignored = ("output_dir", "num_workers")
-    same = {key: value for key, value in stored.items() if key not in ignored} == {
-        key: value for key, value in asdict(recipe).items() if key not in ignored
-    }
+    same = stored == _recipe_key(recipe)
     if not same or config.data_fingerprint != fingerprint:
         raise ValueError(
             f"output_dir={str(output)!r}: it holds an extractor of another recipe or other images. Numbers measured "

@@ -73,6 +73,11 @@ def save_grid(
             x = left + column * (cell_width + GAP)
             cell = to_picture(images[row, column]).convert("RGB")
             picture.paste(cell.resize((cell_width, cell_height), Image.Resampling.NEAREST), (x, y))
+    return save_picture(path, picture)
+
+
+def save_picture(path: str | Path, picture: Image.Image) -> Path:
+    """Write a PNG file atomically."""
     return write_atomic(path, lambda temporary: picture.save(temporary, format="PNG"))
 
 
@@ -135,14 +140,11 @@ def sample(recipe: SampleRecipe) -> Path:
     ids = class_ids(pipeline, recipe.class_labels)
     settings = SamplerSettings(recipe.num_steps, recipe.guidance_scale, recipe.temperature)
     images = class_grid(pipeline, ids, recipe.images_per_class, recipe.seed, settings, recipe.batch_size)
-    names = class_names(pipeline)
     if recipe.images_dir is not None:
         for row, label in enumerate(ids):
             for column in range(recipe.images_per_class):
                 index = row * recipe.images_per_class + column
                 picture = to_picture(images[row, column])
-                write_atomic(
-                    Path(recipe.images_dir) / f"{index:05d}_class{label:04d}.png",
-                    lambda temporary, picture=picture: picture.save(temporary, format="PNG"),
-                )
+                save_picture(Path(recipe.images_dir) / f"{index:05d}_class{label:04d}.png", picture)
+    names = class_names(pipeline)
     return save_grid(recipe.output, images, [names[i] for i in ids] if names else None)

@@ -197,7 +197,7 @@ def protocol(plan: Plan, statistics_hashes: dict[str, str]) -> dict[str, Any]:
 
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
-        return torch.cuda.getdevice_name(device)
+        return torch.cuda.get_device_name(device)
     return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
 
 

@@ -39,10 +39,10 @@ def markdown(content: Content) -> str:
         lines += [f"> **Warning:** {warning}", ""]
     for layer in extractor["fid_layers"]:
         lines += [f"## Features `{layer}`, against the real images", ""]
-        lines += _table(content, lambda cell, layer=layer: cell["fid"][layer])
+        lines += _table(content, lambda cell: cell["fid"][layer])  # noqa: B023  (called at once)
         lines += ["", "Floors: " + "; ".join(_floors(floors, layer)) + ".", ""]
         lines += [f"## Features `{layer}`, against reconstructions of the real images", ""]
-        lines += _table(content, lambda cell, layer=layer: cell["fid_against_reconstructions"][layer])
+        lines += _table(content, lambda cell: cell["fid_against_reconstructions"][layer])  # noqa: B023
         lines += ["", "The tokenizer's own error is out of this table.", ""]
     if any(cell["class_accuracy"] is not None for cell in content["cells"]):
         lines += ["## Class accuracy (%), judged by the extractor's own classifier", ""]

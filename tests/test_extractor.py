@@ -1,0 +1,178 @@
+"""The small classifier: what it learns, what it takes, what it refuses, and its place in torch-fidelity."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+import torch
+from evaluation_parts import CLASSES, SIZE, extractor_recipe, write_images
+from safetensors.torch import load_file, save_file
+from torch_fidelity.utils import create_feature_extractor
+
+from xdlm_image.evaluation import extractor as room
+from xdlm_image.evaluation.extractor import SMALL_CLASSIFIER, SmallClassifier, load_extractor
+from xdlm_image.evaluation.extractor_training import augment, train_extractor
+from xdlm_image.evaluation.files import sha256_of_file
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp("images"), {"train": 40, "val": 12})
+
+
+@pytest.fixture(scope="module")
+def folder(data, tmp_path_factory):
+    return train_extractor(extractor_recipe(data, tmp_path_factory.mktemp("runs") / "extractor"))
+
+
+@pytest.fixture
+def images():
+    return torch.randint(0, 256, (5, 3, SIZE, SIZE), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def test_training_learns_and_leaves_a_whole_folder(folder):
+    report = json.loads((folder / "report.json").read_text())
+    config = json.loads((folder / "config.json").read_text())
+    assert report["test_accuracy"] > 0.9  # three plain patterns; chance is 0.33
+    assert report["loss_curve"][-1]["loss"] < 0.5  # nats; log 3 = 1.1 at the start
+    assert config["class_names"] == CLASSES and config["test_accuracy"] == report["test_accuracy"]
+    assert config["weights_sha256"] == sha256_of_file(folder / "model.safetensors")
+    assert load_extractor(folder, "cpu").weights_hash == config["weights_sha256"]
+    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors", "report.json"]
+
+
+def test_training_is_reproducible_and_never_replaces_another_extractor(data, folder, tmp_path):
+    again = train_extractor(extractor_recipe(data, tmp_path / "again"))
+    assert sha256_of_file(again / "model.safetensors") == sha256_of_file(folder / "model.safetensors")
+    stamp = (folder / "model.safetensors").stat().st_mtime_ns
+    train_extractor(extractor_recipe(data, folder))  # the same recipe: nothing to do
+    assert (folder / "model.safetensors").stat().st_mtime_ns == stamp
+    with pytest.raises(ValueError, match="another recipe"):
+        train_extractor(extractor_recipe(data, folder, seed=1))
+
+
+def test_layers_belong_together_and_to_the_classifier(folder, images):
+    extractor = load_extractor(folder, "cpu")
+    features = extractor(images)
+    assert {name: tuple(value.shape) for name, value in features.items()} == {
+        "pooled": (5, 16),
+        "spatial": (5, 64),
+        "logits": (5, 3),
+    }
+    assert extractor.feature_dims == {"pooled": 16, "spatial": 64} and not extractor.is_inception
+    torch.testing.assert_close(features["spatial"].unflatten(1, (16, 4)).mean(-1), features["pooled"])
+    classifier = SmallClassifier(SIZE, 3, 3, 8, 16).eval()
+    classifier.load_state_dict(load_file(folder / "model.safetensors"))
+    with torch.no_grad():
+        torch.testing.assert_close(features["logits"], classifier(images.float() / 127.5 - 1), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("size", "side"), [(8, 4), (16, 4), (28, 4), (64, 4), (100, 4)])
+def test_the_last_grid_is_small_at_every_image_size(size, side):
+    classifier = SmallClassifier(size, 1, 10, 8, 32).eval()
+    grid = classifier.net.forward_features(torch.zeros(1, 1, size, size))
+    assert grid.shape == (1, 32, side, side)
+
+
+def test_torch_fidelity_creates_it_by_name(folder, images):
+    created = create_feature_extractor(
+        SMALL_CLASSIFIER, ["spatial"], cuda=False, feature_extractor_weights_path=str(folder), verbose=False
+    )
+    torch.testing.assert_close(created(images)[0], load_extractor(folder, "cpu")(images)["spatial"])
+
+
+def test_wrong_images_are_refused(folder, images):
+    extractor = load_extractor(folder, "cpu")
+    with pytest.raises(ValueError, match="float32.*uint8"):
+        extractor(images.float())
+    with pytest.raises(ValueError, match=r"\(5, 3, 16, 8\).*takes \(B, 3, 16, 16\)"):
+        extractor(images[..., :8])
+    with pytest.raises(ValueError, match="trained on 3 x 16 x 16"):
+        extractor.check_images(1, 16)
+
+
+def test_a_grey_extractor_takes_grey_files_read_as_rgb(data, tmp_path):
+    grey = dataclasses.replace(data, channels=1)
+    extractor = load_extractor(train_extractor(extractor_recipe(grey, tmp_path / "grey", epochs=1)), "cpu")
+    images = torch.randint(0, 256, (2, 1, SIZE, SIZE), dtype=torch.uint8)
+    torch.testing.assert_close(extractor(images.expand(-1, 3, -1, -1))["pooled"], extractor(images)["pooled"])
+    colour = images.repeat(1, 3, 1, 1)
+    colour[0, 1, 0, 0] ^= 1
+    with pytest.raises(ValueError, match="colour images"):
+        extractor(colour)
+
+
+def test_damaged_folders_are_named(folder, tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere.*train-extractor"):
+        load_extractor(tmp_path / "nowhere", "cpu")
+    broken = tmp_path / "broken"
+
+    def fresh():
+        shutil.rmtree(broken, ignore_errors=True)
+        shutil.copytree(folder, broken)
+        return broken
+
+    (fresh() / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no model\.safetensors"):
+        load_extractor(broken, "cpu")
+    weights = fresh() / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="truncated or belongs to another"):
+        load_extractor(broken, "cpu")
+    config = fresh() / "config.json"
+    config.write_text(config.read_text()[:40])
+    with pytest.raises(ValueError, match=r"config\.json is damaged"):
+        load_extractor(broken, "cpu")
+    values = json.loads((fresh() / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps({**values, "feature_dim": 32}))
+    with pytest.raises(ValueError, match="do not fit the sizes"):
+        load_extractor(broken, "cpu")
+    (broken / "config.json").write_text(json.dumps({**values, "schema_version": 99}))
+    with pytest.raises(ValueError, match="schema_version=99"):
+        load_extractor(broken, "cpu")
+    state = load_file(fresh() / "model.safetensors")
+    save_file({name: value for name, value in state.items() if "head" not in name}, broken / "model.safetensors")
+    (broken / "config.json").write_text(
+        json.dumps({**values, "weights_sha256": sha256_of_file(broken / "model.safetensors")})
+    )
+    with pytest.raises(ValueError, match="do not fit the sizes"):
+        load_extractor(broken, "cpu")
+
+
+def test_augment_mirrors_and_shifts_and_nothing_else():
+    images = torch.rand(64, 2, 8, 8)
+    plain = augment(images, 0, torch.Generator().manual_seed(0))
+    mirrored = torch.tensor([torch.equal(new, old.flip(-1)) for new, old in zip(plain, images)])
+    same = torch.tensor([torch.equal(new, old) for new, old in zip(plain, images)])
+    assert (mirrored ^ same).all() and 16 < mirrored.sum() < 48
+    padded = torch.nn.functional.pad(images, (1, 1, 1, 1), mode="replicate")
+    moved = augment(images, 1, torch.Generator().manual_seed(0))
+    for new, old in zip(moved, padded):
+        crops = [old[:, r : r + 8, c : c + 8] for r in range(3) for c in range(3)]
+        assert any(torch.equal(new, crop) or torch.equal(new, crop.flip(-1)) for crop in crops)
+
+
+def test_inception_without_network_names_the_remedy(monkeypatch, tmp_path):
+    def no_network(*args, **kwargs):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
+    with pytest.raises(RuntimeError, match="no route to host.*extractor=FOLDER.*train-extractor"):
+        load_extractor("inception", "cpu")
+
+
+def test_inception_takes_grey_images(monkeypatch, tmp_path):
+    weights = tmp_path / "checkpoints" / room.URL_INCEPTION_V3.rsplit("/", 1)[1]
+    weights.parent.mkdir()
+    torch.save({}, weights)  # random weights in the real network: the released ones are 95 MB
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(room.FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
+    extractor = load_extractor("inception", "cpu")
+    assert extractor.is_inception and extractor.feature_dims == {"2048": 2048}
+    assert extractor.weights_hash == sha256_of_file(weights)
+    grey = torch.randint(0, 256, (2, 1, 28, 28), dtype=torch.uint8)
+    features = extractor(grey)["2048"]
+    assert features.shape == (2, 2048)
+    torch.testing.assert_close(features, extractor(grey.repeat(1, 3, 1, 1))["2048"])
