@@ -1,0 +1,408 @@
+"""Statistics and FID against numpy and torch-fidelity, and sweeps end to end on tiny pipelines."""
+
+import copy
+import json
+import re
+import shutil
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from evaluation_parts import CLASSES, build_parts, save_pipeline, write_images
+from PIL import Image
+from torch_fidelity import calculate_metrics
+
+from xdlm_image.data.images import open_images
+from xdlm_image.evaluation import sweep
+from xdlm_image.evaluation.batches import Uint8Images
+from xdlm_image.evaluation.drawing import SamplerSettings, draw, draw_all, open_pipeline
+from xdlm_image.evaluation.extractor import SMALL_CLASSIFIER, load_extractor
+from xdlm_image.evaluation.fid import fid_from_statistics, fid_of_images, statistics_of_images
+from xdlm_image.evaluation.files import write_atomic
+from xdlm_image.evaluation.report import markdown, mean_and_spread
+from xdlm_image.evaluation.seeds import MAX_IMAGES, MAX_SEED, image_generators, image_seed
+from xdlm_image.evaluation.statistics import StreamedStatistics
+from xdlm_image.evaluation.sweep import evaluate
+from xdlm_image.tokenizer.codes import decode_codes
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*images are few for the.*:UserWarning")
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    return build_parts(tmp_path_factory.mktemp("parts"))
+
+
+@pytest.fixture(scope="module")
+def finished(parts, tmp_path_factory):
+    """Output folder of a whole sweep."""
+    path = evaluate(parts.recipe(tmp_path_factory.mktemp("sweep")))
+    return path.parent
+
+
+# ---------------------------------------------------------------------------------------------- statistics
+
+
+def _features(count, dim, seed=0):
+    rng = np.random.default_rng(seed)
+    return torch.from_numpy(rng.normal(size=(count, dim)) @ rng.normal(size=(dim, dim)) + rng.normal(size=dim))
+
+
+def test_streamed_statistics_equal_numpy_however_they_are_cut():
+    x = _features(101, 7)
+    whole, left, right = StreamedStatistics(7), StreamedStatistics(7), StreamedStatistics(7)
+    for batch in x.split(13):
+        whole.update(batch)
+    left.update(x[:1])
+    left.update(x[1:1])  # an empty batch changes nothing
+    right.update(x[1:])
+    left.merge(right)
+    for statistics in (whole, left):
+        fid = statistics.to_fid()
+        assert statistics.count == 101 and fid["mu"].dtype == fid["sigma"].dtype == np.float64
+        np.testing.assert_allclose(fid["mu"], x.mean(0), rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(fid["sigma"], np.cov(x.numpy(), rowvar=False), rtol=1e-11, atol=1e-12)
+
+
+def test_streamed_statistics_survive_a_large_mean():
+    x = _features(500, 3)
+    shifted = StreamedStatistics(3)
+    for batch in (x + 1e6).split(50):
+        shifted.update(batch)
+    # sums of squares would lose 12 of 16 digits here
+    np.testing.assert_allclose(shifted.to_fid()["sigma"], np.cov(x.numpy(), rowvar=False), rtol=1e-8)
+
+
+def test_statistics_refuse_what_they_cannot_hold():
+    statistics = StreamedStatistics(3)
+    with pytest.raises(ValueError, match=r"\(2, 4\).*\(B, 3\)"):
+        statistics.update(torch.zeros(2, 4))
+    with pytest.raises(ValueError, match="NaN"):
+        statistics.update(torch.tensor([[0.0, float("nan"), 0.0]]))
+    with pytest.raises(ValueError, match="expected 3"):
+        statistics.merge(StreamedStatistics(4))
+    statistics.update(torch.zeros(1, 3))
+    with pytest.raises(ValueError, match="1 images.*at least 2"):
+        statistics.to_fid()
+
+
+def test_statistics_files_come_back_and_damage_is_seen(tmp_path):
+    statistics = StreamedStatistics(4)
+    statistics.update(_features(9, 4))
+    path = statistics.save(tmp_path / "deep" / "a.safetensors", {"layer": "pooled"})
+    back = StreamedStatistics.load(path, {"layer": "pooled"})
+    assert back.count == 9 and torch.equal(back.mean, statistics.mean) and torch.equal(back.scatter, statistics.scatter)
+    with pytest.raises(ValueError, match=r"they are of .*pooled.*expected .*spatial"):
+        StreamedStatistics.load(path, {"layer": "spatial"})
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(ValueError, match="damaged"):
+        StreamedStatistics.load(path)
+    with pytest.raises(FileNotFoundError):
+        StreamedStatistics.load(tmp_path / "none.safetensors")
+
+
+def _reduce_on_rank(rank, folder):
+    import torch.distributed as dist
+
+    store = f"file://{folder}/store"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    statistics = StreamedStatistics(5)
+    statistics.update(_features(20, 5)[:6] if rank == 0 else _features(20, 5)[6:])
+    statistics.all_reduce()
+    statistics.save(f"{folder}/{rank}.safetensors", {})
+    dist.destroy_process_group()
+
+
+def test_ranks_agree_on_the_whole(tmp_path):
+    torch.multiprocessing.spawn(_reduce_on_rank, (str(tmp_path),), nprocs=2)
+    whole = StreamedStatistics(5)
+    whole.update(_features(20, 5))
+    for rank in range(2):
+        part = StreamedStatistics.load(tmp_path / f"{rank}.safetensors")
+        assert part.count == 20
+        torch.testing.assert_close(part.mean, whole.mean)
+        torch.testing.assert_close(part.scatter, whole.scatter)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text("old")
+
+    def fail(temporary):
+        temporary.write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_atomic(path, fail)
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+# ---------------------------------------------------------------------------------------------- FID
+
+
+def _gaussian(mean, covariance, count=1000):
+    statistics = StreamedStatistics(len(mean))
+    statistics.count = count
+    statistics.mean = torch.tensor(mean, dtype=torch.float64)
+    statistics.scatter = torch.tensor(covariance, dtype=torch.float64) * (count - 1)
+    return statistics
+
+
+def test_fid_of_gaussians_in_closed_form():
+    a = _gaussian([0.0, 1.0, 2.0], np.diag([1.0, 4.0, 9.0]))
+    b = _gaussian([1.0, 1.0, 0.0], np.diag([4.0, 4.0, 1.0]))
+    # |mu|^2 = 1 + 0 + 4; commuting covariances: sum of (sd_a - sd_b)^2 = 1 + 0 + 4
+    assert fid_from_statistics(a, b) == pytest.approx(10.0, rel=1e-12)
+    assert fid_from_statistics(a, a) == pytest.approx(0.0, abs=1e-9)
+    rotation = np.linalg.qr(np.random.default_rng(0).normal(size=(3, 3)))[0]
+    turned = [
+        _gaussian(rotation @ s.mean.numpy(), rotation @ s.to_fid()["sigma"] @ rotation.T) for s in (a, b)
+    ]
+    assert fid_from_statistics(*turned) == pytest.approx(10.0, rel=1e-9)
+    with pytest.raises(ValueError, match="widths 3 and 2"):
+        fid_from_statistics(a, _gaussian([0.0, 0.0], np.eye(2)))
+
+
+def test_fid_equals_torch_fidelity_on_the_same_folders(parts, tmp_path):
+    other = write_images(tmp_path / "other", {"train": 25, "val": 1}, seed=5)
+    for file in list(Path(other.root).rglob("*.png"))[::2]:  # make the two sets differ
+        Image.open(file).rotate(90).save(file)
+    sets = [open_images(parts.data, "train"), open_images(other, "train")]
+    extractor = load_extractor(parts.extractor, "cpu")
+    batches = [torch.stack([item[0] for item in Uint8Images(images)]) for images in sets]
+    ours = fid_of_images(extractor, *batches)
+    for index, images in enumerate(batches):
+        folder = tmp_path / str(index)
+        folder.mkdir()
+        for i, image in enumerate(images):
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{i:04d}.png")
+    for layer in ("pooled", "spatial"):
+        theirs = calculate_metrics(
+            input1=str(tmp_path / "0"),
+            input2=str(tmp_path / "1"),
+            feature_extractor=SMALL_CLASSIFIER,
+            feature_extractor_weights_path=str(parts.extractor),
+            feature_layer_fid=layer,
+            fid=True,
+            cuda=False,
+            cache=False,
+            save_cpu_ram=True,
+            verbose=False,
+            batch_size=250,
+        )["frechet_inception_distance"]
+        assert theirs > 0.01
+        assert ours[layer] == pytest.approx(theirs, rel=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------- seeds, drawing
+
+
+def test_every_image_of_every_seed_has_its_own_random_numbers():
+    seeds = {image_seed(s, i) for s in (0, 1, 2, MAX_SEED - 1) for i in (*range(3000), MAX_IMAGES - 1)}
+    assert len(seeds) == 4 * 3001 and all(0 <= seed < 2**32 for seed in seeds)
+    assert image_seed(0, 0) == 0 and image_seed(0, 1) == 0x514E28B7  # MurmurHash3's fmix32
+    first, second = (torch.rand(4, generator=image_generators(s, [7])[0]) for s in (0, 1))
+    assert not torch.equal(first, second)  # seed * 2**32 + index would make them equal
+    for seed, index, word in ((MAX_SEED, 0, "seed="), (-1, 0, "seed="), (0, MAX_IMAGES, "index"), (0, -1, "index")):
+        with pytest.raises(ValueError, match=word):
+            image_seed(seed, index)
+
+
+def test_drawn_images_do_not_depend_on_the_batch_and_are_those_of_the_user(parts):
+    pipeline = open_pipeline(parts.pipelines["xdlm-0.1"], torch.device("cpu"))
+    labels, settings = [0, 1, 2, 0, 1, 2], SamplerSettings(num_steps=3, guidance_scale=2.0)
+    assert settings.nfe == 6 and SamplerSettings(3).nfe == 3
+
+    def codes(indices):
+        return pipeline(
+            [labels[i] for i in indices],
+            num_steps=3,
+            guidance_scale=2.0,
+            generator=image_generators(4, indices),
+            output_type="latent",
+        ).images
+
+    together = codes(range(6))
+    assert torch.equal(together, torch.cat([codes([i]) for i in range(6)]))
+    assert len({tuple(image.flatten().tolist()) for image in together}) == 6
+    images = draw_all(pipeline, labels, 4, settings, batch_size=4)
+    assert images.dtype == torch.uint8 and images.shape == (6, 3, 16, 16)
+    # the rule is round to nearest: against the decoder's own output ...
+    decoded = decode_codes(pipeline.vqvae, together).double()
+    exact = (decoded + 1) * 127.5
+    assert (images - exact.clamp(0, 255)).abs().max() <= 0.5 + 1e-3
+    # ... and against the picture a user gets
+    user = pipeline(
+        labels, num_steps=3, guidance_scale=2.0, generator=image_generators(4, range(6)), output_type="pil"
+    ).images
+    theirs = torch.stack([torch.from_numpy(np.array(picture)).permute(2, 0, 1) for picture in user])
+    assert (theirs.int() - images.int()).abs().max() <= 1  # a value on the edge may fall to either side
+    assert (theirs == images).float().mean() > 0.999
+
+
+# ---------------------------------------------------------------------------------------------- the sweep
+
+
+def _numbers(folder):
+    """The cells without what differs from run to run: times."""
+    cells = json.loads((folder / "fid.json").read_text())["cells"]
+    drop = ("sampling_seconds", "images_per_second", "batch_size")
+    return [{key: value for key, value in cell.items() if key not in drop} for cell in cells]
+
+
+def test_a_sweep_records_numbers_floors_and_protocol(parts, finished):
+    content = json.loads((finished / "fid.json").read_text())
+    assert [(c["pipeline"], c["num_steps"], c["seed"]) for c in content["cells"]] == [
+        (name, steps, seed) for name in ("mdlm", "xdlm-0.1") for steps in (1, 3) for seed in (0, 1)
+    ]
+    protocol, floors = content["protocol"], content["floors"]
+    assert "not Inception FID" in content["metric"]
+    assert protocol["num_samples"] == 18 and protocol["samples_per_class"] == 6
+    assert protocol["reference"]["num_images"] == 36 and protocol["reference"]["split"] == "test"
+    assert protocol["extractor"]["weights_sha256"] == load_extractor(parts.extractor, "cpu").weights_hash
+    assert set(protocol["reference"]["statistics_sha256"]) == {"pooled", "spatial"}
+    assert {"torch", "diffusers", "torch-fidelity", "numpy"} <= set(protocol["versions"])
+    assert protocol["pipelines"]["mdlm"]["scheduler"]["k"] == 0.0
+    assert len(floors["reconstruction"]) == 1  # both pipelines share one tokenizer: computed once
+    assert floors["reconstruction"][0]["pipelines"] == ["mdlm", "xdlm-0.1"]
+    assert len(content["warnings"]) == 2  # 18 images are few for either layer
+    cell = content["cells"][-1]
+    assert cell["nfe"] == 3 and 0 <= cell["class_accuracy"] <= 1 and cell["images_per_second"] > 0
+    # the floor of real images is far below random pipelines; the numbers are those of the images themselves
+    assert floors["train_against_reference"]["fid"]["pooled"] < cell["fid"]["pooled"]
+    pipeline = open_pipeline(parts.pipelines["xdlm-0.1"], torch.device("cpu"))
+    images = draw(pipeline, [i % 3 for i in range(18)], range(18), 1, SamplerSettings(3))
+    reference = torch.stack([item[0] for item in Uint8Images(open_images(parts.data, "test"))])
+    expected = fid_of_images(load_extractor(parts.extractor, "cpu"), images, reference)
+    for layer in ("pooled", "spatial"):
+        assert cell["fid"][layer] == pytest.approx(expected[layer], rel=1e-4)
+    for name in ("fid.md", "fid.png", "grid_mdlm.png", "strip_xdlm-0.1.png"):
+        assert (finished / name).stat().st_size > 200
+    assert not list(finished.rglob("*.partial*"))
+
+
+def test_the_table_reads_as_it_should(finished):
+    page = (finished / "fid.md").read_text()
+    assert re.search(r"\| pipeline \| 1 step \| 3 steps \|", page)
+    assert re.search(r"\| mdlm \| \d+\.\d\d ± \d+\.\d\d \| \d+\.\d\d ± \d+\.\d\d \|", page)
+    assert page.count("Floors: reconstruction (rFID) of mdlm, xdlm-0.1") == 2  # one for each layer
+    assert "Warning:" in page and "not Inception FID" in page and "guidance 1, temperature 1" in page
+    assert mean_and_spread([1.0]) == "1.00" and mean_and_spread([1.0, 3.0]) == "2.00 ± 1.41"
+    partial = json.loads((finished / "fid.json").read_text())
+    partial["cells"] = partial["cells"][:2]
+    assert "| xdlm-0.1 | – | – |" in markdown(partial)
+
+
+def test_a_killed_sweep_goes_on_and_gives_the_same_numbers(parts, finished, tmp_path, monkeypatch):
+    measured = []
+    original = sweep.measure
+
+    def dies_in_the_third_cell(extractor, batches, progress=None):
+        measured.append(batches.settings.num_steps)
+        if len(measured) == 3:
+            next(iter(batches))
+            raise KeyboardInterrupt
+        return original(extractor, batches, progress)
+
+    monkeypatch.setattr(sweep, "measure", dies_in_the_third_cell)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(parts.recipe(tmp_path))
+    assert len(list((tmp_path / "cells").iterdir())) == 2
+    evaluate(parts.recipe(tmp_path))
+    assert len(measured) == 3 + 6  # eight cells, two of them were there
+    assert _numbers(tmp_path) == _numbers(finished)
+    evaluate(parts.recipe(tmp_path))
+    assert len(measured) == 9  # nothing is measured twice
+
+
+def test_cells_of_another_protocol_are_not_taken_for_this_one(parts, finished, tmp_path, capfd):
+    shutil.copytree(finished, tmp_path / "sweep")
+    changed = copy.deepcopy(parts.recipe(tmp_path / "sweep", num_steps=[3], seeds=[0], temperature=0.5))
+    changed.pipelines = {"mdlm": parts.pipelines["mdlm"]}
+    before = next(c for c in _numbers(finished) if (c["pipeline"], c["num_steps"], c["seed"]) == ("mdlm", 3, 0))
+    evaluate(changed)
+    assert _numbers(tmp_path / "sweep")[0]["fid"] != before["fid"]
+    assert "1 result(s) of another protocol are left aside" in "".join(capfd.readouterr())
+    # other weights under the same name, and a damaged file
+    changed.pipelines = {"mdlm": str(save_pipeline(tmp_path / "mdlm", k=0.0, seed=9))}
+    changed.temperature = 1.0
+    evaluate(changed)
+    assert _numbers(tmp_path / "sweep")[0]["fid"] != before["fid"]
+    changed.pipelines = {"mdlm": parts.pipelines["mdlm"]}
+    for file in (tmp_path / "sweep" / "cells").glob("mdlm-steps3-seed0-*.json"):
+        file.write_text(file.read_text()[:-20])
+    for file in (tmp_path / "sweep" / "statistics").rglob("pooled.safetensors"):
+        file.write_bytes(file.read_bytes()[:-8])
+    evaluate(changed)
+    after = _numbers(tmp_path / "sweep")[0]["fid"]
+    assert after == pytest.approx(before["fid"], rel=1e-6)
+
+
+def test_numbers_do_not_depend_on_the_batch_size(parts, finished, tmp_path):
+    evaluate(parts.recipe(tmp_path, batch_size=18, pipelines={"xdlm-0.1": parts.pipelines["xdlm-0.1"]}, seeds=[1]))
+    expected = [c for c in _numbers(finished) if c["pipeline"] == "xdlm-0.1" and c["seed"] == 1]
+    for cell, other in zip(_numbers(tmp_path), expected, strict=True):
+        for layer in ("pooled", "spatial"):
+            assert cell["fid"][layer] == pytest.approx(other["fid"][layer], rel=1e-4)
+        assert cell["class_accuracy"] == other["class_accuracy"]
+
+
+def test_wrong_recipes_are_refused_before_anything_is_drawn(parts, tmp_path, monkeypatch):
+    def never(*args, **kwargs):
+        raise AssertionError("drawn or measured")
+
+    monkeypatch.setattr(sweep, "cached_measure", never)
+    monkeypatch.setattr(sweep, "measure", never)
+    good = parts.pipelines["mdlm"]
+    truncated = tmp_path / "truncated"
+    shutil.copytree(good, truncated)
+    weights = next((truncated / "transformer").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-100])
+    grey = save_pipeline(tmp_path / "grey", channels=1)
+    four = save_pipeline(tmp_path / "four", num_classes=4)
+    swapped = tmp_path / "swapped"
+    shutil.copytree(good, swapped)
+    index = json.loads((swapped / "model_index.json").read_text())
+    index["id2label"] = dict(enumerate(CLASSES[::-1]))
+    (swapped / "model_index.json").write_text(json.dumps(index))
+    cases = [
+        (dict(pipelines={"a": str(tmp_path / "none")}), FileNotFoundError, r"pipelines\.a=.*none.*no saved pipeline"),
+        (dict(pipelines={"a": good, "b": str(truncated)}), ValueError, r"pipelines\.b=.*truncated.*cannot be loaded"),
+        (dict(pipelines={"a": str(grey)}), ValueError, r"pipelines\.a=.*\(1, 16\).*\(3, 16\)"),
+        (dict(pipelines={"a": str(four)}), ValueError, r"pipelines\.a=.*4 classes.*3"),
+        (dict(pipelines={"a": str(swapped)}), ValueError, r"pipelines\.a=.*would not mean the same"),
+        (dict(pipelines={"../a": good}), ValueError, r"'\.\./a'"),
+        (dict(num_samples=20), ValueError, "num_samples=20.*multiple of the 3 classes.*21"),
+        (dict(num_samples=0), ValueError, "num_samples=0"),
+        (dict(num_steps=[4, 4]), ValueError, r"num_steps=\[4, 4\]"),
+        (dict(seeds=[-1]), ValueError, "seed=-1"),
+        (dict(batch_size=0), ValueError, "batch_size=0"),
+        (dict(extractor=str(tmp_path / "none")), FileNotFoundError, "extractor=.*none"),
+    ]
+    for changes, kind, message in cases:
+        with pytest.raises(kind, match=message):
+            evaluate(parts.recipe(tmp_path / "out", **changes))
+    data = copy.deepcopy(parts.data)
+    data.image_size = 32
+    with pytest.raises(ValueError, match="trained on 3 x 16 x 16 images, the data have 3 x 32 x 32"):
+        evaluate(parts.recipe(tmp_path / "out", data=data))
+    assert not (tmp_path / "out").exists()
+
+
+def test_few_samples_are_warned_of(parts, tmp_path):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        sweep.check(parts.recipe(tmp_path, num_samples=33))
+    texts = [str(w.message) for w in caught if "images are few" in str(w.message)]
+    assert len(texts) == 1 and "33 images are few for the 64 features of 'spatial'" in texts[0]
+
+
+def test_statistics_of_images_take_tensors_and_batches_alike(parts):
+    images = torch.stack([item[0] for item in Uint8Images(open_images(parts.data, "test"))])
+    extractor = load_extractor(parts.extractor, "cpu")
+    a, b = statistics_of_images(extractor, images), statistics_of_images(extractor, iter(images.split(5)))
+    for layer in ("pooled", "spatial"):
+        assert a[layer].count == b[layer].count == 36
+        torch.testing.assert_close(a[layer].scatter, b[layer].scatter, rtol=1e-4, atol=1e-4)

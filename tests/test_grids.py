@@ -1,0 +1,109 @@
+"""Grids of images and the verb `sample`."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from evaluation_parts import CLASSES, save_pipeline
+from PIL import Image
+
+from xdlm_image.evaluation.grids import GAP, sample, save_grid
+from xdlm_image.recipes import SampleRecipe
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    return save_pipeline(tmp_path_factory.mktemp("pipeline") / "p")
+
+
+def _recipe(pipeline, output, **changes):
+    values = {"num_steps": 2, "images_per_class": 3, "batch_size": 4, "device": "cpu", **changes}
+    return SampleRecipe(pipeline=str(pipeline), output=str(output), **values)
+
+
+def test_a_grid_holds_each_pixel_at_its_place(tmp_path):
+    images = torch.randint(0, 256, (2, 3, 1, 60, 60), dtype=torch.uint8)  # large enough not to be enlarged
+    path = save_grid(tmp_path / "sub" / "grid.png", images)
+    picture = np.array(Image.open(path).convert("L"))
+    assert picture.shape == (GAP + 2 * (60 + GAP), GAP + 3 * (60 + GAP))
+    for row in range(2):
+        for column in range(3):
+            y, x = GAP + row * (60 + GAP), GAP + column * (60 + GAP)
+            np.testing.assert_array_equal(picture[y : y + 60, x : x + 60], images[row, column, 0].numpy())
+    assert [p.name for p in path.parent.iterdir()] == ["grid.png"]
+
+
+def test_small_images_are_enlarged_and_names_take_room(tmp_path):
+    images = torch.zeros(2, 2, 3, 28, 28, dtype=torch.uint8)
+    plain = np.array(Image.open(save_grid(tmp_path / "a.png", images)))
+    assert plain.shape == (GAP + 2 * (56 + GAP), GAP + 2 * (56 + GAP), 3)
+    named = np.array(Image.open(save_grid(tmp_path / "b.png", images, ["ant", "bee"], ["1", "2"], "a title")))
+    assert named.shape[0] > plain.shape[0] and named.shape[1] > plain.shape[1]
+    margin = named[-2 * (56 + GAP) : -(56 + GAP), : named.shape[1] - plain.shape[1]]
+    assert margin.min() < 100  # the first row's name is written left of it
+
+
+def test_wrong_grids_are_refused(tmp_path):
+    images = torch.zeros(2, 2, 3, 8, 8, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="row_names: 1 names"):
+        save_grid(tmp_path / "a.png", images, ["one"])
+    with pytest.raises(ValueError, match="float32"):
+        save_grid(tmp_path / "a.png", images.float())
+    with pytest.raises(ValueError, match=r"\(2, 3, 8, 8\)"):
+        save_grid(tmp_path / "a.png", images[0])
+    assert not list(tmp_path.iterdir())
+
+
+def test_sampling_does_not_depend_on_the_batch(pipeline, tmp_path):
+    a = sample(_recipe(pipeline, tmp_path / "a.png", images_dir=str(tmp_path / "a")))
+    b = sample(_recipe(pipeline, tmp_path / "b.png", images_dir=str(tmp_path / "b"), batch_size=9))
+    names = sorted(p.name for p in (tmp_path / "a").iterdir())
+    assert names == [f"{i:05d}_class{i // 3:04d}.png" for i in range(9)]
+    pictures = [np.array(Image.open(tmp_path / "a" / name)).astype(int) for name in names]
+    for name, picture in zip(names, pictures):
+        other = np.array(Image.open(tmp_path / "b" / name)).astype(int)
+        assert picture.shape == (16, 16, 3) and np.abs(picture - other).max() <= 1
+    assert len({picture.tobytes() for picture in pictures}) == 9  # nine images, none twice
+    assert np.abs(np.array(Image.open(a)).astype(int) - np.array(Image.open(b))).max() <= 1
+    c = sample(_recipe(pipeline, tmp_path / "c.png", seed=1))
+    assert np.abs(np.array(Image.open(a)).astype(int) - np.array(Image.open(c))).max() > 10
+
+
+def test_classes_by_id_by_name_and_by_synonym(pipeline, tmp_path):
+    by_id = sample(_recipe(pipeline, tmp_path / "id.png", class_labels=["1", "2"]))
+    by_name = sample(_recipe(pipeline, tmp_path / "name.png", class_labels=["Wasp", CLASSES[2]]))
+    assert np.array_equal(np.array(Image.open(by_id)), np.array(Image.open(by_name)))
+    whole = sample(_recipe(pipeline, tmp_path / "all.png", class_labels=None))
+    assert Image.open(whole).height > Image.open(by_id).height
+
+
+def test_wrong_requests_are_refused(pipeline, tmp_path):
+    cases = [
+        (dict(class_labels=["dragonfly"]), "dragonfly"),
+        (dict(class_labels=["3"]), "'3'.*0 to 2"),
+        (dict(class_labels=["-1"]), "'-1'"),
+        (dict(class_labels=[]), "at least one class"),
+        (dict(temperature=0.0), "temperature=0"),
+        (dict(batch_size=0), "batch_size=0"),
+        (dict(seed=2**20), "seed=1048576"),
+    ]
+    for changes, message in cases:
+        with pytest.raises(ValueError, match=message):
+            sample(_recipe(pipeline, tmp_path / "x.png", **changes))
+    with pytest.raises(ValueError, match=r"x\.jpg.*\.png"):
+        sample(_recipe(pipeline, tmp_path / "x.jpg"))
+    with pytest.raises(FileNotFoundError, match="no saved pipeline"):
+        sample(_recipe(tmp_path / "nothing", tmp_path / "x.png"))
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_a_pipeline_without_names_gets_numbers(pipeline, tmp_path):
+    shutil.copytree(pipeline, tmp_path / "p")
+    index = json.loads((tmp_path / "p" / "model_index.json").read_text())
+    index["id2label"] = None
+    (tmp_path / "p" / "model_index.json").write_text(json.dumps(index))
+    assert sample(_recipe(tmp_path / "p", tmp_path / "x.png")).exists()
+    with pytest.raises(ValueError, match="no id2label"):
+        sample(_recipe(tmp_path / "p", tmp_path / "x.png", class_labels=["ant"]))
