@@ -17,8 +17,6 @@ at x and at z.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch.autograd.function import once_differentiable
 
@@ -59,17 +57,12 @@ def xdlm_nelbo(
             f"logits {tuple(logits.shape)}, z {tuple(z.shape)}, x {tuple(x.shape)}: need (B, L, V), (B, L), (B, L)"
         )
     if logits.shape[-1] != process.logits_width:
-        raise ValueError(
-            f"logits: width {logits.shape[-1]}, but the process has logits_width={process.logits_width}"
-        )
+        raise ValueError(f"logits: width {logits.shape[-1]}, but the process has logits_width={process.logits_width}")
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     alpha, beta = (
-        a.to(dtype).reshape(a.shape + (1,) * (x.ndim - a.ndim)).expand(x.shape).reshape(-1)
-        for a in (alpha, beta)
+        a.to(dtype).reshape(a.shape + (1,) * (x.ndim - a.ndim)).expand(x.shape).reshape(-1) for a in (alpha, beta)
     )
-    loss = _XDLMNelbo.apply(
-        logits.reshape(-1, logits.shape[-1]), z.reshape(-1), x.reshape(-1), alpha, beta, process
-    )
+    loss = _XDLMNelbo.apply(logits.reshape(-1, logits.shape[-1]), z.reshape(-1), x.reshape(-1), alpha, beta, process)
     return loss.view(x.shape)
 
 
@@ -202,8 +195,3 @@ def _series_or(a: torch.Tensor, coefficients: list[float], direct: torch.Tensor)
     for coefficient in reversed(coefficients):
         series = series * small + coefficient
     return torch.where(a < limit, series * small * small, direct)
-
-
-def bits(nats: float) -> float:
-    """Nats to bits."""
-    return nats / math.log(2.0)

@@ -33,8 +33,8 @@ def reference_nelbo(
     alpha: torch.Tensor,
     beta: torch.Tensor,
 ) -> torch.Tensor:
-    """The NELBO's density l per token, nats per unit of -alpha'(t), as defined; 0 < alpha < 1. Same arguments and shapes
-    as `xdlm_nelbo`; differentiable by autograd.
+    """The NELBO's density l per token as defined, 0 < alpha < 1; arguments and shapes of `xdlm_nelbo`;
+    differentiable by autograd.
 
         A = L(c) - L(c p_x),  T = sum_e L(c p_e),  S = (L(c) - T) / c,  L = log1p,  c = alpha N / (beta k)
         z = m            l = (A + S) / beta

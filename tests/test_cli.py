@@ -1,0 +1,94 @@
+"""The command line as a user meets it: help, recipes by name, overrides, and errors that say what to do."""
+
+import subprocess
+import sys
+from dataclasses import fields
+
+import pytest
+
+from xdlm_image.cli import VERBS, main, nearest_option, parse, shipped_recipes
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_explains_every_option(verb: str, capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([verb, "--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0
+    for option in fields(VERBS[verb][0]):
+        assert option.name in text
+    assert "type: " in text and "default: " in text
+
+
+def test_help_lists_the_verbs_and_needs_no_torch() -> None:
+    command = "import sys; from xdlm_image.cli import main; main(['--help']); assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)
+    for verb in VERBS:
+        assert verb in done.stdout
+
+
+def test_every_shipped_recipe_parses() -> None:
+    verbs = {"tokenizer": "train-tokenizer", "extractor": "train-extractor", "encode": "encode", "evaluate": "evaluate"}
+    assert len(shipped_recipes()) >= 7
+    for name in shipped_recipes():
+        parse(verbs.get(name.split("/")[-1], "train"), ["--config", name])
+
+
+def test_siblings_differ_in_k_and_folder_only() -> None:
+    from dataclasses import asdict
+
+    mdlm, xdlm, udlm = (asdict(parse("train", ["--config", f"fashion_mnist/{n}"])) for n in ("mdlm", "xdlm", "udlm"))
+    assert [r["process"].pop("k") for r in (mdlm, xdlm, udlm)] == [0.0, 0.1, 1.0]
+    assert len({r.pop("output_dir") for r in (mdlm, xdlm, udlm)}) == 3
+    assert mdlm == xdlm == udlm
+
+
+def test_command_line_wins_over_the_recipe() -> None:
+    recipe = parse("train", ["--config", "fashion_mnist/xdlm", "--process.k=0.5", "--max-steps", "7000"])
+    assert recipe.process.k == 0.5 and recipe.max_steps == 7000 and recipe.codes.endswith("codes/train")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["tran"], ["no verb 'tran'", "did you mean 'train'"]),
+        (["train", "--config", "fashion_mnist/mdlm", "--lerning_rate", "3"], ["did you mean 'learning_rate'"]),
+        (["train", "--config", "fashion_mnist/mdlm", "--process.k", "1.5"], ["process.k=1.5", "[0, 1]"]),
+        (["train", "--config", "fashion_mnist/mdlm", "--process.k", "-0.1"], ["process.k=-0.1"]),
+        (["train", "--config", "fashion_mnist/mdlm", "--max_steps", "many"], ["max_steps", "many"]),
+        (["train", "--config", "nowhere.yaml"], ["nowhere.yaml"]),
+        (["train", "--codes", "a"], ["required", "output_dir"]),
+        (
+            ["train", "--config", "fashion_mnist/mdlm", "--tokenizer", "nowhere"],
+            ["tokenizer='nowhere'", "train-tokenizer"],
+        ),
+        (["sample", "--pipeline", "nowhere", "--output", "grid.png"], ["nowhere"]),
+        (["sample", "--pipeline", "p", "--output", "g.png", "--num_steps", "0"], ["num_steps=0"]),
+    ],
+)
+def test_wrong_input_is_explained(arguments: list[str], words: list[str], capsys) -> None:
+    try:
+        status = main(arguments)
+    except SystemExit as stop:
+        status = stop.code
+    error = capsys.readouterr().err
+    assert status == 2 and "Traceback" not in error
+    for word in words:
+        assert word in error
+
+
+@pytest.mark.parametrize(
+    ("text", "near"), [("modle:\n  num_layers: 3\n", "model.num_layers"), ("process:\n  K: 1\n", "process.k")]
+)
+def test_unknown_keys_of_a_recipe_suggest_the_nearest(tmp_path, capsys, text: str, near: str) -> None:
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(SystemExit):
+        parse("train", ["--config", str(tmp_path / "recipe.yaml")])
+    assert f"did you mean '{near}'" in capsys.readouterr().err
+
+
+def test_nearest_option() -> None:
+    options = ["learning_rate", "process.k", "model.num_layers"]
+    assert nearest_option("lr_rate", options) is None or nearest_option("lr_rate", options) == "learning_rate"
+    assert nearest_option("num_layers", options) == "model.num_layers"
+    assert nearest_option("zebra", options) is None

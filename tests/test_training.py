@@ -1,0 +1,225 @@
+"""The training room: a run killed anywhere goes on bit for bit, learns, and refuses what does not fit."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import VQModel
+from xdlm_image.pipelines import XDLMPipeline
+
+from xdlm_image.data.code_cache import CodeCache, Manifest, code_dtype, write_code_cache
+from xdlm_image.recipes import ProcessOptions, TrainRecipe, TransformerOptions
+from xdlm_image.tokenizer.codes import tokenizer_hash
+from xdlm_image.training.batches import batch_indices, rank_positions, step_seed, stratified_times
+from xdlm_image.training.loop import TrainingRun, train
+
+CODES, GRID, CLASSES = 16, [2, 2], ["odd", "even", "third"]
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Path:
+    """A tiny tokenizer, and caches whose four codes all equal the class's code or its neighbour."""
+    torch.manual_seed(0)
+    vqvae = VQModel(
+        in_channels=1, out_channels=1, block_out_channels=(8, 8, 8), layers_per_block=1, latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+        num_vq_embeddings=CODES, vq_embed_dim=4, norm_num_groups=4, lookup_from_codebook=True,
+    )  # fmt: skip
+    vqvae.save_pretrained(tmp_path / "tokenizer")
+    for split, number in (("train", 90), ("validation", 1000)):
+        rng = np.random.default_rng(number)
+        labels = rng.integers(0, len(CLASSES), number)
+        codes = (4 * labels + rng.integers(0, 2, number))[:, None, None].repeat(2, 1).repeat(4, 2)
+        manifest = Manifest(
+            tokenizer_hash(vqvae), "fingerprint of " + split, split, 8, 1, "center", GRID, CODES, number, 2, CLASSES,
+            str(code_dtype(CODES)), "<i8",
+        )  # fmt: skip
+        write_code_cache(tmp_path / "codes" / split, manifest, [(codes, labels)])
+    return tmp_path
+
+
+def recipe_in(world: Path, name: str = "run", **changes) -> TrainRecipe:
+    settings = dict(
+        codes=str(world / "codes/train"), validation_codes=str(world / "codes/validation"),
+        tokenizer=str(world / "tokenizer"), output_dir=str(world / name), process=ProcessOptions(k=0.1),
+        model=TransformerOptions(num_layers=1, num_attention_heads=2, attention_head_dim=8, dropout=0.1),
+        batch_size=8, gradient_accumulation_steps=2, max_steps=12, warmup_steps=2, learning_rate=3e-3, log_every=1,
+        validate_every=0, validation_samples=50, sample_every=0, checkpoint_every=4,
+    )  # fmt: skip
+    return TrainRecipe(**(settings | changes))
+
+
+def logged(folder: Path, key: str) -> dict[int, float]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line[key] for line in lines if key in line}
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return XDLMPipeline.from_pretrained(folder / "pipeline").transformer.state_dict()
+
+
+def test_stopped_and_resumed_run_equals_an_unbroken_one_bit_for_bit(world: Path) -> None:
+    train(recipe_in(world, "whole"))
+    train(recipe_in(world, "broken", stop_after=5))
+    train(recipe_in(world, "broken"))
+    for key in ("train/loss", "train/gradient_norm", "train/learning_rate", "validation/bits_per_token"):
+        whole, broken = logged(world / "whole", key), logged(world / "broken", key)
+        assert whole and {step: broken[step] for step in whole} == whole
+    whole, broken = weights(world / "whole"), weights(world / "broken")
+    assert all(torch.equal(whole[name], broken[name]) for name in whole)
+    assert len(list((world / "broken" / "checkpoints").glob("step-*"))) == 2
+
+
+@pytest.mark.slow
+def test_killed_process_goes_on_bit_for_bit(world: Path) -> None:
+    """SIGKILL in the middle of a step, twice, through the command line."""
+    options = ["--max_steps=60", "--checkpoint_every=5"]
+    train(recipe_in(world, "whole", max_steps=60, checkpoint_every=5))
+    recipe = world / "whole" / "recipe.yaml"
+    command = [
+        sys.executable,
+        "-m",
+        "xdlm_image.cli",
+        "train",
+        f"--config={recipe}",
+        f"--output_dir={world / 'killed'}",
+    ]
+    for wanted in (10, 30):
+        process = subprocess.Popen(command + options, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
+        deadline = time.time() + 120
+        while time.time() < deadline and process.poll() is None:
+            if any(int(p.name[5:]) >= wanted for p in (world / "killed" / "checkpoints").glob("step-*")):
+                break
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    subprocess.run(command + options, check=True)
+    assert logged(world / "killed", "train/loss") == logged(world / "whole", "train/loss")
+
+
+def test_learns_what_is_there_to_learn(world: Path) -> None:
+    """Given the class, four tokens share one bit: 0.25 bits a token; a network that knows nothing needs log2(16) = 4."""
+    model = TransformerOptions(num_layers=2, num_attention_heads=2, attention_head_dim=16)
+    changes = {"gradient_accumulation_steps": 1, "batch_size": 32, "validation_samples": 1000, "log_every": 50}
+    train(recipe_in(world, max_steps=150, model=model, **changes))
+    bits = logged(world / "run", "validation/bits_per_token")
+    assert 0.2 < bits[150] < 0.6
+    branches = {
+        key for key in json.loads((world / "run" / "metrics.jsonl").read_text().splitlines()[-2]) if "branch" in key
+    }
+    assert {"train/loss_by_branch/mask", "train/loss_by_branch/wrong", "train/loss_by_branch/right"} <= branches
+    assert list((world / "run").rglob("events.out.tfevents*"))
+    assert list((world / "run" / "samples").glob("step-*150.png"))
+    codes = XDLMPipeline.from_pretrained(world / "run" / "pipeline")(
+        ["odd", 1, 2] * 20, num_steps=4, output_type="latent", generator=torch.Generator().manual_seed(0)
+    ).images
+    right = (torch.as_tensor(codes).flatten(1) // 4 == torch.tensor([0, 1, 2] * 20)[:, None]).float().mean()
+    assert right > 0.9
+
+
+@pytest.mark.parametrize("k", [0.0, 1.0])
+def test_first_loss_is_that_of_the_uniform_prediction(world: Path, k: float) -> None:
+    """The zero-initialised output predicts uniformly: the NELBO is at most log K, and is log K at k = 0."""
+    train(
+        recipe_in(
+            world,
+            max_steps=3,
+            warmup_steps=1,
+            validate_every=1,
+            process=ProcessOptions(k=k),
+            validation_samples=500,
+            learning_rate=1e-9,
+        )
+    )
+    bits = logged(world / "run", "validation/bits_per_token")[1]
+    assert bits == pytest.approx(4.0, abs=0.6 if k == 0 else 1.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"codes": "nowhere"}, "nowhere"),
+        ({"tokenizer": "nowhere"}, "nowhere"),
+        ({"validation_codes": "nowhere"}, "nowhere"),
+        ({"model": TransformerOptions(num_attention_heads=3, attention_head_dim=7)}, "attention_head_dim"),
+    ],
+)
+def test_wrong_recipes_fail_before_training(world: Path, changes: dict, message: str) -> None:
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        TrainingRun(recipe_in(world, **changes))
+    assert not (world / "run" / "checkpoints").exists()
+
+
+def test_other_tokenizer_is_refused(world: Path) -> None:
+    torch.manual_seed(1)
+    vqvae = VQModel.from_pretrained(world / "tokenizer")
+    torch.nn.init.normal_(vqvae.quantize.embedding.weight)
+    vqvae.save_pretrained(world / "other")
+    with pytest.raises(ValueError, match="made by"):
+        TrainingRun(recipe_in(world, tokenizer=str(world / "other")))
+
+
+def test_run_goes_on_only_with_its_recipe_and_its_data(world: Path) -> None:
+    train(recipe_in(world, stop_after=4))
+    for changes, name in (
+        ({"learning_rate": 1e-4}, "learning_rate"),
+        ({"process": ProcessOptions(k=0.2)}, "process.k"),
+        ({"codes": str(world / "codes/validation")}, "codes"),
+    ):
+        with pytest.raises(ValueError, match=name):
+            train(recipe_in(world, **changes))
+    with pytest.raises(ValueError, match="already holds checkpoints"):
+        train(recipe_in(world, resume=False))
+    newest = max((world / "run" / "checkpoints").iterdir())
+    (newest / "model.safetensors").write_bytes(b"torn")
+    with pytest.raises(ValueError, match="damaged"):
+        train(recipe_in(world))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"learning_rate": 0.0}, {"batch_size": 0}, {"class_dropout": 1.0}, {"t_min": 0.0}, {"warmup_steps": 99}],
+)
+def test_options_out_of_range_are_named(settings: dict) -> None:
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        TrainRecipe("codes", "out", "tokenizer", max_steps=10, **({"warmup_steps": 1} | settings))
+
+
+def test_every_epoch_shows_every_image_once_whatever_the_ranks() -> None:
+    seen = batch_indices(10, seed=3, first=0, count=30).reshape(3, 10)
+    assert all(sorted(epoch) == list(range(10)) for epoch in seen)
+    assert not np.array_equal(seen[0], seen[1])
+    one = [batch_indices(10, 3, rank_positions(s, m, 4, 2, 1, 0), 4) for s in range(3) for m in range(2)]
+    two = [batch_indices(10, 3, rank_positions(s, 0, 4, 1, 2, r), 4) for s in range(3) for r in range(2)]
+    assert np.array_equal(np.concatenate(one), np.concatenate(two))
+
+
+@pytest.mark.parametrize("world_size", [1, 4])
+def test_times_are_stratified_and_every_rank_covers_the_range(world_size: int) -> None:
+    count, t_min = 50, 1e-3
+    ranks = [stratified_times(count, t_min, torch.Generator().manual_seed(r), r, world_size) for r in range(world_size)]
+    for t in ranks:
+        assert t.min() >= t_min and t.max() <= 1.0 and t.max() - t.min() > 0.9
+        assert not torch.equal(t, t.sort().values)
+    strata = ((torch.cat(ranks) - t_min) / (1 - t_min) * count * world_size).long().sort().values
+    assert torch.equal(strata, torch.arange(count * world_size))
+
+
+def test_step_seeds_differ() -> None:
+    seeds = {step_seed(s, step, rank) for s in range(3) for step in range(200) for rank in range(4)}
+    assert len(seeds) == 3 * 200 * 4
+
+
+def test_cache_codes_outside_the_codebook_are_found(world: Path) -> None:
+    cache = CodeCache.open(world / "codes" / "train")
+    path = cache.path / "codes.bin"
+    path.write_bytes(b"\xff\xff" * (path.stat().st_size // 2))
+    with pytest.raises(ValueError, match="outside|damaged"):
+        train(recipe_in(world))

@@ -1,0 +1,189 @@
+"""The command `xdlm-image VERB`: a recipe file, overrides from the command line, then the verb.
+
+Owns parsing and error messages; what the options mean stands in `recipes.py`, what a verb does in its room. The rooms
+are imported when their verb runs, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.resources
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from jsonargparse import ArgumentParser
+
+from . import recipes
+
+VERBS: dict[str, tuple[type, str, str]] = {
+    "train-extractor": (
+        recipes.ExtractorRecipe,
+        "xdlm_image.evaluation.extractor_training:train_extractor",
+        "Train a small classifier whose features judge images where Inception cannot be had.",
+    ),
+    "train-tokenizer": (
+        recipes.TokenizerRecipe,
+        "xdlm_image.tokenizer.train:train_tokenizer",
+        "Train a VQ tokenizer; report PSNR, rFID, codebook usage and perplexity, with a picture.",
+    ),
+    "encode": (
+        recipes.EncodeRecipe,
+        "xdlm_image.tokenizer.encode:encode",
+        "Encode images to memory-mapped codes that know their tokenizer and their images.",
+    ),
+    "train": (
+        recipes.TrainRecipe,
+        "xdlm_image.training.loop:train",
+        "Train a transformer on codes with the XDLM objective (k = 0 is MDLM, k = 1 is UDLM); resumes by itself.",
+    ),
+    "sample": (
+        recipes.SampleRecipe,
+        "xdlm_image.evaluation.grids:sample",
+        "Draw a class-conditional grid, and each image if asked.",
+    ),
+    "evaluate": (
+        recipes.EvaluateRecipe,
+        "xdlm_image.evaluation.sweep:evaluate",
+        "FID of several pipelines over step counts: JSON with the protocol, table, plot, grids; resumes by itself.",
+    ),
+}
+
+
+class RecipeParser(ArgumentParser):
+    """jsonargparse, with errors of two lines: what is wrong, and the nearest name that would be right."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        for pattern in (r"unrecognized arguments: --?([\w.]+)", r"Group '([\w.]+)' does not accept option '([\w.]+)'",
+                        r"[Oo]ption '([\w.]+)' is not accepted"):  # fmt: skip
+            found = re.search(pattern, message)
+            if found:
+                near = nearest_option(".".join(found.groups()), list(self._options()))
+                message += f"; did you mean {near!r}?" if near else ""
+                break
+        print(f"{self.prog}: error: {message}\nAll options: {self.prog} --help", file=sys.stderr)
+        sys.exit(2)
+
+    def _options(self) -> Iterator[str]:
+        for action in self._actions:
+            yield from (option.removeprefix("--") for option in action.option_strings if option.startswith("--"))
+
+
+def nearest_option(name: str, options: list[str]) -> str | None:
+    """The option nearest to a misspelt or misplaced one; None if none is near."""
+    last = {option.rpartition(".")[2]: option for option in options}
+    if name.rpartition(".")[2] in last:
+        return last[name.rpartition(".")[2]]
+    near = difflib.get_close_matches(name, options, n=1, cutoff=0.6)
+    if near:
+        return near[0]
+    near = difflib.get_close_matches(name.rpartition(".")[2], list(last), n=1, cutoff=0.7)
+    return last[near[0]] if near else None
+
+
+def parse(verb: str, arguments: Sequence[str]) -> Any:
+    """The recipe of a verb from its arguments; exits with a message if they are wrong."""
+    recipe_class, _, description = VERBS[verb]
+    parser = RecipeParser(
+        prog=f"xdlm-image {verb}",
+        description=f"{description} Recipes: {', '.join(shipped_recipes())}.",
+        epilog="Options on the command line win over the recipe file, which wins over the defaults shown.",
+    )
+    parser.add_argument(
+        "--config", action="config", help="Recipe: a YAML file, or the name of a shipped one, as in fashion_mnist/mdlm."
+    )
+    parser.add_class_arguments(recipe_class, None)
+    try:
+        settings = parser.parse_args([*_spelled(arguments)])
+        recipe = parser.instantiate(settings)
+        return recipe_class(**{key: value for key, value in vars(recipe).items() if key != "config"})
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def _spelled(arguments: Sequence[str]) -> Iterator[str]:
+    """`--output-dir` is `--output_dir`; the name of a shipped recipe is its file."""
+    is_config = False
+    for argument in arguments:
+        if argument.startswith("--"):
+            name, equals, value = argument.partition("=")
+            name = "--" + name[2:].replace("-", "_")
+            if name == "--config" and equals:
+                value = _recipe_file(value)
+            yield name + equals + value
+            is_config = name == "--config" and not equals
+        else:
+            yield _recipe_file(argument) if is_config else argument
+            is_config = False
+
+
+def _shipped_folder() -> Path:
+    return Path(str(importlib.resources.files("xdlm_image.configs")))
+
+
+def shipped_recipes() -> list[str]:
+    """Names that `--config` takes besides files."""
+    folder = _shipped_folder()
+    return sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
+
+
+def _recipe_file(name: str) -> str:
+    if Path(name).exists():
+        return name
+    shipped = _shipped_folder() / f"{name}.yaml"
+    return str(shipped) if shipped.exists() else name
+
+
+def usage() -> str:
+    """What `xdlm-image --help` prints."""
+    width = max(map(len, VERBS))
+    verbs = "\n".join(f"  {verb:{width}}  {description}" for verb, (_, _, description) in VERBS.items())
+    return (
+        "usage: xdlm-image VERB [--config RECIPE] [--option value ...]\n\n"
+        "Class-conditional image generation in few steps by discrete diffusion (XDLM) on VQ codes.\n\n"
+        f"verbs, in the order of work:\n{verbs}\n\n"
+        "xdlm-image VERB --help       every option of a verb\n"
+        "xdlm-image VERB ... --print_config   the whole recipe that would run\n"
+        "xdlm-image --version\n"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point. Returns the exit status: 0, 2 for wrong input, 130 when interrupted."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if arguments[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"xdlm-image {version('xdlm-image')}")
+        return 0
+    verb = arguments[0]
+    if verb not in VERBS:
+        near = difflib.get_close_matches(verb, VERBS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        print(f"xdlm-image: error: no verb {verb!r}{hint}\nVerbs: {', '.join(VERBS)}", file=sys.stderr)
+        return 2
+    recipe = parse(verb, arguments[1:])
+    module, _, function = VERBS[verb][1].partition(":")
+    try:
+        result = getattr(importlib.import_module(module), function)(recipe)
+    except (ValueError, OSError) as error:
+        if os.environ.get("XDLM_IMAGE_TRACEBACK"):
+            raise
+        print(f"xdlm-image {verb}: error: {error}\n(XDLM_IMAGE_TRACEBACK=1 shows where)", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\nxdlm-image {verb}: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    print(result)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

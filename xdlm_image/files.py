@@ -1,0 +1,45 @@
+"""Writing files so that a killed process leaves either the old file or the whole new one.
+
+This file owns temporary names, the final `os.replace` and SHA-256 of files; it never knows what is inside.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def write_atomic(path: str | Path, write: Callable[[Path], object]) -> Path:
+    """Call `write(temporary path beside path)`, then move the result to `path`; the suffix is kept.
+
+    Whatever `write` leaves behind when it fails is removed, and `path` stays as it was.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def write_text(path: str | Path, text: str) -> Path:
+    """Write UTF-8 text atomically."""
+    return write_atomic(path, lambda p: p.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: str | Path, content: Any) -> Path:
+    """Write JSON atomically; keys stay in the order given. Raises ValueError on NaN and infinities."""
+    return write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def sha256_of_file(path: str | Path) -> str:
+    """Hexadecimal SHA-256 of a file's bytes, read in pieces."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

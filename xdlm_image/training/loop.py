@@ -1,0 +1,361 @@
+"""The training loop: the order of things, and nothing but the order.
+
+It opens the cache, builds the network, and for each step draws a batch, times and noise, takes the loss, steps
+optimizer, schedule and average; now and then it logs, validates, samples and checkpoints. Everything random in a
+step is a function of (seed, step, rank) (`batches.py`), so a killed run goes on bit for bit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from timm.optim import create_optimizer_v2
+from tqdm.auto import tqdm
+
+from ..data.code_cache import CodeCache
+from ..evaluation.drawing import SamplerSettings
+from ..evaluation.grids import class_grid, save_grid
+from ..files import write_text
+from ..models import XDLMTransformer2DModel
+from ..objective import XDLMLoss
+from ..pipelines import XDLMPipeline
+from ..recipes import TrainRecipe
+from ..schedulers import XDLMProcess, XDLMScheduler
+from ..tokenizer.codes import load_tokenizer
+from .batches import batch_indices, rank_positions, step_seed, stratified_times
+from .checkpoints import Checkpoint, CheckpointFolder, refuse_other_recipe
+from .meters import LossMeter
+from .validation import validation_nelbo
+
+SAMPLE_CLASSES, SAMPLES_PER_CLASS = 10, 8  # of the sample grids drawn while training
+FREE_TO_CHANGE = {
+    # what may differ when a run goes on: nothing that the weights depend on
+    "output_dir", "tokenizer", "codes", "validation_codes", "log_every", "validate_every", "validation_samples",
+    "sample_every", "sample_steps", "checkpoint_every", "keep_checkpoints", "resume", "stop_after",
+}  # fmt: skip
+
+
+def train(recipe: TrainRecipe) -> Path:
+    """Train as the recipe says and save the averaged weights as a pipeline.
+
+    Returns:
+        The folder of the saved pipeline, `output_dir/pipeline`.
+
+    Raises:
+        ValueError: Before any training, if caches, tokenizer, recipe and run folder do not fit together.
+        FileNotFoundError: If one of them is not there.
+    """
+    run = TrainingRun(recipe)
+    run.resume()
+    stop = min(recipe.max_steps, recipe.stop_after or recipe.max_steps)
+    bar = tqdm(
+        total=recipe.max_steps, initial=run.step, desc="train", unit="step", disable=not run.accelerator.is_main_process
+    )
+    with bar:
+        while run.step < stop:
+            loss = run.train_step()
+            bar.update()
+            if run.step % 10 == 0:
+                bar.set_postfix(loss=f"{loss.item():.3f}")
+            done = run.step == stop
+            if run.due(recipe.log_every) or done:
+                run.log_training()
+            if run.due(recipe.validate_every) or done:
+                run.validate()
+            if run.due(recipe.sample_every) or done:
+                run.draw_samples()
+            if run.due(recipe.checkpoint_every) or done:
+                run.save_checkpoint()
+    pipeline = run.save_pipeline()
+    run.accelerator.end_training()
+    return pipeline
+
+
+class TrainingRun:
+    """One run: its parts, its step counter, and what can be done with them.
+
+    Args:
+        recipe: The recipe. Everything is checked here, before any training.
+    """
+
+    def __init__(self, recipe: TrainRecipe) -> None:
+        self.recipe = recipe
+        self.output_dir = Path(recipe.output_dir)
+        self.checkpoints = CheckpointFolder(self.output_dir / "checkpoints", recipe.keep_checkpoints)
+        if not recipe.resume and self.checkpoints.steps():
+            raise ValueError(
+                f"output_dir={recipe.output_dir!r}: already holds checkpoints; resume them (resume=true), remove them, "
+                "or name another folder"
+            )
+        self.vqvae = load_tokenizer(recipe.tokenizer)
+        self.cache = CodeCache.open(recipe.codes)
+        self.cache.check(tokenizer=self.vqvae)
+        self.validation_cache = CodeCache.open(recipe.validation_codes) if recipe.validation_codes else None
+        if self.validation_cache is not None:
+            self.validation_cache.check(tokenizer=self.vqvae)
+
+        self.accelerator = Accelerator(
+            mixed_precision=recipe.mixed_precision,
+            gradient_accumulation_steps=recipe.gradient_accumulation_steps,
+            log_with="tensorboard",
+            project_dir=str(self.output_dir),
+        )
+        manifest = self.cache.manifest
+        self.process = XDLMProcess(recipe.process.k, manifest.num_codes, recipe.process.definition, **self._ids())
+        self.num_classes = len(manifest.class_names)
+        torch.manual_seed(step_seed(recipe.seed, 0))
+        transformer = XDLMTransformer2DModel(
+            sample_size=list(manifest.grid),
+            num_embeds=self.process.num_ids,
+            out_channels=self.process.logits_width,
+            num_classes=self.num_classes,
+            **dataclasses.asdict(recipe.model),
+        )
+        optimizer = create_optimizer_v2(
+            transformer,
+            opt="adamw",
+            lr=recipe.learning_rate,
+            weight_decay=recipe.weight_decay,
+            betas=(recipe.adam_beta1, recipe.adam_beta2),
+        )
+        self.ema = EMAModel(transformer.parameters(), decay=recipe.ema_decay, foreach=True)
+        self.ema.to(self.accelerator.device)
+        self.model, self.optimizer = self.accelerator.prepare(XDLMLoss(transformer, self.process), optimizer)
+        self.schedule = get_scheduler(
+            {"constant": "constant_with_warmup"}.get(recipe.lr_schedule, recipe.lr_schedule),
+            self.optimizer.optimizer,
+            num_warmup_steps=recipe.warmup_steps,
+            num_training_steps=recipe.max_steps,
+        )
+        self.meter = LossMeter(self.process.mask, self.accelerator.device)
+        self.step = 0
+        self.window: list[float] = []  # seconds of the steps since the last log line
+        self.gradient_norm = torch.zeros(())
+        self._trackers_started = False
+
+    def _ids(self) -> dict[str, int]:
+        """Definition B gets one mask id above the codes, and uniform noise over it, as in the paper's code."""
+        K = self.cache.manifest.num_codes
+        return {"vocab_size": K + 1, "mask_id": K} if self.recipe.process.definition == "B" else {}
+
+    @property
+    def transformer(self) -> XDLMTransformer2DModel:
+        """The network, without the wrappers of accelerate."""
+        return self.accelerator.unwrap_model(self.model).transformer
+
+    def due(self, every: int) -> bool:
+        """Whether something that happens every so many steps happens now (0: never but at the end)."""
+        return every > 0 and self.step % every == 0
+
+    # -- one step -----------------------------------------------------------------------------------------------------
+
+    def train_step(self) -> torch.Tensor:
+        """One optimizer step; returns the mean loss of this process, nats per token."""
+        began = time.perf_counter()
+        recipe, device = self.recipe, self.accelerator.device
+        self.model.train()
+        losses = []
+        for micro_batch in range(recipe.gradient_accumulation_steps):
+            z, x, t, labels = (a.to(device) for a in self._draw(micro_batch))
+            with self.accelerator.accumulate(self.model):
+                loss = self.model(z, x, t, labels)  # (B, L)
+                self.accelerator.backward(loss.mean())
+                if self.accelerator.sync_gradients and recipe.gradient_clip > 0:
+                    self.gradient_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), recipe.gradient_clip)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            self.meter.update(loss, z, x, t)
+            losses.append(loss.detach().mean())
+        self.schedule.step()
+        self.ema.step(self.transformer.parameters())
+        self.step += 1
+        self.window.append(time.perf_counter() - began)
+        return torch.stack(losses).mean()
+
+    def _draw(self, micro_batch: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Noisy codes z, clean codes x (B, L), times (B,), labels with class dropout (B,): all of them on the CPU."""
+        recipe, accelerator = self.recipe, self.accelerator
+        size, rank, world = recipe.batch_size, accelerator.process_index, accelerator.num_processes
+        seed = step_seed(recipe.seed, self.step + 1, rank, micro_batch)
+        torch.manual_seed(seed)  # dropout
+        generator = torch.Generator().manual_seed(seed)
+        first = rank_positions(self.step, micro_batch, size, recipe.gradient_accumulation_steps, world, rank)
+        indices = batch_indices(len(self.cache), recipe.seed, first, size)
+        flips = torch.rand(size, generator=generator) < (0.5 if self.cache.manifest.num_views > 1 else 0.0)
+        x, labels = self.cache.batch(indices, flips.numpy())
+        t = stratified_times(size, recipe.t_min, generator, rank, world)
+        alpha, beta = self.process.alpha_beta(t)
+        z = self.process.noise(x, alpha, beta, generator)
+        dropped = torch.rand(size, generator=generator) < recipe.class_dropout
+        return z, x, t.float(), torch.where(dropped, self.num_classes, labels)
+
+    # -- now and then -------------------------------------------------------------------------------------------------
+
+    def log_training(self) -> None:
+        """Means since the last log line, to TensorBoard and `metrics.jsonl`."""
+        values = {f"train/{name}": value for name, value in self.meter.take(self.accelerator).items()}
+        images = self.recipe.batch_size * self.recipe.gradient_accumulation_steps * self.accelerator.num_processes
+        values["train/gradient_norm"] = float(self.gradient_norm)
+        values["train/learning_rate"] = self.schedule.get_last_lr()[0]
+        values["train/images_per_second"] = images * len(self.window) / max(sum(self.window), 1e-9)
+        values["train/images"] = float(images * self.step)
+        self.window.clear()
+        self._log(values)
+
+    def validate(self) -> None:
+        """NELBO of the averaged weights on the validation codes."""
+        if self.validation_cache is None:
+            return
+        with self.averaged_weights():
+            values = validation_nelbo(
+                self.accelerator.unwrap_model(self.model),
+                self.validation_cache,
+                self.accelerator,
+                self.recipe.validation_samples,
+                self.recipe.batch_size,
+            )
+        self._log({f"validation/{name}": value for name, value in values.items()})
+        self.accelerator.print(
+            f"step {self.step}: validation NELBO {values['bits_per_token']:.4f} bits per token "
+            f"(+- {values['bits_per_token_stderr']:.4f})"
+        )
+
+    def draw_samples(self) -> None:
+        """A class grid from the averaged weights: `samples/step-N.png`."""
+        if not self.accelerator.is_main_process:
+            return
+        names = self.cache.manifest.class_names[:SAMPLE_CLASSES]
+        with self.averaged_weights():
+            images = class_grid(
+                self._pipeline(),
+                range(len(names)),
+                per_class=SAMPLES_PER_CLASS,
+                seed=0,
+                settings=SamplerSettings(num_steps=self.recipe.sample_steps),
+                batch_size=len(names) * SAMPLES_PER_CLASS,
+            )
+        save_grid(self.output_dir / "samples" / f"step-{self.step:08d}.png", images, row_names=names)
+
+    def _log(self, values: dict[str, float]) -> None:
+        self._start_trackers()
+        self.accelerator.log(values, step=self.step)
+        if self.accelerator.is_main_process:
+            with open(self.output_dir / "metrics.jsonl", "a", encoding="utf-8") as lines:
+                lines.write(json.dumps({"step": self.step, **values}) + "\n")
+
+    def _start_trackers(self) -> None:
+        if not self._trackers_started:
+            # what a killed run logged after its last checkpoint is logged anew: leave it out of the curves
+            self.accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": self.step}})
+            self._trackers_started = True
+
+    # -- state --------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """The average in place of the trained weights, in evaluation mode."""
+        parameters = list(self.transformer.parameters())
+        self.ema.store(parameters)
+        self.ema.copy_to(parameters)
+        self.transformer.eval()
+        try:
+            yield
+        finally:
+            self.ema.restore(parameters)
+            self.transformer.train()
+
+    def _bound(self) -> dict[str, Any]:
+        """What a run must not change when it goes on, flat: option -> value."""
+        flat: dict[str, Any] = {}
+        for name, value in dataclasses.asdict(self.recipe).items():
+            if name not in FREE_TO_CHANGE:
+                inner = value if isinstance(value, dict) else {None: value}
+                flat |= {name if key is None else f"{name}.{key}": item for key, item in inner.items()}
+        flat["codes"] = self.cache.manifest.data_fingerprint
+        flat["tokenizer"] = self.cache.manifest.tokenizer_hash
+        flat["number of processes"] = self.accelerator.num_processes
+        return json.loads(json.dumps(flat))
+
+    def save_checkpoint(self) -> None:
+        """Model, average, optimizer, schedule and position; random numbers follow from the position."""
+        if self.accelerator.is_main_process:
+            ema = {str(i): p for i, p in enumerate(self.ema.shadow_params)}
+            scaler = self.accelerator.scaler
+            state = {
+                "ema_steps": self.ema.optimization_step,
+                "schedule": self.schedule.state_dict(),
+                "scaler": None if scaler is None else scaler.state_dict(),
+                "bound": self._bound(),
+            }
+            tensors = {"model": self.transformer.state_dict(), "ema": ema}
+            self.checkpoints.save(Checkpoint(self.step, tensors, self.optimizer.state_dict(), state))
+        self.accelerator.wait_for_everyone()
+
+    def resume(self) -> None:
+        """Go on from the newest checkpoint, if there is one; else write the recipe and begin."""
+        newest = self.checkpoints.load_newest(self.accelerator.device)
+        if newest is None:
+            if self.accelerator.is_main_process:
+                # log lines of a run killed before its first checkpoint would stand twice
+                (self.output_dir / "metrics.jsonl").unlink(missing_ok=True)
+                write_text(
+                    self.output_dir / "recipe.yaml", yaml.safe_dump(dataclasses.asdict(self.recipe), sort_keys=False)
+                )
+            return
+        refuse_other_recipe(newest.state["bound"], self._bound(), self.output_dir)
+        self.transformer.load_state_dict(newest.tensors["model"])
+        for i, shadow in enumerate(self.ema.shadow_params):
+            shadow.copy_(newest.tensors["ema"][str(i)])
+        self.ema.optimization_step = newest.state["ema_steps"]
+        self.optimizer.load_state_dict(newest.optimizer)
+        self.schedule.load_state_dict(newest.state["schedule"])
+        if self.accelerator.scaler is not None and newest.state["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(newest.state["scaler"])
+        self.step = newest.step
+        self.accelerator.print(f"resumed {self.output_dir} at step {self.step}")
+        if self.accelerator.is_main_process:
+            self._forget_lines_after(self.step)
+
+    def _forget_lines_after(self, step: int) -> None:
+        path = self.output_dir / "metrics.jsonl"
+        if path.exists():
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            whole = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+            write_text(path, "".join(whole))
+
+    # -- result -------------------------------------------------------------------------------------------------------
+
+    def _pipeline(self) -> XDLMPipeline:
+        return XDLMPipeline(
+            transformer=self.transformer,
+            scheduler=XDLMScheduler.from_process(self.process),
+            vqvae=self.vqvae.to(self.accelerator.device),
+            id2label=dict(enumerate(self.cache.manifest.class_names)),
+            supports_guidance=self.recipe.class_dropout > 0,
+        )
+
+    def save_pipeline(self) -> Path:
+        """The averaged weights as a pipeline folder, whole or not at all."""
+        final = self.output_dir / "pipeline"
+        if self.accelerator.is_main_process:
+            partial = self.output_dir / f".pipeline-{os.getpid()}"
+            shutil.rmtree(partial, ignore_errors=True)
+            with self.averaged_weights():
+                self._pipeline().save_pretrained(partial)
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(partial, final)
+        self.accelerator.wait_for_everyone()
+        return final
