@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
@@ -39,7 +40,7 @@ def validation_nelbo(
     bar = tqdm(mine, desc="validation", unit="batch", leave=False, disable=not accelerator.is_local_main_process)
     for start in bar:
         stop = min(start + batch_size, num_images)
-        x, labels = cache.batch(range(start, stop))
+        x, labels = cache.batch(np.arange(start, stop))
         alpha, beta = model.process.alpha_beta(times[start:stop])
         z = model.process.noise(x, alpha, beta, torch.Generator().manual_seed(step_seed(SEED, 1, start)))
         device = accelerator.device
@@ -47,7 +48,7 @@ def validation_nelbo(
             loss = model(
                 z.to(device), x.to(device), times[start:stop].float().to(device), _labels(model, labels, device)
             )
-        image = loss.double().mean(1).cpu() / math.log(2.0) if device.type != "mps" else loss.cpu().double().mean(1)
+        image = loss.cpu().double().mean(1) / math.log(2.0)  # (b,) bits per token
         total += image.sum().item()
         total_squares += image.square().sum().item()
     model.train(training)
