@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from evaluation_parts import CLASSES, build_parts, save_pipeline, write_images
+from evaluation_parts import CLASSES, build_parts, one_thread, save_pipeline, write_images  # noqa: F401
+from evaluation_rank import features, reduce_on_rank
 from PIL import Image
 from torch_fidelity import calculate_metrics
 
@@ -38,20 +39,16 @@ def parts(tmp_path_factory):
 @pytest.fixture(scope="module")
 def finished(parts, tmp_path_factory):
     """Output folder of a whole sweep."""
-    path = evaluate(parts.recipe(tmp_path_factory.mktemp("sweep")))
-    return path.parent
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sweep, "GRID_IMAGES", 2)
+        return evaluate(parts.recipe(tmp_path_factory.mktemp("sweep"))).parent
 
 
 # ---------------------------------------------------------------------------------------------- statistics
 
 
-def _features(count, dim, seed=0):
-    rng = np.random.default_rng(seed)
-    return torch.from_numpy(rng.normal(size=(count, dim)) @ rng.normal(size=(dim, dim)) + rng.normal(size=dim))
-
-
 def test_streamed_statistics_equal_numpy_however_they_are_cut():
-    x = _features(101, 7)
+    x = features(101, 7)
     whole, left, right = StreamedStatistics(7), StreamedStatistics(7), StreamedStatistics(7)
     for batch in x.split(13):
         whole.update(batch)
@@ -67,7 +64,7 @@ def test_streamed_statistics_equal_numpy_however_they_are_cut():
 
 
 def test_streamed_statistics_survive_a_large_mean():
-    x = _features(500, 3)
+    x = features(500, 3)
     shifted = StreamedStatistics(3)
     for batch in (x + 1e6).split(50):
         shifted.update(batch)
@@ -90,7 +87,7 @@ def test_statistics_refuse_what_they_cannot_hold():
 
 def test_statistics_files_come_back_and_damage_is_seen(tmp_path):
     statistics = StreamedStatistics(4)
-    statistics.update(_features(9, 4))
+    statistics.update(features(9, 4))
     path = statistics.save(tmp_path / "deep" / "a.safetensors", {"layer": "pooled"})
     back = StreamedStatistics.load(path, {"layer": "pooled"})
     assert back.count == 9 and torch.equal(back.mean, statistics.mean) and torch.equal(back.scatter, statistics.scatter)
@@ -103,22 +100,10 @@ def test_statistics_files_come_back_and_damage_is_seen(tmp_path):
         StreamedStatistics.load(tmp_path / "none.safetensors")
 
 
-def _reduce_on_rank(rank, folder):
-    import torch.distributed as dist
-
-    store = f"file://{folder}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
-    statistics = StreamedStatistics(5)
-    statistics.update(_features(20, 5)[:6] if rank == 0 else _features(20, 5)[6:])
-    statistics.all_reduce()
-    statistics.save(f"{folder}/{rank}.safetensors", {})
-    dist.destroy_process_group()
-
-
 def test_ranks_agree_on_the_whole(tmp_path):
-    torch.multiprocessing.spawn(_reduce_on_rank, (str(tmp_path),), nprocs=2)
+    torch.multiprocessing.spawn(reduce_on_rank, (str(tmp_path),), nprocs=2)  # its module imports little
     whole = StreamedStatistics(5)
-    whole.update(_features(20, 5))
+    whole.update(features(20, 5))
     for rank in range(2):
         part = StreamedStatistics.load(tmp_path / f"{rank}.safetensors")
         assert part.count == 20
@@ -157,9 +142,7 @@ def test_fid_of_gaussians_in_closed_form():
     assert fid_from_statistics(a, b) == pytest.approx(10.0, rel=1e-12)
     assert fid_from_statistics(a, a) == pytest.approx(0.0, abs=1e-9)
     rotation = np.linalg.qr(np.random.default_rng(0).normal(size=(3, 3)))[0]
-    turned = [
-        _gaussian(rotation @ s.mean.numpy(), rotation @ s.to_fid()["sigma"] @ rotation.T) for s in (a, b)
-    ]
+    turned = [_gaussian(rotation @ s.mean.numpy(), rotation @ s.to_fid()["sigma"] @ rotation.T) for s in (a, b)]
     assert fid_from_statistics(*turned) == pytest.approx(10.0, rel=1e-9)
     with pytest.raises(ValueError, match="widths 3 and 2"):
         fid_from_statistics(a, _gaussian([0.0, 0.0], np.eye(2)))
@@ -307,14 +290,15 @@ def test_a_killed_sweep_goes_on_and_gives_the_same_numbers(parts, finished, tmp_
         return original(extractor, batches, progress)
 
     monkeypatch.setattr(sweep, "measure", dies_in_the_third_cell)
+    recipe = parts.recipe(tmp_path, pipelines={"mdlm": parts.pipelines["mdlm"]})
     with pytest.raises(KeyboardInterrupt):
-        evaluate(parts.recipe(tmp_path))
+        evaluate(recipe)
     assert len(list((tmp_path / "cells").iterdir())) == 2
-    evaluate(parts.recipe(tmp_path))
-    assert len(measured) == 3 + 6  # eight cells, two of them were there
-    assert _numbers(tmp_path) == _numbers(finished)
-    evaluate(parts.recipe(tmp_path))
-    assert len(measured) == 9  # nothing is measured twice
+    evaluate(recipe)
+    assert len(measured) == 3 + 2  # four cells, two of them were there
+    assert _numbers(tmp_path) == [cell for cell in _numbers(finished) if cell["pipeline"] == "mdlm"]
+    evaluate(recipe)
+    assert len(measured) == 5  # nothing is measured twice
 
 
 def test_cells_of_another_protocol_are_not_taken_for_this_one(parts, finished, tmp_path, capfd):

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from evaluation_parts import CLASSES, save_pipeline
+from evaluation_parts import CLASSES, one_thread, save_pipeline  # noqa: F401
 from PIL import Image
 
 from xdlm_image.evaluation.grids import GAP, sample, save_grid
