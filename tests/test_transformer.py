@@ -299,12 +299,21 @@ def test_attention_backend_and_fused_projections_agree():
     torch.testing.assert_close(model(codes, class_labels=labels).sample, expected)
 
 
-def test_dropout_acts_in_training_only():
-    model = tiny(dropout=0.5)
-    codes, labels = codes_and_labels(model)
-    assert torch.equal(model(codes, class_labels=labels).sample, model(codes, class_labels=labels).sample)
-    model.train()
-    assert not torch.equal(model(codes, class_labels=labels).sample, model(codes, class_labels=labels).sample)
+def test_dropout_acts_in_training_only_and_on_both_branches():
+    for silent in ("attn.to_out.0", "ff.net.2", "none"):
+        model = tiny(dropout=0.5, num_layers=1)
+        codes, labels = codes_and_labels(model)
+        if silent != "none":
+            torch.nn.init.zeros_(model.transformer_blocks[0].get_submodule(silent).weight)
+        a, b = (model(codes, class_labels=labels).sample for _ in range(2))
+        assert torch.equal(a, b)
+        model.train()
+        a, b = (model(codes, class_labels=labels).sample for _ in range(2))
+        assert not torch.equal(a, b), silent
+        for name in ("attn.to_out.0", "ff.net.2"):
+            torch.nn.init.zeros_(model.transformer_blocks[0].get_submodule(name).weight)
+        a, b = (model(codes, class_labels=labels).sample for _ in range(2))
+        assert torch.equal(a, b)  # nowhere else
 
 
 def test_save_and_load_are_exact(tmp_path):
