@@ -10,14 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from evaluation_parts import CLASSES, build_parts, one_thread, save_pipeline, write_images  # noqa: F401
+from evaluation_parts import CLASSES, NUM_CODES, build_parts, one_thread, save_pipeline, write_images  # noqa: F401
 from evaluation_rank import features, reduce_on_rank
 from PIL import Image
 from torch_fidelity import calculate_metrics
 
-from xdlm_image.data.images import open_images
+from xdlm_image.data.images import normalise, open_images
 from xdlm_image.evaluation import sweep
 from xdlm_image.evaluation.batches import Uint8Images
+from xdlm_image.evaluation.code_pairs import PairFrequencies
 from xdlm_image.evaluation.drawing import SamplerSettings, draw, draw_all, open_pipeline
 from xdlm_image.evaluation.extractor import SMALL_CLASSIFIER, load_extractor
 from xdlm_image.evaluation.fid import fid_from_statistics, fid_of_images, statistics_of_images
@@ -26,7 +27,7 @@ from xdlm_image.evaluation.report import markdown, mean_and_spread
 from xdlm_image.evaluation.seeds import MAX_IMAGES, MAX_SEED, image_generators, image_seed
 from xdlm_image.evaluation.statistics import StreamedStatistics
 from xdlm_image.evaluation.sweep import evaluate
-from xdlm_image.tokenizer.codes import decode_codes
+from xdlm_image.tokenizer.codes import decode_codes, encode_images
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*images are few for the.*:UserWarning")
 
@@ -179,6 +180,44 @@ def test_fid_equals_torch_fidelity_on_the_same_folders(parts, tmp_path):
         assert ours[layer] == pytest.approx(theirs, rel=1e-6)
 
 
+# ---------------------------------------------------------------------------------------------- pairs of codes
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(2, 2), (4, 5)])
+def test_pairs_are_counted_where_they_stand(rows, columns):
+    codes = torch.randint(0, 3, (6, rows, columns))
+    pairs = PairFrequencies(3)
+    pairs.update(codes[:1])
+    pairs.update(codes[1:])
+    for name, down, right in (("near", 1, 1), ("far", rows // 2, columns // 2)):
+        expected = torch.zeros(3, 3, dtype=torch.int64)
+        for image in codes.tolist():
+            for y in range(rows):
+                for x in range(columns):
+                    if y + down < rows:
+                        expected[image[y][x], image[y + down][x]] += 1
+                    if x + right < columns:
+                        expected[image[y][x], image[y][x + right]] += 1
+        assert torch.equal(pairs.counts[name].view(3, 3), expected)
+
+
+@pytest.mark.parametrize("num_codes", [64, 16384])  # counted exactly, and hashed
+def test_total_variation_sees_pairs_that_do_not_go_together(num_codes, tmp_path):
+    used = torch.arange(8) * (num_codes // 8)  # 8 codes, each as frequent in both sets
+    a, b = PairFrequencies(num_codes), PairFrequencies(num_codes)
+    a.update(used[torch.randint(0, 8, (4000, 1, 1))].expand(-1, 2, 2))  # the four codes of an image are one
+    b.update(used[torch.randint(0, 8, (4000, 2, 2))])  # independent
+    distance = a.total_variation(b)
+    assert distance == pytest.approx({"near": 7 / 8, "far": 7 / 8}, abs=0.02)  # 8 of 64 pairs carry all the mass of a
+    assert a.total_variation(a) == {"near": 0.0, "far": 0.0}
+    back = PairFrequencies.load(a.save(tmp_path / "pairs.safetensors", {}), num_codes)
+    assert back.total_variation(b) == distance
+    with pytest.raises(ValueError, match="does not hold pairs of 5"):
+        PairFrequencies.load(tmp_path / "pairs.safetensors", 5)
+    with pytest.raises(ValueError, match=rf"must lie in \[0, {num_codes}\)"):
+        a.update(torch.full((1, 2, 2), num_codes))
+
+
 # ---------------------------------------------------------------------------------------------- seeds, drawing
 
 
@@ -256,11 +295,17 @@ def test_a_sweep_records_numbers_floors_and_protocol(parts, finished):
     # the floor of real images is far below random pipelines; the numbers are those of the images themselves
     assert floors["train_against_reference"]["fid"]["pooled"] < cell["fid"]["pooled"]
     pipeline = open_pipeline(parts.pipelines["xdlm-0.1"], torch.device("cpu"))
-    images = draw(pipeline, [i % 3 for i in range(18)], range(18), 1, SamplerSettings(3))
+    images, codes = draw(pipeline, [i % 3 for i in range(18)], range(18), 1, SamplerSettings(3))
     reference = torch.stack([item[0] for item in Uint8Images(open_images(parts.data, "test"))])
     expected = fid_of_images(load_extractor(parts.extractor, "cpu"), images, reference)
     for layer in ("pooled", "spatial"):
         assert cell["fid"][layer] == pytest.approx(expected[layer], rel=1e-4)
+    held_out = PairFrequencies(NUM_CODES)
+    held_out.update(encode_images(pipeline.vqvae, normalise(reference)))
+    drawn = PairFrequencies(NUM_CODES)
+    drawn.update(codes)
+    assert cell["code_pair_total_variation"] == pytest.approx(drawn.total_variation(held_out))
+    assert 0 <= floors["reconstruction"][0]["train"]["code_pair_total_variation"]["near"] <= 1
     for name in ("fid.md", "fid.png", "grid_mdlm.png", "strip_xdlm-0.1.png"):
         assert (finished / name).stat().st_size > 200
     assert not list(finished.rglob("*.partial*"))
@@ -269,10 +314,10 @@ def test_a_sweep_records_numbers_floors_and_protocol(parts, finished):
 def test_the_table_reads_as_it_should(finished):
     page = (finished / "fid.md").read_text()
     assert re.search(r"\| pipeline \| 1 step \| 3 steps \|", page)
-    assert re.search(r"\| mdlm \| \d+\.\d\d ± \d+\.\d\d \| \d+\.\d\d ± \d+\.\d\d \|", page)
+    assert re.search(r"\| mdlm \| \d+\.\d+ ± \d+\.\d+ \| \d+\.\d+ ± \d+\.\d+ \|", page)
     assert page.count("Floors: reconstruction (rFID) of mdlm, xdlm-0.1") == 2  # one for each layer
     assert "Warning:" in page and "not Inception FID" in page and "guidance 1, temperature 1" in page
-    assert mean_and_spread([1.0]) == "1.00" and mean_and_spread([1.0, 3.0]) == "2.00 ± 1.41"
+    assert mean_and_spread([0.0881]) == "0.088" and mean_and_spread([20.0, 40.0]) == "30.00 ± 14.14"
     partial = json.loads((finished / "fid.json").read_text())
     partial["cells"] = partial["cells"][:2]
     assert "| xdlm-0.1 | – | – |" in markdown(partial)
@@ -282,12 +327,12 @@ def test_a_killed_sweep_goes_on_and_gives_the_same_numbers(parts, finished, tmp_
     measured = []
     original = sweep.measure
 
-    def dies_in_the_third_cell(extractor, batches, progress=None):
+    def dies_in_the_third_cell(extractor, batches, num_codes, progress):
         measured.append(batches.settings.num_steps)
         if len(measured) == 3:
             next(iter(batches))
             raise KeyboardInterrupt
-        return original(extractor, batches, progress)
+        return original(extractor, batches, num_codes, progress)
 
     monkeypatch.setattr(sweep, "measure", dies_in_the_third_cell)
     recipe = parts.recipe(tmp_path, pipelines={"mdlm": parts.pipelines["mdlm"]})

@@ -17,7 +17,7 @@ from xdlm_image.tokenizer.codes import decode_codes, encode_images
 
 UINT8_RULE = "round to nearest, cut off at 0 and 255: clamp(round((x + 1) * 127.5)), x in [-1, 1]"
 
-LabelledBatch = tuple[torch.Tensor, torch.Tensor]  # uint8 (B, C, S, S), int64 (B,)
+LabelledBatch = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]  # uint8 (B, C, S, S), labels, codes (B, h, w)
 
 
 class Uint8Images(Dataset[tuple[torch.Tensor, int]]):
@@ -46,11 +46,12 @@ def real_batches(
     """This rank's share of the images, in order."""
     rank, world = rank_and_world()
     wanted = list(range(len(images)) if indices is None else indices)[rank::world]
-    yield from DataLoader(Uint8Images(images, wanted), batch_size, num_workers=num_workers)
+    for batch, labels in DataLoader(Uint8Images(images, wanted), batch_size, num_workers=num_workers):
+        yield batch, labels, None
 
 
 def reconstructed_batches(vqvae: VQModel, batches: Iterable[LabelledBatch]) -> Iterator[LabelledBatch]:
     """Each batch through encoder, codebook and decoder, back to uint8."""
-    for images, labels in batches:
+    for images, labels, _ in batches:
         codes = encode_images(vqvae, normalise(images).to(vqvae.device))  # (B, h, w)
-        yield to_uint8(decode_codes(vqvae, codes)).cpu(), labels
+        yield to_uint8(decode_codes(vqvae, codes)).cpu(), labels, codes.cpu()

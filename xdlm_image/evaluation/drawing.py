@@ -103,7 +103,7 @@ def class_names(pipeline: XDLMPipeline) -> list[str]:
 
 def draw(
     pipeline: XDLMPipeline, labels: Sequence[int], indices: Sequence[int], seed: int, settings: SamplerSettings
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw one image for each label.
 
     Args:
@@ -114,26 +114,27 @@ def draw(
         settings: How the pipeline is called.
 
     Returns:
-        uint8 (B, C, S, S) on the CPU, rounded to nearest.
+        uint8 images (B, C, S, S), rounded to nearest, and their codes (B, h, w); on the CPU.
     """
     conditional = pipeline.transformer.config.num_classes is not None
-    generators = image_generators(seed, indices)
-    images = pipeline(
+    codes = pipeline(
         class_labels=list(labels) if conditional else None,
         num_steps=settings.num_steps,
         guidance_scale=settings.guidance_scale,
         temperature=settings.temperature,
-        generator=generators,
+        generator=image_generators(seed, indices),
         num_images_per_prompt=1 if conditional else len(indices),
-        output_type="pt",
-    ).images  # (B, C, S, S) in [0, 1]
-    return to_uint8(images.float().cpu() * 2 - 1)
+        output_type="latent",
+    ).images  # (B, h, w)
+    with torch.no_grad():
+        images = pipeline.decode_latents(codes)  # (B, C, S, S), about [-1, 1]
+    return to_uint8(images.cpu()), codes.cpu()
 
 
 class DrawnBatches:
     """This rank's share of a balanced set: image i of `num_samples` has class i mod num_classes.
 
-    An iterable of (uint8 images, labels), with `seconds` spent drawing so far.
+    An iterable of (uint8 images, labels, codes), with `seconds` spent drawing so far.
     """
 
     def __init__(
@@ -160,9 +161,9 @@ class DrawnBatches:
             indices = mine[start : start + self.batch_size]
             labels = [index % self.num_classes for index in indices]
             began = time.perf_counter()
-            images = draw(self.pipeline, labels, indices, self.seed, self.settings)
+            images, codes = draw(self.pipeline, labels, indices, self.seed, self.settings)
             self.seconds += time.perf_counter() - began
-            yield images, torch.tensor(labels)
+            yield images, torch.tensor(labels), codes
 
 
 def draw_all(
@@ -178,6 +179,6 @@ def draw_all(
     with tqdm(total=len(labels), desc=description, unit="image", leave=False) as progress:
         for start in range(0, len(labels), batch_size):
             indices = range(start, min(start + batch_size, len(labels)))
-            parts.append(draw(pipeline, labels[start : indices.stop], indices, seed, settings))
+            parts.append(draw(pipeline, labels[start : indices.stop], indices, seed, settings)[0])
             progress.update(len(indices))
     return torch.cat(parts)

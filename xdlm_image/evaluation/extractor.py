@@ -76,7 +76,8 @@ class SmallClassifier(torch.nn.Module):
 
     def __init__(self, image_size: int, channels: int, num_classes: int, width: int, feature_dim: int) -> None:
         super().__init__()
-        side, strides = (image_size + 1) // 2, []
+        side = (image_size + 1) // 2
+        strides: list[int] = []
         while side > LAST_GRID or len(strides) < 2:  # ByobNet wants two stages at least
             strides.append(2 if side > LAST_GRID else 1)
             side = -(-side // strides[-1])

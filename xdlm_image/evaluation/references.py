@@ -18,6 +18,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from xdlm_image.evaluation.batches import LabelledBatch
+from xdlm_image.evaluation.code_pairs import PairFrequencies
 from xdlm_image.evaluation.extractor import FeatureExtractor
 from xdlm_image.evaluation.fid import new_statistics
 from xdlm_image.evaluation.files import sha256_of_file, write_json
@@ -31,37 +32,50 @@ class Measured:
     Attributes:
         statistics: Layer -> mean and covariance.
         class_accuracy: Share of images that the extractor's own head puts in their class; None without such a head.
+        pairs: How the images' codes go together; None where they were not made of codes.
         hashes: Layer -> SHA-256 of the statistics' file; empty where they are on no disk.
     """
 
     statistics: dict[str, StreamedStatistics]
     class_accuracy: float | None
+    pairs: PairFrequencies | None
     hashes: dict[str, str]
 
 
-def measure(extractor: FeatureExtractor, batches: Iterable[LabelledBatch], progress: tqdm | None = None) -> Measured:
+def measure(
+    extractor: FeatureExtractor,
+    batches: Iterable[LabelledBatch],
+    num_codes: int | None = None,
+    progress: tqdm | None = None,
+) -> Measured:
     """Stream labelled uint8 batches into statistics of each FID layer; merged over ranks at the end.
 
     Args:
         extractor: From `load_extractor`.
         batches: This rank's share.
+        num_codes: Codebook size where the batches hold codes, whose pairs are then counted; None without.
         progress: Bar that counts this rank's images.
     """
     statistics = new_statistics(extractor)
+    pairs = None if num_codes is None else PairFrequencies(num_codes)
     right = 0
-    for images, labels in batches:
+    for images, labels, codes in batches:
         features = extractor(images)
         for layer, layer_statistics in statistics.items():
             layer_statistics.update(features[layer])
         if extractor.logits_layer is not None:
             right += int((features[extractor.logits_layer].argmax(1) == labels.cpu()).sum())
+        if pairs is not None and codes is not None:
+            pairs.update(codes)
         if progress is not None:
             progress.update(len(images))
     for layer_statistics in statistics.values():
         layer_statistics.all_reduce(extractor.device)
+    if pairs is not None:
+        pairs.all_reduce(extractor.device)
     count = next(iter(statistics.values())).count
     accuracy = sum_over_ranks(right, extractor.device) / count if extractor.logits_layer is not None else None
-    return Measured(statistics, accuracy, {})
+    return Measured(statistics, accuracy, pairs, {})
 
 
 def sum_over_ranks(value: int, device: torch.device) -> int:
@@ -91,6 +105,7 @@ def cached_measure(
     extractor: FeatureExtractor,
     make_batches: Callable[[], Iterable[LabelledBatch]],
     total: int,
+    num_codes: int | None = None,
 ) -> Measured:
     """`measure`, or what an earlier run with the same key left in `folder`.
 
@@ -101,29 +116,32 @@ def cached_measure(
         extractor: Its weights' hash becomes part of the key.
         make_batches: This rank's share of the images.
         total: Images over all ranks.
+        num_codes: As for `measure`.
     """
     key = {**key, "extractor": extractor.weights_hash, "layers": list(extractor.fid_layers)}
     place = folder / f"{label}-{short_hash(key)}"
-    found = _load(place, key, extractor.fid_layers)
+    found = _load(place, key, extractor.fid_layers, num_codes)
     if found is not None:
         return found
     rank, world = rank_and_world()
     with tqdm(total=(total - rank + world - 1) // world, desc=label, unit="image", disable=rank != 0) as progress:
-        measured = measure(extractor, make_batches(), progress)
+        measured = measure(extractor, make_batches(), num_codes, progress)
     if rank == 0:
         for layer, statistics in measured.statistics.items():
             statistics.save(place / f"{layer}.safetensors", {"layer": layer, "extractor": extractor.weights_hash})
+        if measured.pairs is not None:
+            measured.pairs.save(place / "pairs.safetensors", {"num_codes": str(num_codes)})
         hashes = {layer: sha256_of_file(place / f"{layer}.safetensors") for layer in measured.statistics}
         about = {"key": key, "class_accuracy": measured.class_accuracy, "statistics_sha256": hashes}
         write_json(place / "about.json", about)  # last: it makes the folder whole
     barrier()
-    found = _load(place, key, extractor.fid_layers)
+    found = _load(place, key, extractor.fid_layers, num_codes)
     if found is None:
         raise RuntimeError(f"{place}: the statistics just written cannot be read back; check the disk")
     return found
 
 
-def _load(place: Path, key: dict[str, Any], layers: tuple[str, ...]) -> Measured | None:
+def _load(place: Path, key: dict[str, Any], layers: tuple[str, ...], num_codes: int | None) -> Measured | None:
     if not (place / "about.json").is_file():
         return None
     try:
@@ -137,7 +155,8 @@ def _load(place: Path, key: dict[str, Any], layers: tuple[str, ...]) -> Measured
             )
             for layer in layers
         }
+        pairs = None if num_codes is None else PairFrequencies.load(place / "pairs.safetensors", num_codes)
     except (OSError, ValueError, KeyError, TypeError) as error:
         print(f"{place}: cached statistics cannot be used ({error}); computing them again")
         return None
-    return Measured(statistics, about["class_accuracy"], hashes)
+    return Measured(statistics, about["class_accuracy"], pairs, hashes)

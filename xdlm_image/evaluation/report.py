@@ -23,11 +23,16 @@ def write_report(output_dir: str | Path, content: Content) -> None:
 
 
 def mean_and_spread(values: list[float]) -> str:
-    """`12.34`, or `12.34 ± 0.56` (standard deviation, n - 1) of several; a dash for none."""
+    """`12.34`, or `12.34 ± 0.560` (standard deviation, n - 1) of several; a dash for none."""
     if not values:
         return "–"
-    mean = f"{statistics.fmean(values):.2f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.2f}"
+    mean = number(statistics.fmean(values))
+    return mean if len(values) == 1 else f"{mean} ± {number(statistics.stdev(values))}"
+
+
+def number(value: float) -> str:
+    """Three decimals below 10, two below 100, one above: distances of small classifiers can be small."""
+    return f"{value:.{3 if abs(value) < 10 else 2 if abs(value) < 100 else 1}f}"
 
 
 def markdown(content: Content) -> str:
@@ -43,7 +48,27 @@ def markdown(content: Content) -> str:
         lines += ["", "Floors: " + "; ".join(_floors(floors, layer)) + ".", ""]
         lines += [f"## Features `{layer}`, against reconstructions of the real images", ""]
         lines += _table(content, lambda cell: cell["fid_against_reconstructions"][layer])  # noqa: B023
-        lines += ["", "The tokenizer's own error is out of this table.", ""]
+        lines += [
+            "",
+            "The tokenizer's own error is out of this table. Floors: "
+            + "; ".join(
+                f"reconstructed training images ({_users(floor)}) "
+                f"{number(floor['train']['fid_against_reconstructions'][layer])}"
+                for floor in floors["reconstruction"]
+            )
+            + ".",
+            "",
+        ]
+    for distance, where in (("near", "neighbouring positions"), ("far", "positions half a grid apart")):
+        lines += [f"## Pairs of codes at {where}: total variation to held-out images (%)", ""]
+        lines += _table(content, lambda cell: 100 * cell["code_pair_total_variation"][distance])  # noqa: B023
+        lines += ["", "Needs no extractor; falls as codes drawn together fit each other. Floors: "]
+        lines[-1] += "; ".join(
+            f"{floor['train']['num_images']} training images ({_users(floor)}) "
+            f"{number(100 * floor['train']['code_pair_total_variation'][distance])}"
+            for floor in floors["reconstruction"]
+        )
+        lines += [""]
     if any(cell["class_accuracy"] is not None for cell in content["cells"]):
         lines += ["## Class accuracy (%), judged by the extractor's own classifier", ""]
         lines += _table(content, lambda cell: 100 * cell["class_accuracy"])
@@ -67,13 +92,16 @@ def markdown(content: Content) -> str:
     return "\n".join(lines)
 
 
+def _users(floor: Content) -> str:
+    return ", ".join(floor["pipelines"])
+
+
 def _floors(floors: Content, layer: str) -> list[str]:
     texts = [
-        f"reconstruction (rFID) of {', '.join(floor['pipelines'])} {floor['fid'][layer]:.2f}"
-        for floor in floors["reconstruction"]
+        f"reconstruction (rFID) of {_users(floor)} {number(floor['fid'][layer])}" for floor in floors["reconstruction"]
     ]
     train = floors["train_against_reference"]
-    texts.append(f"{train['num_images']} training images against the reference {train['fid'][layer]:.2f}")
+    texts.append(f"{train['num_images']} training images against the reference {number(train['fid'][layer])}")
     return texts
 
 
@@ -98,7 +126,7 @@ def write_plot(output_dir: str | Path, content: Content) -> Path:
     """Write `fid.png`: FID against network evaluations, a panel for each feature layer, spread over seeds as bars."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import ScalarFormatter
+    from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter, NullLocator, StrMethodFormatter
 
     protocol, floors = content["protocol"], content["floors"]
     layers = protocol["extractor"]["fid_layers"]
@@ -123,8 +151,12 @@ def write_plot(output_dir: str | Path, content: Content) -> Path:
         panel.axhline(train, linestyle=":", color="black", linewidth=1, label="training images")
         panel.set_xscale("log", base=2)
         panel.set_yscale("log")
-        panel.xaxis.set_major_formatter(ScalarFormatter())
-        panel.yaxis.set_major_formatter(ScalarFormatter())
+        panel.xaxis.set_major_locator(FixedLocator(sorted({cell["nfe"] for cell in content["cells"]})))
+        panel.xaxis.set_minor_locator(NullLocator())
+        panel.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        panel.yaxis.set_minor_formatter(NullFormatter())
         panel.set_xlabel("network evaluations an image (NFE)")
         panel.set_ylabel(f"Fréchet distance, features {layer}")
         panel.set_title(f"{protocol['extractor']['name']}, {protocol['num_samples']} images", fontsize=10)

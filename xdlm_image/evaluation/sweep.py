@@ -70,8 +70,6 @@ def evaluate(recipe: EvaluateRecipe) -> Path:
         lambda: real_batches(plan.reference, recipe.batch_size),
         len(plan.reference),
     )
-    train_floor = _train_floor(plan, output, reference)
-    reconstructions: dict[str, Measured] = {}  # tokenizer hash -> statistics
     content: dict[str, Any] = {
         "schema_version": 1,
         "metric": metric_name(plan.extractor),
@@ -79,44 +77,25 @@ def evaluate(recipe: EvaluateRecipe) -> Path:
         "protocol": protocol(plan, reference.hashes),
         "floors": {
             "reference_class_accuracy": reference.class_accuracy,
-            "train_against_reference": train_floor,
+            "train_against_reference": _train_floor(plan, reference),
             "reconstruction": [],
         },
         "cells": [],
     }
+    reconstructions: dict[str, Measured] = {}  # tokenizer hash -> the reference images through this tokenizer
     main = rank_and_world()[0] == 0
     cells = len(recipe.pipelines) * len(recipe.num_steps) * len(recipe.seeds)
     with tqdm(total=cells, desc="cells", unit="cell", disable=not main) as progress:
         for name in recipe.pipelines:
-            about = plan.pipelines[name]
-            pipeline = open_pipeline(about["folder"], plan.device, f"pipelines.{name}")
-            token_hash = about["tokenizer_hash"]
-            if token_hash not in reconstructions:
-                reconstructions[token_hash] = cached_measure(
-                    output / "statistics",
-                    f"reconstructions-{recipe.reference_split}",
-                    {**images_key(plan, plan.reference), "tokenizer": token_hash},
-                    plan.extractor,
-                    lambda vqvae=pipeline.vqvae: reconstructed_batches(  # type: ignore[misc]
-                        vqvae, real_batches(plan.reference, recipe.batch_size)
-                    ),
-                    len(plan.reference),
-                )
-                users = [n for n in recipe.pipelines if plan.pipelines[n]["tokenizer_hash"] == token_hash]
-                content["floors"]["reconstruction"].append(
-                    {
-                        "tokenizer_hash": token_hash,
-                        "pipelines": users,
-                        "num_images": len(plan.reference),
-                        "fid": _fids(reconstructions[token_hash], reference),
-                        "class_accuracy": reconstructions[token_hash].class_accuracy,
-                        "statistics_sha256": reconstructions[token_hash].hashes,
-                    }
-                )
+            pipeline = open_pipeline(plan.pipelines[name]["folder"], plan.device, f"pipelines.{name}")
+            tokenizer = plan.pipelines[name]["tokenizer_hash"]
+            if tokenizer not in reconstructions:
+                reconstructions[tokenizer], floor = _reconstructions(plan, pipeline, tokenizer, reference)
+                content["floors"]["reconstruction"].append(floor)
             for num_steps in recipe.num_steps:
                 settings = SamplerSettings(num_steps, recipe.guidance_scale, recipe.temperature)
                 for seed in recipe.seeds:
-                    cell = _cell(plan, pipeline, name, settings, seed, reference, reconstructions[token_hash])
+                    cell = _cell(plan, pipeline, name, settings, seed, reference, reconstructions[tokenizer])
                     content["cells"].append(cell)
                     if main:
                         write_report(output, content)
@@ -134,21 +113,76 @@ def _fids(a: Measured, b: Measured) -> dict[str, float]:
     return {layer: fid_from_statistics(a.statistics[layer], b.statistics[layer]) for layer in a.statistics}
 
 
-def _train_floor(plan: Plan, output: Path, reference: Measured) -> dict[str, Any]:
-    """FID of as many random training images as a cell has: what a perfect generator would score."""
+def _train_subset(plan: Plan) -> tuple[list[int], dict[str, Any]]:
+    """As many random training images as a cell has: their indices, and their key in the cache."""
     count = min(plan.recipe.num_samples, len(plan.train))
     chosen = np.random.default_rng(TRAIN_SUBSET_SEED).permutation(len(plan.train))[:count]
-    indices = sorted(chosen.tolist())
+    key = {**images_key(plan, plan.train), "subset": count, "subset_seed": TRAIN_SUBSET_SEED}
+    return sorted(chosen.tolist()), key
+
+
+def _train_floor(plan: Plan, reference: Measured) -> dict[str, Any]:
+    """FID of real training images against the reference: what a perfect generator would score."""
+    indices, key = _train_subset(plan)
     measured = cached_measure(
-        output / "statistics",
+        Path(plan.recipe.output_dir) / "statistics",
         "train",
-        {**images_key(plan, plan.train), "subset": count, "subset_seed": TRAIN_SUBSET_SEED},
+        key,
         plan.extractor,
         lambda: real_batches(plan.train, plan.recipe.batch_size, indices),
-        count,
+        len(indices),
     )
-    return {"num_images": count, "subset_seed": TRAIN_SUBSET_SEED, "fid": _fids(measured, reference),
-            "class_accuracy": measured.class_accuracy, "fingerprint": plan.train.fingerprint}  # fmt: skip
+    return {
+        "num_images": len(indices),
+        "subset_seed": TRAIN_SUBSET_SEED,
+        "fingerprint": plan.train.fingerprint,
+        "fid": _fids(measured, reference),
+        "class_accuracy": measured.class_accuracy,
+    }
+
+
+def _reconstructions(plan: Plan, pipeline: Any, tokenizer: str, reference: Measured) -> tuple[Measured, dict[str, Any]]:
+    """The reference images through a tokenizer, and what that floor and the training images beside it score."""
+    folder, batch_size = Path(plan.recipe.output_dir) / "statistics", plan.recipe.batch_size
+    num_codes = int(pipeline.vqvae.config.num_vq_embeddings)
+    measured = cached_measure(
+        folder,
+        f"reconstructions-{plan.recipe.reference_split}",
+        {**images_key(plan, plan.reference), "tokenizer": tokenizer},
+        plan.extractor,
+        lambda: reconstructed_batches(pipeline.vqvae, real_batches(plan.reference, batch_size)),
+        len(plan.reference),
+        num_codes,
+    )
+    indices, key = _train_subset(plan)
+    train = cached_measure(
+        folder,
+        "reconstructions-train",
+        {**key, "tokenizer": tokenizer},
+        plan.extractor,
+        lambda: reconstructed_batches(pipeline.vqvae, real_batches(plan.train, batch_size, indices)),
+        len(indices),
+        num_codes,
+    )
+    floor = {
+        "tokenizer_hash": tokenizer,
+        "pipelines": [n for n in plan.recipe.pipelines if plan.pipelines[n]["tokenizer_hash"] == tokenizer],
+        "num_images": len(plan.reference),
+        "fid": _fids(measured, reference),
+        "class_accuracy": measured.class_accuracy,
+        "statistics_sha256": measured.hashes,
+        "train": {
+            "num_images": len(indices),
+            "fid_against_reconstructions": _fids(train, measured),
+            "code_pair_total_variation": _total_variation(train, measured),
+        },
+    }
+    return measured, floor
+
+
+def _total_variation(a: Measured, b: Measured) -> dict[str, float]:
+    assert a.pairs is not None and b.pairs is not None
+    return a.pairs.total_variation(b.pairs)
 
 
 def _cell(
@@ -189,7 +223,7 @@ def _cell(
     batches = DrawnBatches(pipeline, recipe.num_samples, num_classes, seed, settings, recipe.batch_size)
     world = rank_and_world()[1]
     with tqdm(total=-(-recipe.num_samples // world), desc=label, unit="image", leave=False, disable=not main) as bar:
-        measured = measure(plan.extractor, batches, bar)
+        measured = measure(plan.extractor, batches, int(pipeline.vqvae.config.num_vq_embeddings), bar)
     result = {
         "pipeline": name,
         "num_steps": settings.num_steps,
@@ -198,6 +232,7 @@ def _cell(
         "num_samples": recipe.num_samples,
         "fid": _fids(measured, reference),
         "fid_against_reconstructions": _fids(measured, reconstructions),
+        "code_pair_total_variation": _total_variation(measured, reconstructions),
         "class_accuracy": measured.class_accuracy if plan.pipelines[name]["conditional"] else None,
         "sampling_seconds": round(batches.seconds, 3),
         "images_per_second": round(recipe.num_samples / max(batches.seconds, 1e-9), 2),
