@@ -77,7 +77,6 @@ def test_stopped_and_resumed_run_equals_an_unbroken_one_bit_for_bit(world: Path)
     assert len(list((world / "broken" / "checkpoints").glob("step-*"))) == 2
 
 
-@pytest.mark.slow
 def test_killed_process_goes_on_bit_for_bit(world: Path) -> None:
     """SIGKILL in the middle of a step, twice, through the command line."""
     options = ["--max_steps=60", "--checkpoint_every=5"]
