@@ -22,11 +22,11 @@ from xdlm_image.evaluation.code_pairs import PairFrequencies
 from xdlm_image.evaluation.drawing import SamplerSettings, draw, draw_all, open_pipeline
 from xdlm_image.evaluation.extractor import SMALL_CLASSIFIER, load_extractor
 from xdlm_image.evaluation.fid import fid_from_statistics, fid_of_images, statistics_of_images
-from xdlm_image.evaluation.files import write_atomic
 from xdlm_image.evaluation.report import markdown, mean_and_spread
 from xdlm_image.evaluation.seeds import MAX_IMAGES, MAX_SEED, image_generators, image_seed
 from xdlm_image.evaluation.statistics import StreamedStatistics
 from xdlm_image.evaluation.sweep import evaluate
+from xdlm_image.files import write_atomic
 from xdlm_image.tokenizer.codes import decode_codes, encode_images
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*images are few for the.*:UserWarning")

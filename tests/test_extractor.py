@@ -13,7 +13,7 @@ from torch_fidelity.utils import create_feature_extractor
 from xdlm_image.evaluation import extractor as room
 from xdlm_image.evaluation.extractor import SMALL_CLASSIFIER, SmallClassifier, load_extractor
 from xdlm_image.evaluation.extractor_training import augment, train_extractor
-from xdlm_image.evaluation.files import sha256_of_file
+from xdlm_image.files import sha256_of_file
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,10 @@
 """Grids of images and the verb `sample`."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -69,6 +72,17 @@ def test_sampling_does_not_depend_on_the_batch(pipeline, tmp_path):
     assert np.abs(np.array(Image.open(a)).astype(int) - np.array(Image.open(b))).max() <= 1
     c = sample(_recipe(pipeline, tmp_path / "c.png", seed=1))
     assert np.abs(np.array(Image.open(a)).astype(int) - np.array(Image.open(c))).max() > 10
+
+
+def test_a_fresh_process_can_sample(pipeline, tmp_path):
+    """diffusers loads only classes whose modules are imported, and here nothing but the verb is."""
+    code = (
+        "import sys; from xdlm_image.evaluation.grids import sample; from xdlm_image.recipes import SampleRecipe; "
+        "sample(SampleRecipe(pipeline=sys.argv[1], output=sys.argv[2], num_steps=1, images_per_class=1, device='cpu'))"
+    )
+    command = [sys.executable, "-c", code, str(pipeline), str(tmp_path / "x.png")]
+    subprocess.run(command, check=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert Image.open(tmp_path / "x.png").height >= 3 * 56
 
 
 def test_classes_by_id_by_name_and_by_synonym(pipeline, tmp_path):

@@ -22,7 +22,10 @@ def write_atomic(path: str | Path, write: Callable[[Path], object]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # what the umask allows: safetensors would leave it readable to its owner only
         write(temporary)
+        temporary.chmod(mode)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

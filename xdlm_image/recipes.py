@@ -343,7 +343,7 @@ class SampleRecipe:
         num_steps: Reverse steps.
         guidance_scale: 1 is no guidance; each guided step runs the network on twice the batch.
         temperature: Divides the logits.
-        seed: Image i of the grid has the seed `seed + i`, whatever the batch.
+        seed: Image i of the grid has its own generator, made of (seed, i), whatever the batch.
         images_dir: Also write each image there as PNG; None writes the grid only.
         batch_size: Images drawn at once.
         device: torch device; None picks the best there is.

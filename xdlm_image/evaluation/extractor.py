@@ -20,7 +20,7 @@ from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
-from xdlm_image.evaluation.files import sha256_of_file
+from xdlm_image.files import sha256_of_file
 
 SMALL_CLASSIFIER = "xdlm-small-classifier"  # its name in torch-fidelity's registry
 LAST_GRID = 4  # the network halves the image until its side is at most this

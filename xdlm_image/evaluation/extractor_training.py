@@ -27,7 +27,7 @@ from xdlm_image.evaluation.extractor import (
     load_extractor,
     read_extractor_config,
 )
-from xdlm_image.evaluation.files import sha256_of_file, write_atomic, write_json
+from xdlm_image.files import sha256_of_file, write_atomic, write_json
 from xdlm_image.recipes import ExtractorRecipe
 
 EVALUATION_BATCH = 500

@@ -1,48 +1,5 @@
-"""Writing files so that a killed process leaves either the old file or the whole new one.
+"""The old home of `xdlm_image.files`, kept while other rooms still import from here; it owns nothing."""
 
-This file owns temporary names, the final `os.replace` and SHA-256 of files; it never knows what is inside.
-"""
+from xdlm_image.files import sha256_of_file, write_atomic, write_json, write_text
 
-from __future__ import annotations
-
-import hashlib
-import json
-import os
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
-
-def write_atomic(path: str | Path, write: Callable[[Path], object]) -> Path:
-    """Call `write(temporary path beside path)`, then move the result to `path`; the suffix is kept.
-
-    Whatever `write` leaves behind when it fails is removed, and `path` stays as it was.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
-    try:
-        temporary.touch()
-        mode = temporary.stat().st_mode  # what the umask allows: safetensors would leave it readable to its owner only
-        write(temporary)
-        temporary.chmod(mode)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
-
-
-def write_text(path: str | Path, text: str) -> Path:
-    """Write UTF-8 text atomically."""
-    return write_atomic(path, lambda p: p.write_text(text, encoding="utf-8"))
-
-
-def write_json(path: str | Path, content: Any) -> Path:
-    """Write JSON atomically; keys stay in the order given. Raises ValueError on NaN and infinities."""
-    return write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
-
-
-def sha256_of_file(path: str | Path) -> str:
-    """Hexadecimal SHA-256 of a file's bytes, read in pieces."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+__all__ = ["sha256_of_file", "write_atomic", "write_json", "write_text"]

@@ -21,8 +21,8 @@ from xdlm_image.evaluation.batches import LabelledBatch
 from xdlm_image.evaluation.code_pairs import PairFrequencies
 from xdlm_image.evaluation.extractor import FeatureExtractor
 from xdlm_image.evaluation.fid import new_statistics
-from xdlm_image.evaluation.files import sha256_of_file, write_json
 from xdlm_image.evaluation.statistics import StreamedStatistics, rank_and_world
+from xdlm_image.files import sha256_of_file, write_json
 
 
 @dataclass

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from xdlm_image.evaluation.files import write_atomic, write_json, write_text
+from xdlm_image.files import write_atomic, write_json, write_text
 
 Content = dict[str, Any]  # fid.json, see `sweep.evaluate`
 

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from xdlm_image.evaluation.files import write_atomic
+from xdlm_image.files import write_atomic
 
 
 def rank_and_world() -> tuple[int, int]:

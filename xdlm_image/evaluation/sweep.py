@@ -24,13 +24,13 @@ from xdlm_image.evaluation.drawing import (
     open_pipeline,
 )
 from xdlm_image.evaluation.fid import fid_from_statistics
-from xdlm_image.evaluation.files import write_json
 from xdlm_image.evaluation.grids import class_grid, save_grid
 from xdlm_image.evaluation.plan import Plan, check, device_name, images_key, metric_name, protocol, versions
 from xdlm_image.evaluation.references import Measured, barrier, cached_measure, measure, short_hash
 from xdlm_image.evaluation.report import write_plot, write_report
 from xdlm_image.evaluation.seeds import SEED_RULE
 from xdlm_image.evaluation.statistics import rank_and_world
+from xdlm_image.files import write_json
 from xdlm_image.recipes import EvaluateRecipe
 
 CELL_VERSION = 1  # raise it when what a cell means changes: older cells are then measured anew
