@@ -287,12 +287,12 @@ class TokenizerTraining:
                     f"{name}={now.get(name)!r}, but the run in output_dir={self.recipe.output_dir!r} has {then!r}: "
                     "go on with its recipe, or name another folder"
                 )
-        self.vqvae.load_state_dict(load_file(newest / "model.safetensors", device=str(self.device)))
-        average = load_file(newest / "average.safetensors", device=str(self.device))
+        self.vqvae.load_state_dict(load_file(newest / "model.safetensors"))
+        average = load_file(newest / "average.safetensors")
         self.last_use.copy_(average.pop("last_use"))
         for i, shadow in enumerate(self.ema.shadow_params):
             shadow.copy_(average[str(i)])
-        saved = torch.load(newest / "optimizer.pt", map_location=self.device, weights_only=True)
+        saved = torch.load(newest / "optimizer.pt", map_location="cpu", weights_only=True)
         self.optimizer.load_state_dict(saved["optimizer"])
         if self.accelerator.scaler is not None and saved["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(saved["scaler"])
