@@ -22,9 +22,7 @@ def golden(v: str, name: str) -> torch.Tensor:
 
 def golden_process(v: str, k: float) -> XDLMProcess:
     mask_id = int(golden(v, "mask_id"))
-    return XDLMProcess(
-        k, num_codes=mask_id, definition="B", vocab_size=golden(v, "logits").shape[-1], mask_id=mask_id
-    )
+    return XDLMProcess(k, num_codes=mask_id, definition="B", vocab_size=golden(v, "logits").shape[-1], mask_id=mask_id)
 
 
 def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:

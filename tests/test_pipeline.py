@@ -459,3 +459,14 @@ def test_the_package_is_lazy():
     assert issubclass(xdlm_image.XDLMPipeline, DiffusionPipeline)
     with pytest.raises(AttributeError, match="no attribute 'XDLMPipelin'"):
         _ = xdlm_image.XDLMPipelin
+
+
+def test_a_saved_pipeline_loads_in_a_fresh_process(tmp_path) -> None:
+    """The README's two lines: nothing but the name of the pipeline is imported."""
+    import subprocess
+    import sys
+
+    make_pipe().save_pretrained(tmp_path)
+    program = f"from xdlm_image import XDLMPipeline; XDLMPipeline.from_pretrained({str(tmp_path)!r})"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

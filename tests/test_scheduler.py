@@ -70,9 +70,7 @@ def test_last_step_leaves_only_codes(k: float) -> None:
 
 @pytest.mark.parametrize("steps", [1, 2, 7])
 @pytest.mark.parametrize("k", KS)
-def test_single_token_with_the_true_distribution_gives_it_in_any_number_of_steps(
-    k: float, steps: int
-) -> None:
+def test_single_token_with_the_true_distribution_gives_it_in_any_number_of_steps(k: float, steps: int) -> None:
     p_data = torch.tensor([0.5, 0.2, 0.15, 0.1, 0.04, 0.01], dtype=torch.float64)
     process = process_of(k, 6, "A")
     scheduler = XDLMScheduler.from_process(process)
@@ -161,9 +159,9 @@ def test_alpha_and_beta_are_exact_at_both_ends() -> None:
 
 
 def test_scheduler_saves_and_loads(tmp_path) -> None:
-    XDLMScheduler(
-        k=0.5, num_codes=7, definition="B", vocab_size=10, mask_id=8, time_grid="cosine"
-    ).save_pretrained(tmp_path)
+    XDLMScheduler(k=0.5, num_codes=7, definition="B", vocab_size=10, mask_id=8, time_grid="cosine").save_pretrained(
+        tmp_path
+    )
     loaded = XDLMScheduler.from_pretrained(tmp_path)
     assert loaded.process == XDLMProcess(0.5, 7, "B", 10, 8) and loaded.config.time_grid == "cosine"
 

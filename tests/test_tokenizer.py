@@ -249,7 +249,7 @@ def test_two_processes_take_the_steps_of_one(tmp_path, pictures):
 def test_another_recipe_is_not_resumed(trained, pictures, tmp_path):
     folder = tmp_path / "tokenizer"
     shutil.copytree(trained, folder)
-    with pytest.raises(ValueError, match=r"learning_rate=0\.01, but the run .* has 0\.005"):
+    with pytest.raises(ValueError, match=r"learning_rate=0\.01, but the run .* began with 0\.005"):
         train_tokenizer(tiny_recipe(folder, pictures, learning_rate=1e-2))
     with pytest.raises(ValueError, match="resume=False"):
         train_tokenizer(tiny_recipe(folder, pictures, resume=False))

@@ -1,5 +1,6 @@
 """The training room: a run killed anywhere goes on bit for bit, learns, and refuses what does not fit."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from diffusers import VQModel
 from xdlm_image.pipelines import XDLMPipeline
 
@@ -104,7 +106,7 @@ def test_killed_process_goes_on_bit_for_bit(world: Path) -> None:
 
 
 def test_learns_what_is_there_to_learn(world: Path) -> None:
-    """Given the class, four tokens share one bit: 0.25 bits a token; a network that knows nothing needs log2(16) = 4."""
+    """Given the class, four tokens share one bit: 0.25 bits a token. A network that knows nothing needs 4 bits."""
     model = TransformerOptions(num_layers=2, num_attention_heads=2, attention_head_dim=16)
     changes = {"gradient_accumulation_steps": 1, "batch_size": 32, "validation_samples": 1000, "log_every": 50}
     train(recipe_in(world, max_steps=150, model=model, **changes))
@@ -209,6 +211,20 @@ def test_times_are_stratified_and_every_rank_covers_the_range(world_size: int) -
         assert not torch.equal(t, t.sort().values)
     strata = ((torch.cat(ranks) - t_min) / (1 - t_min) * count * world_size).long().sort().values
     assert torch.equal(strata, torch.arange(count * world_size))
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_run(world: Path) -> None:
+    """Each step logged once, both ranks' images in it, and the run goes on from its checkpoint."""
+    recipe = TrainRecipe(**vars(recipe_in(world, "two", gradient_accumulation_steps=1, stop_after=6)))
+    (world / "two.yaml").write_text(yaml.safe_dump(dataclasses.asdict(recipe)))
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "-m", "xdlm_image.cli"]
+    for stop in ("6", "12"):
+        subprocess.run([*launch, "train", f"--config={world / 'two.yaml'}", f"--stop_after={stop}"], check=True)
+    losses = logged(world / "two", "train/loss")
+    assert list(losses) == list(range(1, 13)) and all(0 < loss < 10 for loss in losses.values())
+    assert logged(world / "two", "train/images")[12] == 12 * 2 * 8
+    weights(world / "two")
 
 
 def test_step_seeds_differ() -> None:

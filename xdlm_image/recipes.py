@@ -327,8 +327,12 @@ class TrainRecipe:
         _require(0 <= self.class_dropout < 1, "class_dropout", self.class_dropout, "must lie in [0, 1)")
         _require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "must lie in [0, 1)")
         _require(0 < self.t_min < 1, "t_min", self.t_min, "must lie in (0, 1)")
-        _require(0 <= self.warmup_steps < self.max_steps, "warmup_steps", self.warmup_steps,
-                 f"must lie in [0, max_steps={self.max_steps})")
+        _require(
+            0 <= self.warmup_steps < self.max_steps,
+            "warmup_steps",
+            self.warmup_steps,
+            f"must lie in [0, max_steps={self.max_steps})",
+        )
 
 
 @dataclass

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from xdlm_image.evaluation.files import sha256_of_file, write_json
+from xdlm_image.files import sha256_of_file, write_json
 
 if TYPE_CHECKING:
     from diffusers import VQModel

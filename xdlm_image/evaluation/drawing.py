@@ -19,13 +19,8 @@ from xdlm_image.data.images import to_uint8
 from xdlm_image.evaluation.batches import LabelledBatch
 from xdlm_image.evaluation.seeds import image_generators
 from xdlm_image.evaluation.statistics import rank_and_world
-from xdlm_image.models.transformer_xdlm import XDLMTransformer2DModel
 from xdlm_image.pipelines import XDLMPipeline
-from xdlm_image.schedulers import XDLMScheduler
 from xdlm_image.tokenizer.codes import tokenizer_hash
-
-# diffusers loads a part of a pipeline only if the module that defines it has been imported
-PARTS = (XDLMTransformer2DModel, XDLMScheduler)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
+from xdlm_image.devices import best_device
 from xdlm_image.files import sha256_of_file
 
 SMALL_CLASSIFIER = "xdlm-small-classifier"  # its name in torch-fidelity's registry
@@ -245,15 +246,6 @@ class FeatureExtractor:
         return description
 
 
-def best_device(device: str | None = None) -> torch.device:
-    """The named torch device, or CUDA, MPS, CPU in this order of preference."""
-    if device is not None:
-        return torch.device(device)
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
 def load_extractor(
     name_or_folder: str | Path | Literal["inception"], device: str | torch.device | None = None
 ) -> FeatureExtractor:
@@ -264,7 +256,7 @@ def load_extractor(
         ValueError: Its files are truncated or do not belong together.
         RuntimeError: Inception's weights cannot be fetched.
     """
-    target = device if isinstance(device, torch.device) else best_device(device)
+    target = best_device(device)
     if str(name_or_folder) == "inception":
         return _load_inception(target)
     features = SmallClassifierFeatures(

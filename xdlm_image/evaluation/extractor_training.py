@@ -19,11 +19,11 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from xdlm_image.data.images import ImageSet, open_images
+from xdlm_image.devices import best_device
 from xdlm_image.evaluation.batches import Uint8Images, real_batches
 from xdlm_image.evaluation.extractor import (
     ExtractorConfig,
     SmallClassifier,
-    best_device,
     load_extractor,
     read_extractor_config,
 )

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from xdlm_image.devices import best_device
 from xdlm_image.evaluation.drawing import SamplerSettings, class_names, draw_all, open_pipeline
-from xdlm_image.evaluation.extractor import best_device
 from xdlm_image.files import write_atomic
 from xdlm_image.pipelines import XDLMPipeline
 from xdlm_image.recipes import SampleRecipe

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from xdlm_image.data.images import ImageSet, open_images
+from xdlm_image.devices import best_device
 from xdlm_image.evaluation.batches import UINT8_RULE
 from xdlm_image.evaluation.drawing import (
     SamplerSettings,
@@ -23,7 +24,7 @@ from xdlm_image.evaluation.drawing import (
     open_pipeline,
     pipeline_hash,
 )
-from xdlm_image.evaluation.extractor import FeatureExtractor, best_device, load_extractor
+from xdlm_image.evaluation.extractor import FeatureExtractor, load_extractor
 from xdlm_image.evaluation.seeds import SEED_RULE, image_seed
 from xdlm_image.evaluation.statistics import rank_and_world
 from xdlm_image.recipes import EvaluateRecipe

@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from ..schedulers import XDLMProcess
 
 BLOCK_ELEMENTS = {"cpu": 1 << 18}  # logits a block: 1 MiB of float32 stays in a core's cache
-BLOCK_ELEMENTS_DEVICE = 1 << 26
+BLOCK_ELEMENTS_DEVICE = 1 << 24
 
 
 def xdlm_nelbo(

@@ -68,9 +68,7 @@ class XDLMProcess:
             for name, expected in (("vocab_size", self.num_codes + 1), ("mask_id", self.num_codes)):
                 value = getattr(self, name)
                 if value not in (None, expected):
-                    raise ValueError(
-                        f"{name}={value!r}: definition A has {name}={expected} for {self.num_codes} codes"
-                    )
+                    raise ValueError(f"{name}={value!r}: definition A has {name}={expected} for {self.num_codes} codes")
                 object.__setattr__(self, name, expected)
         elif self.definition == "B":
             if self.vocab_size is None or self.mask_id is None:
@@ -81,9 +79,7 @@ class XDLMProcess:
                     f"< vocab_size={self.vocab_size}"
                 )
         else:
-            raise ValueError(
-                f"definition={self.definition!r}: must be 'A' (codes only) or 'B' (the paper's code)"
-            )
+            raise ValueError(f"definition={self.definition!r}: must be 'A' (codes only) or 'B' (the paper's code)")
 
     @property
     def num_ids(self) -> int:
@@ -169,9 +165,7 @@ class XDLMProcess:
         return torch.where(u < self.k, self._uniform_id(v), self.mask)
 
     def _uniform_id(self, v: torch.Tensor) -> torch.Tensor:
-        return (
-            (v * self.num_uniform).long().clamp_(max=self.num_uniform - 1)
-        )  # v < 1; the clamp is for float32
+        return (v * self.num_uniform).long().clamp_(max=self.num_uniform - 1)  # v < 1; the clamp is for float32
 
     # -- reverse ------------------------------------------------------------------------------------------------------
 
@@ -236,14 +230,9 @@ def draw_uniforms(
         u = torch.rand(full, generator=generator, device=source, dtype=_uniform_dtype(source))
     else:
         if len(generator) != shape[0]:
-            raise ValueError(
-                f"generator: a list of {len(generator)} for {shape[0]} images; give one per image"
-            )
+            raise ValueError(f"generator: a list of {len(generator)} for {shape[0]} images; give one per image")
         u = torch.stack(
-            [
-                torch.rand(full[1:], generator=g, device=g.device, dtype=_uniform_dtype(g.device))
-                for g in generator
-            ]
+            [torch.rand(full[1:], generator=g, device=g.device, dtype=_uniform_dtype(g.device)) for g in generator]
         )
     u = u.to(device=device, dtype=_uniform_dtype(device))
     return u[..., 0], u[..., 1]

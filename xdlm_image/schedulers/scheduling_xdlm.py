@@ -72,9 +72,7 @@ class XDLMScheduler(SchedulerMixin, ConfigMixin):
     @classmethod
     def from_process(cls, process: XDLMProcess, time_grid: str = "linear") -> XDLMScheduler:
         """The scheduler of a process."""
-        return cls(
-            process.k, process.num_codes, process.definition, process.vocab_size, process.mask_id, time_grid
-        )
+        return cls(process.k, process.num_codes, process.definition, process.vocab_size, process.mask_id, time_grid)
 
     def set_timesteps(
         self,
@@ -98,9 +96,7 @@ class XDLMScheduler(SchedulerMixin, ConfigMixin):
         if timesteps is None:
             assert num_inference_steps is not None
             if num_inference_steps != int(num_inference_steps) or num_inference_steps < 1:
-                raise ValueError(
-                    f"num_inference_steps={num_inference_steps!r}: must be a whole number, at least 1"
-                )
+                raise ValueError(f"num_inference_steps={num_inference_steps!r}: must be a whole number, at least 1")
             n, grid = int(num_inference_steps), TIME_GRIDS[self.config.time_grid]
             times = [1.0] + [grid(i / n) for i in range(1, n)]
         else:
@@ -111,9 +107,7 @@ class XDLMScheduler(SchedulerMixin, ConfigMixin):
         self.timesteps = torch.tensor(times, dtype=torch.float64)
         self.num_inference_steps = len(times)
 
-    def scale_model_input(
-        self, sample: torch.Tensor, timestep: float | torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def scale_model_input(self, sample: torch.Tensor, timestep: float | torch.Tensor | None = None) -> torch.Tensor:
         """Codes need no scaling; returns `sample`."""
         return sample
 
@@ -133,9 +127,7 @@ class XDLMScheduler(SchedulerMixin, ConfigMixin):
         alpha, beta = self.process.alpha_beta(t.expand(original_samples.shape[0]))
         dtype = torch.float32 if original_samples.device.type == "mps" else torch.float64
         device = original_samples.device
-        return self.process.noise(
-            original_samples, alpha.to(device, dtype), beta.to(device, dtype), generator
-        )
+        return self.process.noise(original_samples, alpha.to(device, dtype), beta.to(device, dtype), generator)
 
     def next_timestep(self, timestep: float | torch.Tensor) -> float:
         """s, the time after `timestep` on the current grid; 0 after the last."""
@@ -228,20 +220,14 @@ class XDLMScheduler(SchedulerMixin, ConfigMixin):
         u_rows, v_rows, mask_rows = u[rows], v[rows], is_mask[rows]
 
         # thinning: given its branch, u is uniform on the branch's interval
-        start = torch.where(
-            u_rows < end_model, 0.0, torch.where(u_rows < end_uniform, end_model, end_uniform)
-        )
-        end = torch.where(
-            u_rows < end_model, end_model, torch.where(u_rows < end_uniform, end_uniform, end_move)
-        )
+        start = torch.where(u_rows < end_model, 0.0, torch.where(u_rows < end_uniform, end_model, end_uniform))
+        end = torch.where(u_rows < end_model, end_model, torch.where(u_rows < end_uniform, end_uniform, end_move))
         left_of_u = (u_rows - start) / (end - start)
         p_z = p.gather(-1, z_rows.clamp(max=p.shape[-1] - 1)[:, None])[:, 0].to(u.dtype)
         c = float(process.signal_ratio(alpha_t, beta_t))
         accepted = mask_rows | (left_of_u * (1.0 + c * p_z) < 1.0)
         if last and process.num_ids > process.num_codes + 1:
-            p = p[
-                :, : process.num_codes
-            ]  # definition B: the last draw is from the codes only, and so is the result
+            p = p[:, : process.num_codes]  # definition B: the last draw is from the codes only, and so is the result
             accepted |= z_rows >= process.num_codes
         moved = torch.where(
             u_rows < end_model,

@@ -23,15 +23,9 @@ from xdlm_image.data.code_cache import (
     write_code_cache,
 )
 from xdlm_image.data.images import ImageSet, open_images
+from xdlm_image.devices import best_device
 from xdlm_image.recipes import EncodeRecipe
 from xdlm_image.tokenizer.codes import encode_images, grid_of, load_tokenizer, tokenizer_hash, tokenizer_info
-
-
-def best_device() -> torch.device:
-    """cuda, else mps, else cpu."""
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
 def encode(recipe: EncodeRecipe) -> Path:
@@ -50,7 +44,7 @@ def encode(recipe: EncodeRecipe) -> Path:
     output = Path(recipe.output_dir)
     for split in recipe.splits:
         refuse_existing(output / split, recipe.overwrite)
-    vqvae = load_tokenizer(recipe.tokenizer, recipe.device or best_device())
+    vqvae = load_tokenizer(recipe.tokenizer, best_device(recipe.device))
     if vqvae.config.in_channels != data.channels:
         raise ValueError(f"data.channels={data.channels}: {recipe.tokenizer} takes {vqvae.config.in_channels}")
     trained = tokenizer_info(recipe.tokenizer)

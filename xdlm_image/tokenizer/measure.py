@@ -16,7 +16,7 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from xdlm_image.data.images import ImageSet, normalise, to_uint8
-from xdlm_image.evaluation.files import write_atomic
+from xdlm_image.files import write_atomic
 from xdlm_image.tokenizer.codebook import usage_of
 from xdlm_image.tokenizer.codes import decode_codes, encode_images
 

@@ -7,10 +7,7 @@ tokenizer (`measure`) nor calls one (`codes`); the care of the codebook is in `c
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import os
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,17 +17,17 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast, set_seed
 from diffusers import VQModel
 from diffusers.training_utils import EMAModel
-from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
 from xdlm_image.data.images import ImageSet, normalise, open_images
-from xdlm_image.evaluation.files import write_json
+from xdlm_image.files import write_json
 from xdlm_image.recipes import TokenizerRecipe
 from xdlm_image.tokenizer.codebook import draw_badly_served, kmeans, nearest
 from xdlm_image.tokenizer.codes import INFO_FILE, grid_of, tokenizer_hash
 from xdlm_image.tokenizer.measure import measure_tokenizer, save_reconstructions
+from xdlm_image.training.checkpoints import Checkpoint, CheckpointFolder, MetricLines, refuse_other_recipe
 
 LATENTS_PER_CODE = 40  # for k-means
 FREE_TO_CHANGE = ("output_dir", "num_workers", "log_every", "checkpoint_every", "resume", "extractor")
@@ -148,8 +145,9 @@ class TokenizerTraining:
     def __init__(self, recipe: TokenizerRecipe):
         self.recipe = recipe
         self.output = Path(recipe.output_dir)
-        self.checkpoints = self.output / "checkpoints"
-        if not recipe.resume and (newest_checkpoint(self.checkpoints) or (self.output / INFO_FILE).exists()):
+        self.checkpoints = CheckpointFolder(self.output / "checkpoints", keep=1)
+        self.metrics = MetricLines(self.output / "metrics.jsonl")
+        if not recipe.resume and (self.checkpoints.steps() or (self.output / INFO_FILE).exists()):
             raise ValueError(
                 f"resume=False, but output_dir={recipe.output_dir!r} holds a run: remove it, or name another folder"
             )
@@ -245,59 +243,40 @@ class TokenizerTraining:
     # ------------------------------------------------------------------------------------------ checkpoints
 
     def save_checkpoint(self) -> None:
-        """Write `checkpoints/step-N` whole or not at all, then drop the older ones."""
+        """Model, average, use of codes, optimizer and position."""
         if not self.accelerator.is_main_process:
             return
-        final = self.checkpoints / f"step-{self.step:08d}"
-        partial = self.checkpoints / f".partial-{os.getpid()}"
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        weights = {name: value.contiguous() for name, value in self.vqvae.state_dict().items()}
-        save_file(weights, partial / "model.safetensors")
-        average = {str(i): value.contiguous() for i, value in enumerate(self.ema.shadow_params)}
-        save_file(average | {"last_use": self.last_use}, partial / "average.safetensors")
         scaler = self.accelerator.scaler
-        torch.save(
-            {"optimizer": self.optimizer.state_dict(), "scaler": None if scaler is None else scaler.state_dict()},
-            partial / "optimizer.pt",
-        )
-        state = {"step": self.step, "seconds": self.seconds, "ema_steps": self.ema.optimization_step}
-        write_json(partial / "state.json", state | {"bound": self._bound()})
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(partial, final)
-        for old in self.checkpoints.glob("step-*"):
-            if old != final:
-                shutil.rmtree(old, ignore_errors=True)
+        state = {
+            "seconds": self.seconds,
+            "ema_steps": self.ema.optimization_step,
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "bound": self._bound(),
+        }
+        average = {str(i): value for i, value in enumerate(self.ema.shadow_params)}
+        tensors = {"model": self.vqvae.state_dict(), "average": average, "use": {"last_use": self.last_use}}
+        self.checkpoints.save(Checkpoint(self.step, tensors, self.optimizer.state_dict(), state))
 
     def resume(self) -> bool:
         """Load the newest checkpoint, if there is one; True if there was.
 
         Raises:
-            ValueError: It was written by another recipe, on other images, or by another number of processes.
+            ValueError: It is damaged, or was written by another recipe, on other images, or by another number of
+                processes.
         """
-        newest = newest_checkpoint(self.checkpoints)
+        newest = self.checkpoints.load_newest()
         if newest is None:
             return False
-        state = json.loads((newest / "state.json").read_text())
-        now = self._bound()
-        for name in sorted(set(now) | set(state["bound"])):
-            then = state["bound"].get(name)
-            if then != now.get(name):
-                raise ValueError(
-                    f"{name}={now.get(name)!r}, but the run in output_dir={self.recipe.output_dir!r} has {then!r}: "
-                    "go on with its recipe, or name another folder"
-                )
-        self.vqvae.load_state_dict(load_file(newest / "model.safetensors"))
-        average = load_file(newest / "average.safetensors")
-        self.last_use.copy_(average.pop("last_use"))
+        refuse_other_recipe(newest.state["bound"], self._bound(), self.output)
+        self.vqvae.load_state_dict(newest.tensors["model"])
+        self.last_use.copy_(newest.tensors["use"]["last_use"])
         for i, shadow in enumerate(self.ema.shadow_params):
-            shadow.copy_(average[str(i)])
-        saved = torch.load(newest / "optimizer.pt", map_location="cpu", weights_only=True)
-        self.optimizer.load_state_dict(saved["optimizer"])
-        if self.accelerator.scaler is not None and saved["scaler"] is not None:
-            self.accelerator.scaler.load_state_dict(saved["scaler"])
-        self.step, self.seconds = state["step"], state["seconds"]
-        self.ema.optimization_step = state["ema_steps"]
+            shadow.copy_(newest.tensors["average"][str(i)])
+        self.optimizer.load_state_dict(newest.optimizer)
+        if self.accelerator.scaler is not None and newest.state["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(newest.state["scaler"])
+        self.step, self.seconds = newest.step, newest.state["seconds"]
+        self.ema.optimization_step = newest.state["ema_steps"]
         return True
 
     def _bound(self) -> dict:
@@ -316,7 +295,8 @@ class TokenizerTraining:
         recipe, accelerator = self.recipe, self.accelerator
         if self.resume():
             accelerator.print(f"going on from step {self.step} of {recipe.max_steps}")
-        self._cut_metrics()
+        if accelerator.is_main_process:
+            self.metrics.forget_after(self.step)
         views = TrainingViews(self.images, recipe.seed, recipe.horizontal_flip)
         positions = Positions(
             self.step, recipe.max_steps, recipe.batch_size, accelerator.process_index, accelerator.num_processes
@@ -359,25 +339,9 @@ class TokenizerTraining:
         used = int(recent.sum())
         psnr = 10 * math.log10(4 / max(values["squared_error"], 1e-12))  # the range of pixels is 2, its square 4
         if self.accelerator.is_main_process:
-            self.output.mkdir(parents=True, exist_ok=True)
             line = {"step": self.step, "images": self.step * self.recipe.batch_size * self.accelerator.num_processes}
-            line |= values | {"psnr": psnr, "codes_alive": used, "seconds": round(self.seconds, 3)}
-            with open(self.output / "metrics.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            self.metrics.append(line | values | {"psnr": psnr, "codes_alive": used, "seconds": round(self.seconds, 3)})
         return {"loss": f"{values['loss']:.4f}", "psnr": f"{psnr:.2f}", "codes": str(used)}
-
-    def _cut_metrics(self) -> None:
-        """Drop the lines that a killed run wrote after its last checkpoint."""
-        file = self.output / "metrics.jsonl"
-        if not file.exists() or not self.accelerator.is_main_process:
-            return
-        kept = []
-        for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
-            if line.endswith("\n") and json.loads(line)["step"] <= self.step:
-                kept.append(line)
-        temporary = file.with_name(".metrics.jsonl.partial")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        os.replace(temporary, file)
 
     def finish(self) -> None:
         """Save the averaged weights as the tokenizer, with `tokenizer.json`, `report.json` and the picture."""
@@ -415,11 +379,6 @@ class TokenizerTraining:
                 "data": dataclasses.asdict(recipe.data),
             },
         )
-
-
-def newest_checkpoint(checkpoints: Path) -> Path | None:
-    """The `step-N` folder with the largest N; a folder of that name is always whole."""
-    return max(checkpoints.glob("step-*"), default=None, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def train_tokenizer(recipe: TokenizerRecipe) -> Path:

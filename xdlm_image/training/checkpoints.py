@@ -1,7 +1,7 @@
 """Checkpoints of a run: whole or absent, readable without unpickling code, bound to their recipe.
 
 Owns the folder `checkpoints/step-N` (tensors as safetensors, optimizer state as a `weights_only` file, the rest as
-JSON). It never decides when to save.
+JSON) and the file `metrics.jsonl`, which a resume cuts to the checkpoint. It never decides when to save.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+
+from xdlm_image.files import write_text
 
 
 @dataclass
@@ -72,8 +74,8 @@ class CheckpointFolder:
             shutil.rmtree(self._path(step), ignore_errors=True)
         return final
 
-    def load_newest(self, device: torch.device) -> Checkpoint | None:
-        """The newest checkpoint, None if there is none.
+    def load_newest(self) -> Checkpoint | None:
+        """The newest checkpoint with its tensors on the CPU, None if there is none.
 
         Raises:
             ValueError: If a file of it is missing or damaged.
@@ -84,13 +86,37 @@ class CheckpointFolder:
         path = self._path(steps[-1])
         try:
             state = json.loads((path / "state.json").read_text())
-            tensors = {f.stem: load_file(f, device=str(device)) for f in sorted(path.glob("*.safetensors"))}
-            optimizer = torch.load(path / "optimizer.pt", map_location=device, weights_only=True)
+            tensors = {f.stem: load_file(f) for f in sorted(path.glob("*.safetensors"))}
+            optimizer = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
         except Exception as error:
             raise ValueError(
                 f"checkpoint {path} is damaged ({error}); remove that folder to go on from the one before"
             ) from error
         return Checkpoint(state.pop("step"), tensors, optimizer, state)
+
+
+class MetricLines:
+    """`metrics.jsonl`: one JSON object a line, each with its `step`; every step once, however often a run is killed.
+
+    Args:
+        path: The file.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def append(self, values: Mapping[str, Any]) -> None:
+        """Add a line; `values` hold `step`."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "a", encoding="utf-8") as lines:
+            lines.write(json.dumps(values) + "\n")
+
+    def forget_after(self, step: int) -> None:
+        """Drop what a killed run wrote after its last checkpoint, and a line that it did not finish."""
+        if self.path.exists():
+            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+            whole = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+            write_text(self.path, "".join(whole))
 
 
 def refuse_other_recipe(saved: Mapping[str, Any], now: Mapping[str, Any], folder: str | Path) -> None:

@@ -36,7 +36,7 @@ from ..recipes import TrainRecipe
 from ..schedulers import XDLMProcess, XDLMScheduler
 from ..tokenizer.codes import load_tokenizer
 from .batches import batch_indices, rank_positions, step_seed, stratified_times
-from .checkpoints import Checkpoint, CheckpointFolder, refuse_other_recipe
+from .checkpoints import Checkpoint, CheckpointFolder, MetricLines, refuse_other_recipe
 from .meters import LossMeter
 from .validation import validation_nelbo
 
@@ -95,6 +95,7 @@ class TrainingRun:
         self.recipe = recipe
         self.output_dir = Path(recipe.output_dir)
         self.checkpoints = CheckpointFolder(self.output_dir / "checkpoints", recipe.keep_checkpoints)
+        self.metrics = MetricLines(self.output_dir / "metrics.jsonl")
         if not recipe.resume and self.checkpoints.steps():
             raise ValueError(
                 f"output_dir={recipe.output_dir!r}: already holds checkpoints; resume them (resume=true), remove them, "
@@ -253,8 +254,7 @@ class TrainingRun:
         self._start_trackers()
         self.accelerator.log(values, step=self.step)
         if self.accelerator.is_main_process:
-            with open(self.output_dir / "metrics.jsonl", "a", encoding="utf-8") as lines:
-                lines.write(json.dumps({"step": self.step, **values}) + "\n")
+            self.metrics.append({"step": self.step, **values})
 
     def _start_trackers(self) -> None:
         if not self._trackers_started:
@@ -306,11 +306,10 @@ class TrainingRun:
 
     def resume(self) -> None:
         """Go on from the newest checkpoint, if there is one; else write the recipe and begin."""
-        newest = self.checkpoints.load_newest(self.accelerator.device)
+        newest = self.checkpoints.load_newest()
         if newest is None:
             if self.accelerator.is_main_process:
-                # log lines of a run killed before its first checkpoint would stand twice
-                (self.output_dir / "metrics.jsonl").unlink(missing_ok=True)
+                self.metrics.forget_after(0)
                 write_text(
                     self.output_dir / "recipe.yaml", yaml.safe_dump(dataclasses.asdict(self.recipe), sort_keys=False)
                 )
@@ -327,14 +326,7 @@ class TrainingRun:
         self.step = newest.step
         self.accelerator.print(f"resumed {self.output_dir} at step {self.step}")
         if self.accelerator.is_main_process:
-            self._forget_lines_after(self.step)
-
-    def _forget_lines_after(self, step: int) -> None:
-        path = self.output_dir / "metrics.jsonl"
-        if path.exists():
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            whole = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-            write_text(path, "".join(whole))
+            self.metrics.forget_after(self.step)
 
     # -- result -------------------------------------------------------------------------------------------------------
 
