@@ -218,9 +218,21 @@ def test_two_processes_share_a_run(world: Path) -> None:
     """Each step logged once, both ranks' images in it, and the run goes on from its checkpoint."""
     recipe = TrainRecipe(**vars(recipe_in(world, "two", gradient_accumulation_steps=1, stop_after=6)))
     (world / "two.yaml").write_text(yaml.safe_dump(dataclasses.asdict(recipe)))
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "-m", "xdlm_image.cli"]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "-m",
+        "xdlm_image.cli",
+    ]
     for stop in ("6", "12"):
-        subprocess.run([*launch, "train", f"--config={world / 'two.yaml'}", f"--stop_after={stop}"], check=True)
+        subprocess.run(
+            [*launch, "train", f"--config={world / 'two.yaml'}", f"--stop_after={stop}"],
+            env=os.environ | {"ACCELERATE_USE_CPU": "true"},
+            check=True,
+        )
     losses = logged(world / "two", "train/loss")
     assert list(losses) == list(range(1, 13)) and all(0 < loss < 10 for loss in losses.values())
     assert logged(world / "two", "train/images")[12] == 12 * 2 * 8
