@@ -159,7 +159,7 @@ def test_inception_without_network_names_the_remedy(monkeypatch, tmp_path):
 
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
-    with pytest.raises(RuntimeError, match="no route to host.*extractor=FOLDER.*train-extractor"):
+    with pytest.raises(OSError, match="no route to host.*extractor=FOLDER.*train-extractor"):
         load_extractor("inception", "cpu")
 
 

@@ -254,7 +254,7 @@ def load_extractor(
     Raises:
         FileNotFoundError: No such folder, or a file in it is missing.
         ValueError: Its files are truncated or do not belong together.
-        RuntimeError: Inception's weights cannot be fetched.
+        OSError: Inception's weights cannot be fetched.
     """
     target = best_device(device)
     if str(name_or_folder) == "inception":
@@ -285,7 +285,7 @@ def _load_inception(device: torch.device) -> FeatureExtractor:
         torch.load(weights, map_location="cpu", weights_only=True)
         module = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], verbose=False)
     except Exception as error:  # urllib, SSL, RuntimeError on a wrong hash: the remedy is the same
-        raise RuntimeError(
+        raise OSError(
             f"extractor='inception': its weights could not be loaded from {URL_INCEPTION_V3} ({error}). Put the file "
             f"at {weights}, or pass extractor=FOLDER of a small classifier ({_REMEDY}), which gives no Inception FID"
         ) from error
