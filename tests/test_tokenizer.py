@@ -167,6 +167,8 @@ def test_training_leaves_a_tokenizer_a_report_and_a_picture(trained, pictures):
     assert report["training"]["images_seen"] == STEPS * 4
     with Image.open(trained / "reconstructions.png") as picture:
         assert picture.width > picture.height > 16
+    weights = trained / "diffusion_pytorch_model.safetensors"
+    assert weights.stat().st_mode == (trained / "tokenizer.json").stat().st_mode  # others may read it too
     psnrs = [line[2] for line in losses(trained)]
     assert len(psnrs) == STEPS and psnrs[-1] < psnrs[0]
     # the report is what an independent computation gives

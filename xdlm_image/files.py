@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -46,3 +47,22 @@ def sha256_of_file(path: str | Path) -> str:
     """Hexadecimal SHA-256 of a file's bytes, read in pieces."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def share_permissions(folder: str | Path) -> None:
+    """Give every file below `folder` the permissions that the umask allows to a new file.
+
+    safetensors, and so `save_pretrained`, writes files that only their owner may read. No permission is taken away;
+    links are left alone.
+    """
+    folder = Path(folder)
+    probe = folder / f".permissions.{os.getpid()}"
+    probe.touch()
+    allowed = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    for path in folder.rglob("*"):
+        if path.is_symlink() or not path.is_file():
+            continue
+        mode = stat.S_IMODE(path.stat().st_mode)
+        if mode | allowed != mode:
+            path.chmod(mode | allowed)

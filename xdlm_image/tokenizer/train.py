@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
 from xdlm_image.data.images import ImageSet, normalise, open_images
-from xdlm_image.files import write_json
+from xdlm_image.files import share_permissions, write_json
 from xdlm_image.recipes import TokenizerRecipe
 from xdlm_image.tokenizer.codebook import draw_badly_served, kmeans, nearest
 from xdlm_image.tokenizer.codes import INFO_FILE, grid_of, tokenizer_hash
@@ -353,6 +353,7 @@ class TokenizerTraining:
         vqvae.eval().requires_grad_(False)
         (self.output / INFO_FILE).unlink(missing_ok=True)  # written last: a tokenizer with it is whole
         vqvae.save_pretrained(self.output)
+        share_permissions(self.output)
         save_reconstructions(vqvae, self.test_images, self.output / "reconstructions.png")
         report = measure_tokenizer(vqvae, self.test_images, recipe.batch_size, self.extractor)
         images_seen = self.step * recipe.batch_size * self.accelerator.num_processes

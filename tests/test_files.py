@@ -1,0 +1,31 @@
+"""Permissions of written files."""
+
+import os
+import stat
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from xdlm_image.files import share_permissions
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
+def test_files_become_as_readable_as_the_umask_allows(tmp_path):
+    folder = tmp_path / "run" / "deep"
+    folder.mkdir(parents=True)
+    save_file({"a": torch.zeros(2)}, folder / "weights.safetensors")
+    (folder / "weights.safetensors").chmod(0o600)  # what some versions of safetensors leave
+    (folder / "tool").touch()
+    (folder / "tool").chmod(0o700)
+    (tmp_path / "outside").touch()
+    (tmp_path / "outside").chmod(0o600)
+    (folder / "link").symlink_to(tmp_path / "outside")
+    before = os.umask(0o027)
+    try:
+        share_permissions(tmp_path / "run")
+    finally:
+        os.umask(before)
+    modes = {name: stat.S_IMODE((folder / name).stat().st_mode) for name in ("weights.safetensors", "tool", "link")}
+    assert modes == {"weights.safetensors": 0o640, "tool": 0o740, "link": 0o600}
+    assert list((tmp_path / "run").iterdir()) == [folder]
