@@ -1,5 +1,6 @@
 """The command line as a user meets it: help, recipes by name, overrides, and errors that say what to do."""
 
+import re
 import subprocess
 import sys
 from dataclasses import fields
@@ -16,8 +17,9 @@ def test_help_explains_every_option(verb: str, capsys) -> None:
     text = capsys.readouterr().out
     assert stop.value.code == 0
     for option in fields(VERBS[verb][0]):
-        assert option.name in text
-    assert "type: " in text and "default: " in text
+        assert re.search(rf"--{option.name}[. ]", text), option.name
+    explained = re.findall(r"\((?:required, )?type: ", text)
+    assert len(explained) >= len(fields(VERBS[verb][0])) - 3 and "default: " in text
 
 
 def test_help_lists_the_verbs_and_needs_no_torch() -> None:
@@ -43,6 +45,25 @@ def test_siblings_differ_in_k_and_folder_only() -> None:
     assert mdlm == xdlm == udlm
 
 
+@pytest.mark.parametrize(
+    ("text", "labels"),
+    [
+        ("[3,4]", [3, 4]),
+        ("[Sneaker, 3]", ["Sneaker", 3]),
+        ("3", 3),
+        ("Sneaker", "Sneaker"),
+        ("T-shirt/top", "T-shirt/top"),
+    ],
+)
+def test_class_labels_are_ids_or_names(text: str, labels) -> None:
+    assert parse("sample", ["--pipeline=p", "--output=g.png", f"--class_labels={text}"]).class_labels == labels
+
+
+def test_names_of_pipelines_stay_as_typed() -> None:
+    recipe = parse("evaluate", ["--pipelines.my-run", "folder", "--output-dir", "out"])
+    assert recipe.pipelines == {"my-run": "folder"}
+
+
 def test_command_line_wins_over_the_recipe() -> None:
     recipe = parse("train", ["--config", "fashion_mnist/xdlm", "--process.k=0.5", "--max-steps", "7000"])
     assert recipe.process.k == 0.5 and recipe.max_steps == 7000 and recipe.codes.endswith("codes/train")
@@ -64,6 +85,7 @@ def test_command_line_wins_over_the_recipe() -> None:
         ),
         (["sample", "--pipeline", "nowhere", "--output", "grid.png"], ["nowhere"]),
         (["sample", "--pipeline", "p", "--output", "g.png", "--num_steps", "0"], ["num_steps=0"]),
+        (["sample", "--pipeline", "p", "--output", "g.png", "--device", "nonsense"], ["device='nonsense'"]),
     ],
 )
 def test_wrong_input_is_explained(arguments: list[str], words: list[str], capsys) -> None:
@@ -89,6 +111,6 @@ def test_unknown_keys_of_a_recipe_suggest_the_nearest(tmp_path, capsys, text: st
 
 def test_nearest_option() -> None:
     options = ["learning_rate", "process.k", "model.num_layers"]
-    assert nearest_option("lr_rate", options) is None or nearest_option("lr_rate", options) == "learning_rate"
+    assert nearest_option("leraning_rate", options) == "learning_rate"
     assert nearest_option("num_layers", options) == "model.num_layers"
     assert nearest_option("zebra", options) is None

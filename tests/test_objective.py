@@ -99,9 +99,9 @@ def random_case(k: float, K: int, definition: str, alpha: float, scale: float, s
 )
 def test_float64_agrees_with_the_definition_and_autograd(k, K, definition, alpha, scale, seed) -> None:
     process, logits, x, z, alpha, beta = random_case(k, K, definition, alpha, scale, seed)
-    logits.requires_grad_()
-    loss = xdlm_nelbo(logits, z, x, process, alpha, beta)
-    expected = reference_nelbo(logits, z, x, process, alpha, beta)
+    loss = xdlm_nelbo(logits.requires_grad_(), z, x, process, alpha, beta)
+    by_definition = logits.detach().clone().requires_grad_()
+    expected = reference_nelbo(by_definition, z, x, process, alpha, beta)
     usable = torch.isfinite(expected)  # the definition itself overflows (log 0) where ours does not
     # the definition cancels (that is why ours exists): its own rounding bounds the comparison
     c = process.signal_ratio(alpha, beta).item()
@@ -109,6 +109,9 @@ def test_float64_agrees_with_the_definition_and_autograd(k, K, definition, alpha
     assert torch.isfinite(loss).all()
     assert relative(loss[usable], expected[usable]) < slack
     assert loss.min() > -5e-6
+    loss.sum().backward()
+    expected[usable].sum().backward()
+    assert relative(logits.grad[usable], by_definition.grad[usable]) < slack
 
 
 @settings(max_examples=150, deadline=None)
@@ -220,5 +223,8 @@ def test_wrong_shapes_are_named() -> None:
     half = torch.full((2,), 0.5)
     with pytest.raises(ValueError, match="logits_width=8"):
         xdlm_nelbo(torch.zeros(2, 3, 9), x, x, process, half, half)
+    for wrong in ({"z": x + 9}, {"x": x + 8}, {"x": x - 1}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))}: ids run from"):
+            xdlm_nelbo(torch.zeros(2, 3, 8), **({"z": x, "x": x} | wrong), process=process, alpha=half, beta=half)
     with pytest.raises(ValueError, match=r"need \(B, L, V\)"):
         xdlm_nelbo(torch.zeros(2, 4, 8), x, x, process, half, half)

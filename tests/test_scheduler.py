@@ -203,3 +203,9 @@ def test_step_refuses_wrong_widths_and_temperatures() -> None:
         scheduler.step(torch.zeros(1, 3, 8), 1.0, z, temperature=0)
     with pytest.raises(ValueError, match="not on the grid"):
         scheduler.step(torch.zeros(1, 3, 8), 0.9, z)
+    with pytest.raises(ValueError, match=r"sample: ids run from 9 to 9, must lie in \[0, 9\)"):
+        scheduler.step(torch.zeros(1, 3, 8), 1.0, z + 9)
+    with pytest.raises(ValueError, match="model_output: holds NaN"):
+        scheduler.step(torch.full((1, 3, 8), torch.nan), 1.0, z + 8)
+    with pytest.raises(ValueError, match="x: ids run from 8 to 8"):
+        scheduler.add_noise(z + 8, torch.tensor([0.5]))

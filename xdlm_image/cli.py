@@ -13,6 +13,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -98,20 +99,28 @@ def parse(verb: str, arguments: Sequence[str]) -> Any:
     )
     parser.add_class_arguments(recipe_class, None)
     try:
-        settings = parser.parse_args([*_spelled(arguments)])
+        free = {field.name for field in fields(recipe_class) if str(field.type).startswith("dict")}
+        settings = parser.parse_args([*_spelled(arguments, free)])
         recipe = parser.instantiate(settings)
         return recipe_class(**{key: value for key, value in vars(recipe).items() if key != "config"})
     except ValueError as error:
         parser.error(str(error))
 
 
-def _spelled(arguments: Sequence[str]) -> Iterator[str]:
-    """`--output-dir` is `--output_dir`; the name of a shipped recipe is its file."""
+def _spelled(arguments: Sequence[str], free: set[str]) -> Iterator[str]:
+    """`--output-dir` is `--output_dir`; the name of a shipped recipe is its file.
+
+    Args:
+        arguments: As typed.
+        free: Options whose keys are the user's own words (`--pipelines.my-run`), which stay as they are.
+    """
     is_config = False
     for argument in arguments:
         if argument.startswith("--"):
             name, equals, value = argument.partition("=")
-            name = "--" + name[2:].replace("-", "_")
+            head, dot, key = name[2:].partition(".")
+            head = head.replace("-", "_")
+            name = "--" + head + dot + (key if head in free else key.replace("-", "_"))
             if name == "--config" and equals:
                 value = _recipe_file(value)
             yield name + equals + value
@@ -179,7 +188,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"xdlm-image {verb}: error: {error}\n(XDLM_IMAGE_TRACEBACK=1 shows where)", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"\nxdlm-image {verb}: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        print(
+            f"\nxdlm-image {verb}: interrupted; nothing half-written is left, and the same command goes on",
+            file=sys.stderr,
+        )
         return 130
     print(result)
     return 0

@@ -327,6 +327,18 @@ class TrainRecipe:
         _require(0 <= self.class_dropout < 1, "class_dropout", self.class_dropout, "must lie in [0, 1)")
         _require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "must lie in [0, 1)")
         _require(0 < self.t_min < 1, "t_min", self.t_min, "must lie in (0, 1)")
+        _require(self.gradient_clip >= 0, "gradient_clip", self.gradient_clip, "must be positive, or 0 to clip nothing")
+        for name in ("validation_samples", "sample_steps"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
+        _require(self.log_every >= 1, "log_every", self.log_every, "must be at least 1 step")
+        for name in ("validate_every", "sample_every", "checkpoint_every"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "must be positive, or 0 for only at the end")
+        _require(
+            self.stop_after is None or self.stop_after >= 1,
+            "stop_after",
+            self.stop_after,
+            "at least 1, or null",
+        )
         _require(
             0 <= self.warmup_steps < self.max_steps,
             "warmup_steps",
@@ -355,7 +367,7 @@ class SampleRecipe:
 
     pipeline: str
     output: str
-    class_labels: list[str] | None = None
+    class_labels: list[int | str] | int | str | None = None
     images_per_class: int = 8
     num_steps: int = 8
     guidance_scale: float = 1.0

@@ -50,7 +50,7 @@ def xdlm_nelbo(
         finite logits. At beta = 0 a z other than x has no probability; its loss then stands for infinity.
 
     Raises:
-        ValueError: If shapes do not fit.
+        ValueError: If shapes do not fit, or ids are out of range (looked for on the CPU only).
     """
     if logits.ndim != 3 or logits.shape[:2] != x.shape or z.shape != x.shape:
         raise ValueError(
@@ -58,6 +58,8 @@ def xdlm_nelbo(
         )
     if logits.shape[-1] != process.logits_width:
         raise ValueError(f"logits: width {logits.shape[-1]}, but the process has logits_width={process.logits_width}")
+    process.check_ids("x", x, process.num_codes)
+    process.check_ids("z", z, process.num_ids)
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     alpha, beta = (
         a.to(dtype).reshape(a.shape + (1,) * (x.ndim - a.ndim)).expand(x.shape).reshape(-1) for a in (alpha, beta)

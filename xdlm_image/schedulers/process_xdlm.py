@@ -108,6 +108,11 @@ class XDLMProcess:
         """Logits column that the softmax leaves out (B: the mask; A: none)."""
         return None if self.definition == "A" else self.mask_id
 
+    def check_ids(self, name: str, ids: torch.Tensor, end: int) -> None:
+        """Raise ValueError if ids outside [0, end) are among them. Accelerators are not made to wait for the answer."""
+        if ids.device.type == "cpu" and ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= end):
+            raise ValueError(f"{name}: ids run from {int(ids.min())} to {int(ids.max())}, must lie in [0, {end})")
+
     # -- schedule: log-linear, alpha_t = 1 - t, -alpha'(t) = 1 --------------------------------------------------------
 
     @staticmethod
@@ -150,7 +155,11 @@ class XDLMProcess:
 
         Returns:
             Noisy codes, int64, the shape of x.
+
+        Raises:
+            ValueError: If x holds ids that are no codes (looked for on the CPU only).
         """
+        self.check_ids("x", x, self.num_codes)
         u, v = draw_uniforms(x.shape, generator, x.device)
         beta = _per_image(beta, x).to(u.dtype)
         drawn = self._uniform_id(v)

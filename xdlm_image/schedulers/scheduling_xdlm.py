@@ -160,7 +160,7 @@ class XDLMScheduler(SchedulerMixin, ConfigMixin):
             return_dict: False returns a tuple.
 
         Raises:
-            ValueError: If shapes, temperature or time do not fit.
+            ValueError: If shapes, ids, temperature or time do not fit, or the logits are not finite.
         """
         process = self.process
         if model_output.shape != (*sample.shape, process.logits_width):
@@ -169,6 +169,7 @@ class XDLMScheduler(SchedulerMixin, ConfigMixin):
             )
         if not temperature > 0.0:
             raise ValueError(f"temperature={temperature!r}: must be above 0")
+        process.check_ids("sample", sample, process.num_ids)
         s = self.next_timestep(timestep)
         times = torch.tensor([float(timestep), s], dtype=torch.float64)
         alpha, beta = process.alpha_beta(times)
@@ -242,5 +243,7 @@ def _inverse_cdf(p: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """Index drawn from unnormalised p (R, V) by one uniform v (R,) each: the first whose CDF exceeds v."""
     cdf = p.to(v.dtype).cumsum(dim=-1)
     total = cdf[:, -1]
+    if not bool(torch.isfinite(total).all()):
+        raise ValueError("model_output: holds NaN or infinities; the network diverged, or overflowed in half precision")
     target = torch.minimum(v * total, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(cdf, target[:, None], right=True)[:, 0]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from xdlm_image.files import write_text
+from xdlm_image.files import replace_folder, write_text
 
 
 @dataclass
@@ -51,7 +52,8 @@ class CheckpointFolder:
 
     def steps(self) -> list[int]:
         """Steps at which there is a checkpoint, oldest first."""
-        return sorted(int(p.name.removeprefix("step-")) for p in self.folder.glob("step-*"))
+        names = (re.fullmatch(r"step-(\d+)", p.name) for p in self.folder.glob("step-*"))
+        return sorted(int(name[1]) for name in names if name)
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}"
@@ -59,8 +61,9 @@ class CheckpointFolder:
     def save(self, checkpoint: Checkpoint) -> Path:
         """Write to a temporary folder, rename it, then drop what is too old."""
         final = self._path(checkpoint.step)
+        for left_by_a_killed_run in self.folder.glob(".partial-*"):
+            shutil.rmtree(left_by_a_killed_run, ignore_errors=True)
         partial = self.folder / f".partial-{os.getpid()}"
-        shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         for name, tensors in checkpoint.tensors.items():
             save_file(
@@ -68,8 +71,7 @@ class CheckpointFolder:
             )
         torch.save(checkpoint.optimizer, partial / "optimizer.pt")
         (partial / "state.json").write_text(json.dumps({"step": checkpoint.step} | checkpoint.state, indent=2))
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(partial, final)
+        replace_folder(partial, final)
         for step in self.steps()[: -self.keep]:
             shutil.rmtree(self._path(step), ignore_errors=True)
         return final

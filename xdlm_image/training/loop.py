@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 from ..data.code_cache import CodeCache
 from ..evaluation.drawing import SamplerSettings
 from ..evaluation.grids import class_grid, save_grid
-from ..files import write_text
+from ..files import replace_folder, write_text
 from ..models import XDLMTransformer2DModel
 from ..objective import XDLMLoss
 from ..pipelines import XDLMPipeline
@@ -70,18 +70,31 @@ def train(recipe: TrainRecipe) -> Path:
             bar.update()
             if run.step % 10 == 0:
                 bar.set_postfix(loss=f"{loss.item():.3f}")
-            done = run.step == stop
-            if run.due(recipe.log_every) or done:
+            end = run.step == recipe.max_steps
+            if run.due(recipe.log_every) or end:
                 run.log_training()
-            if run.due(recipe.validate_every) or done:
+            if run.due(recipe.validate_every) or end:
                 run.validate()
-            if run.due(recipe.sample_every) or done:
+            if run.due(recipe.sample_every) or end:
                 run.draw_samples()
-            if run.due(recipe.checkpoint_every) or done:
+            if run.due(recipe.checkpoint_every) or run.step == stop:
                 run.save_checkpoint()
     pipeline = run.save_pipeline()
     run.accelerator.end_training()
     return pipeline
+
+
+def refuse_other_images(codes: CodeCache, validation: CodeCache) -> None:
+    """Raise ValueError unless both caches hold other images of the same classes on the same grid."""
+    for name in ("grid", "num_codes", "class_names"):
+        ours, theirs = getattr(codes.manifest, name), getattr(validation.manifest, name)
+        if ours != theirs:
+            raise ValueError(
+                f"validation_codes={str(validation.path)!r}: its {name} is {str(theirs)[:80]}, that of codes is "
+                f"{str(ours)[:80]}; encode both with one recipe"
+            )
+    if codes.manifest.data_fingerprint == validation.manifest.data_fingerprint:
+        raise ValueError(f"validation_codes={str(validation.path)!r}: the training images; name another split")
 
 
 class TrainingRun:
@@ -102,11 +115,10 @@ class TrainingRun:
                 "or name another folder"
             )
         self.vqvae = load_tokenizer(recipe.tokenizer)
-        self.cache = CodeCache.open(recipe.codes)
-        self.cache.check(tokenizer=self.vqvae)
-        self.validation_cache = CodeCache.open(recipe.validation_codes) if recipe.validation_codes else None
+        self.cache = self._open_cache(recipe.codes)
+        self.validation_cache = self._open_cache(recipe.validation_codes) if recipe.validation_codes else None
         if self.validation_cache is not None:
-            self.validation_cache.check(tokenizer=self.vqvae)
+            refuse_other_images(self.cache, self.validation_cache)
 
         self.accelerator = Accelerator(
             mixed_precision=recipe.mixed_precision,
@@ -144,8 +156,15 @@ class TrainingRun:
         self.meter = LossMeter(self.process.mask, self.accelerator.device)
         self.step = 0
         self.window: list[float] = []  # seconds of the steps since the last log line
-        self.gradient_norm = torch.zeros(())
+        self.loss = torch.zeros(())  # of the last step, on this process
+        self.gradient_norm: torch.Tensor | None = None  # before clipping; None where nothing is clipped
         self._trackers_started = False
+
+    def _open_cache(self, path: str) -> CodeCache:
+        cache = CodeCache.open(path)
+        cache.check(tokenizer=self.vqvae)
+        cache.verify()
+        return cache
 
     def _ids(self) -> dict[str, int]:
         """Definition B gets one mask id above the codes, and uniform noise over it, as in the paper's code."""
@@ -184,7 +203,8 @@ class TrainingRun:
         self.ema.step(self.transformer.parameters())
         self.step += 1
         self.window.append(time.perf_counter() - began)
-        return torch.stack(losses).mean()
+        self.loss = torch.stack(losses).mean()
+        return self.loss
 
     def _draw(self, micro_batch: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Noisy codes z, clean codes x (B, L), times (B,), labels with class dropout (B,): all of them on the CPU."""
@@ -207,14 +227,24 @@ class TrainingRun:
 
     def log_training(self) -> None:
         """Means since the last log line, to TensorBoard and `metrics.jsonl`."""
+        self._refuse_divergence()
         values = {f"train/{name}": value for name, value in self.meter.take(self.accelerator).items()}
         images = self.recipe.batch_size * self.recipe.gradient_accumulation_steps * self.accelerator.num_processes
-        values["train/gradient_norm"] = float(self.gradient_norm)
+        if self.gradient_norm is not None:
+            values["train/gradient_norm"] = float(self.gradient_norm)
         values["train/learning_rate"] = self.schedule.get_last_lr()[0]
         values["train/images_per_second"] = images * len(self.window) / max(sum(self.window), 1e-9)
         values["train/images"] = float(images * self.step)
         self.window.clear()
         self._log(values)
+
+    def _refuse_divergence(self) -> None:
+        """Stop before weights that are lost push good ones out of the checkpoints."""
+        if not bool(torch.isfinite(self.loss)):
+            raise ValueError(
+                f"step {self.step}: the loss is {self.loss.item()}; lower learning_rate={self.recipe.learning_rate} or "
+                f"gradient_clip={self.recipe.gradient_clip} and begin again in another output_dir"
+            )
 
     def validate(self) -> None:
         """NELBO of the averaged weights on the validation codes."""
@@ -284,13 +314,16 @@ class TrainingRun:
             if name not in FREE_TO_CHANGE:
                 inner = value if isinstance(value, dict) else {None: value}
                 flat |= {name if key is None else f"{name}.{key}": item for key, item in inner.items()}
-        flat["codes"] = self.cache.manifest.data_fingerprint
+        flat["codes"] = self.cache.manifest.checksums
+        flat["data"] = self.cache.manifest.data_fingerprint
         flat["tokenizer"] = self.cache.manifest.tokenizer_hash
         flat["number of processes"] = self.accelerator.num_processes
         return json.loads(json.dumps(flat))
 
     def save_checkpoint(self) -> None:
-        """Model, average, optimizer, schedule and position; random numbers follow from the position."""
+        """Model, average, optimizer, schedule, meter and position; random numbers follow from the position."""
+        self._refuse_divergence()
+        meter = self.meter.totals(self.accelerator)
         if self.accelerator.is_main_process:
             ema = {str(i): p for i, p in enumerate(self.ema.shadow_params)}
             scaler = self.accelerator.scaler
@@ -300,7 +333,7 @@ class TrainingRun:
                 "scaler": None if scaler is None else scaler.state_dict(),
                 "bound": self._bound(),
             }
-            tensors = {"model": self.transformer.state_dict(), "ema": ema}
+            tensors = {"model": self.transformer.state_dict(), "ema": ema, "meter": meter}
             self.checkpoints.save(Checkpoint(self.step, tensors, self.optimizer.state_dict(), state))
         self.accelerator.wait_for_everyone()
 
@@ -321,6 +354,7 @@ class TrainingRun:
         self.ema.optimization_step = newest.state["ema_steps"]
         self.optimizer.load_state_dict(newest.optimizer)
         self.schedule.load_state_dict(newest.state["schedule"])
+        self.meter.restore(newest.tensors["meter"], self.accelerator)
         if self.accelerator.scaler is not None and newest.state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(newest.state["scaler"])
         self.step = newest.step
@@ -343,11 +377,11 @@ class TrainingRun:
         """The averaged weights as a pipeline folder, whole or not at all."""
         final = self.output_dir / "pipeline"
         if self.accelerator.is_main_process:
+            for left_by_a_killed_run in self.output_dir.glob(".pipeline-*"):
+                shutil.rmtree(left_by_a_killed_run, ignore_errors=True)
             partial = self.output_dir / f".pipeline-{os.getpid()}"
-            shutil.rmtree(partial, ignore_errors=True)
             with self.averaged_weights():
                 self._pipeline().save_pretrained(partial)
-            shutil.rmtree(final, ignore_errors=True)
-            os.replace(partial, final)
+            replace_folder(partial, final)
         self.accelerator.wait_for_everyone()
         return final

@@ -24,14 +24,16 @@ SEED = 20_240_229  # the noise of validation: the same for every run, so that ru
 def validation_nelbo(
     model: XDLMLoss, cache: CodeCache, accelerator: Accelerator, num_images: int, batch_size: int
 ) -> dict[str, float]:
-    """NELBO of the first `num_images` images (plain view).
+    """NELBO of `num_images` images (plain view), the same at every call and spread over all classes.
+
+    Every image has its own noise, so the estimate does not depend on `batch_size` or the number of processes.
 
     Returns:
         `bits_per_token` and `bits_per_token_stderr` (over images, ignoring the gain of stratification).
     """
     num_images = min(num_images, len(cache))
-    generator = torch.Generator().manual_seed(step_seed(SEED, 0))
-    times = stratified_times(num_images, 0.0, generator)
+    images = np.random.default_rng(SEED).permutation(len(cache))[:num_images]  # caches may be sorted by class
+    times = stratified_times(num_images, 0.0, torch.Generator().manual_seed(step_seed(SEED, 0)))
     training = model.training
     model.eval()
     total, total_squares = 0.0, 0.0
@@ -40,9 +42,10 @@ def validation_nelbo(
     bar = tqdm(mine, desc="validation", unit="batch", leave=False, disable=not accelerator.is_local_main_process)
     for start in bar:
         stop = min(start + batch_size, num_images)
-        x, labels = cache.batch(np.arange(start, stop))
+        x, labels = cache.batch(images[start:stop])
         alpha, beta = model.process.alpha_beta(times[start:stop])
-        z = model.process.noise(x, alpha, beta, torch.Generator().manual_seed(step_seed(SEED, 1, start)))
+        noise = [torch.Generator().manual_seed(step_seed(SEED, 1, int(i))) for i in images[start:stop]]
+        z = model.process.noise(x, alpha, beta, noise)
         device = accelerator.device
         with accelerator.autocast():
             loss = model(
