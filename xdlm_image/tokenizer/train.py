@@ -21,6 +21,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
+from xdlm_image.data.image_check import check_images
 from xdlm_image.data.images import ImageSet, normalise, open_images
 from xdlm_image.files import share_permissions, write_json
 from xdlm_image.recipes import TokenizerRecipe
@@ -165,6 +166,8 @@ class TokenizerTraining:
         set_seed(recipe.seed)
         vqvae = build_vqvae(recipe)
         self.grid = grid_of(vqvae, recipe.data.image_size)
+        for images in (self.images, self.test_images):
+            check_images(images, recipe.num_workers)
         if self.device.type in ("cpu", "cuda"):
             vqvae.to(memory_format=torch.channels_last)
         optimizer = torch.optim.AdamW(
