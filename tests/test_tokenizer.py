@@ -20,6 +20,7 @@ from PIL import Image
 from xdlm_image.data.code_cache import CodeCache
 from xdlm_image.data.images import open_images, to_uint8
 from xdlm_image.recipes import DataOptions, EncodeRecipe, TokenizerModelOptions, TokenizerRecipe
+from xdlm_image.tokenizer import encode as encode_module
 from xdlm_image.tokenizer.codebook import draw_badly_served, kmeans, nearest, usage_of
 from xdlm_image.tokenizer.codes import decode_codes, encode_images, grid_of, load_tokenizer, tokenizer_hash
 from xdlm_image.tokenizer.encode import encode
@@ -37,7 +38,15 @@ from xdlm_image.tokenizer.train import (
 STEPS, CHECKPOINT = 14, 6
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module", autouse=True)
+def home(tmp_path_factory):
+    """The memory of checked images goes into a home of the tests' own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
+        yield
+
+
+@pytest.fixture(scope="module")
 def pictures(tmp_path_factory) -> DataOptions:
     """Two classes of 16x16 pictures: bars across and bars down, of many widths."""
     root = tmp_path_factory.mktemp("pictures")
@@ -62,7 +71,7 @@ def tiny_recipe(output: Path, data: DataOptions, **changes) -> TokenizerRecipe:
     return TokenizerRecipe(output_dir=str(output), data=data, model=model, **(values | changes))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def trained(tmp_path_factory, pictures) -> Path:
     return train_tokenizer(tiny_recipe(tmp_path_factory.mktemp("trained") / "tokenizer", pictures))
 
@@ -373,10 +382,69 @@ def test_encode_writes_caches_that_know_what_they_hold(trained, tmp_path, pictur
     other = build_vqvae(tiny_recipe(tmp_path, data))
     with pytest.raises(ValueError, match="encode again, or name that tokenizer"):
         test.check(tokenizer=other)
-    with pytest.raises(FileExistsError, match="overwrite"):
-        encode(recipe)
     encode(dataclasses.replace(recipe, overwrite=True, flip=False, splits=["test"]))
     assert CodeCache.open(output / "test").codes.shape == (12, 1, 16)
+
+
+def test_encode_goes_on_and_refuses_caches_of_something_else(trained, tmp_path, pictures, monkeypatch, capfd):
+    root = tmp_path / "copy"
+    shutil.copytree(pictures.root, root)
+    data = dataclasses.replace(pictures, root=str(root), crop="center")
+    recipe = EncodeRecipe(str(trained), str(tmp_path / "codes"), data, splits=["train", "test"], batch_size=7)
+    whole = encode_module.encode_images
+
+    def dies_in_the_second_split(vqvae, images):
+        if len(list((tmp_path / "codes").glob("train"))) == 1:
+            raise KeyboardInterrupt
+        return whole(vqvae, images)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(encode_module, "encode_images", dies_in_the_second_split)
+        encode(recipe)
+    output = tmp_path / "codes"
+    assert [p.name for p in output.iterdir()] == ["train"]
+    first = (output / "train" / "manifest.json").stat()
+    capfd.readouterr()
+    encode(recipe)
+    assert "".join(capfd.readouterr()).count("kept") == 1
+    again = (output / "train" / "manifest.json").stat()
+    assert (again.st_mtime_ns, again.st_ino) == (first.st_mtime_ns, first.st_ino)
+    CodeCache.open(output / "test").verify()
+
+    def never(*arguments):
+        raise AssertionError("encoded")
+
+    monkeypatch.setattr(encode_module, "encode_images", never)
+    encode(recipe)  # everything is there
+    with pytest.raises(FileExistsError, match=r"train was encoded with num_views=2, asked for is 1: set overwrite"):
+        encode(dataclasses.replace(recipe, flip=False))
+    with pytest.raises(FileExistsError, match=r"encoded with image_size=16, asked for is 32"):
+        encode(dataclasses.replace(recipe, data=dataclasses.replace(data, image_size=32)))
+    codes = output / "test" / "codes.bin"
+    kept = codes.read_bytes()
+    codes.write_bytes(bytes([kept[0] ^ 1]) + kept[1:])
+    with pytest.raises(FileExistsError, match=r"the file is damaged.*overwrite: true"):
+        encode(recipe)
+    codes.write_bytes(kept)
+    (root / "test" / "down" / "05.png").unlink()
+    with pytest.raises(FileExistsError, match="encoded with data_fingerprint="):
+        encode(recipe)
+    monkeypatch.undo()
+    encode(dataclasses.replace(recipe, overwrite=True))
+    assert len(CodeCache.open(output / "test")) == 11
+
+
+def test_broken_images_are_found_before_training_and_encoding(trained, tmp_path, pictures, monkeypatch):
+    root = tmp_path / "copy"
+    shutil.copytree(pictures.root, root)
+    whole = (root / "test" / "down" / "05.png").read_bytes()
+    (root / "test" / "down" / "05.png").write_bytes(whole[:-30])
+    data = dataclasses.replace(pictures, root=str(root), crop="center")
+    with pytest.raises(ValueError, match=r"1 of 12 files of test are broken:\n.*05\.png"):
+        train_tokenizer(tiny_recipe(tmp_path / "run", data))
+    with pytest.raises(ValueError, match=r"1 of 12 files of test are broken:\n.*05\.png"):
+        encode(EncodeRecipe(str(trained), str(tmp_path / "codes"), data))
+    assert not (tmp_path / "run").exists() and not (tmp_path / "codes").exists()
 
 
 def test_a_cache_does_not_fit_changed_images(trained, tmp_path, pictures):
