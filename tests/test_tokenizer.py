@@ -19,7 +19,14 @@ from PIL import Image
 
 from xdlm_image.data.code_cache import CodeCache
 from xdlm_image.data.images import open_images, to_uint8
-from xdlm_image.recipes import DataOptions, EncodeRecipe, TokenizerModelOptions, TokenizerRecipe
+from xdlm_image.recipes import (
+    DataOptions,
+    EncodeRecipe,
+    EvaluateRecipe,
+    ExtractorRecipe,
+    TokenizerModelOptions,
+    TokenizerRecipe,
+)
 from xdlm_image.tokenizer import encode as encode_module
 from xdlm_image.tokenizer.codebook import draw_badly_served, kmeans, nearest, usage_of
 from xdlm_image.tokenizer.codes import decode_codes, encode_images, grid_of, load_tokenizer, tokenizer_hash
@@ -160,6 +167,18 @@ def test_views_are_fixed_by_position_and_each_epoch_sees_every_image(pictures):
     assert ranks == [[12, 13, 14, 18, 19, 20], [15, 16, 17, 21, 22, 23]]
 
 
+def test_every_seed_cuts_and_mirrors_its_own_way(tmp_path):
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    wide = np.arange(16 * 512, dtype=np.int64).reshape(16, 512) % 251
+    for i in range(2):
+        Image.fromarray(wide.astype(np.uint8)).save(tmp_path / "train" / "a" / f"{i}.png")
+    shutil.copytree(tmp_path / "train", tmp_path / "val")
+    images = open_images(DataOptions("folder", str(tmp_path), image_size=16, crop="random"), "train")
+    streams = [torch.stack([TrainingViews(images, seed, True)[p] for p in range(4)]) for seed in (0, 1, 1)]
+    assert not torch.equal(streams[0], streams[1]) and torch.equal(streams[1], streams[2])
+    assert len({view.numpy().tobytes() for stream in streams[:2] for view in stream}) == 8
+
+
 # ------------------------------------------------------------------------------------------------ a whole training
 
 
@@ -266,6 +285,59 @@ def test_another_recipe_is_not_resumed(trained, pictures, tmp_path):
         train_tokenizer(tiny_recipe(folder, pictures, resume=False))
 
 
+def test_zero_means_no_clipping_and_only_at_the_end(tmp_path, pictures):
+    recipe = tiny_recipe(tmp_path, pictures, gradient_clip=0.0, log_every=0, checkpoint_every=0, revive_after=0)
+    training = TokenizerTraining(recipe)
+    before = [p.detach().clone() for p in training.vqvae.parameters()]
+    training.run()
+    assert [line[0] for line in losses(tmp_path)] == [STEPS]
+    assert [p.name for p in (tmp_path / "checkpoints").glob("step-*")] == [f"step-{STEPS:08d}"]
+    moved = [(a - b.detach()).abs().max() for a, b in zip(before, training.vqvae.parameters())]
+    assert max(moved) > 1e-2
+
+
+def test_a_loss_that_is_no_number_stops_the_training(tmp_path, pictures):
+    training = TokenizerTraining(tiny_recipe(tmp_path, pictures))
+    with torch.no_grad():
+        training.vqvae.post_quant_conv.weight.fill_(math.nan)
+    with pytest.raises(ValueError, match="step 1: the loss is nan: lower learning_rate"):
+        training.run()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"log_every": -1}, "log_every=-1"),
+        ({"checkpoint_every": -1}, "checkpoint_every=-1"),
+        ({"gradient_clip": -1.0}, "gradient_clip=-1.0"),
+        ({"revive_after": -1}, "revive_after=-1"),
+        ({"num_workers": -1}, "num_workers=-1"),
+        ({"seed": -1}, "seed=-1"),
+        ({"plain_steps": 20}, "plain_steps=20: .*below max_steps=14.*lower plain_steps, or raise max_steps"),
+    ],
+)
+def test_ranges_of_the_recipe(tmp_path, pictures, changes, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_recipe(tmp_path, pictures, **changes)
+
+
+def test_ranges_of_the_other_recipes(pictures):
+    for changes in ({"norm_num_groups": 0}, {"block_out_channels": []}, {"block_out_channels": [0]}):
+        with pytest.raises(ValueError, match=f"model.{next(iter(changes))}="):
+            TokenizerModelOptions(**changes)
+    with pytest.raises(ValueError, match="layers_per_block=0"):
+        TokenizerModelOptions(layers_per_block=0)
+    for kind, required in ((EncodeRecipe, ["a", "b"]), (ExtractorRecipe, ["a"]), (EvaluateRecipe, [{"a": "b"}, "c"])):
+        with pytest.raises(ValueError, match="batch_size=0"):
+            kind(*required, batch_size=0)
+        if kind is not EvaluateRecipe:
+            with pytest.raises(ValueError, match="num_workers=-1"):
+                kind(*required, num_workers=-1)
+    with pytest.raises(ValueError, match="name each split once"):
+        EncodeRecipe("a", "b", splits=[])
+
+
 def test_wrong_options_fail_before_training(tmp_path, pictures):
     with pytest.raises(ValueError, match="plain_steps=14"):
         tiny_recipe(tmp_path, pictures, plain_steps=STEPS)
@@ -350,6 +422,13 @@ def test_damaged_tokenizers_are_refused(trained, tmp_path):
     weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     with pytest.raises(ValueError, match=r"not those its tokenizer\.json tells of"):
         load_tokenizer(folder)
+    weights.write_bytes(whole)
+    told = (folder / "tokenizer.json").read_text()
+    for damaged in (told[: len(told) // 2], "[]"):
+        (folder / "tokenizer.json").write_text(damaged)
+        with pytest.raises(ValueError, match=r"tokenizer\.json is damaged"):
+            load_tokenizer(folder)
+    (folder / "tokenizer.json").write_text(told)
     weights.unlink()
     with pytest.raises(FileNotFoundError, match=r"no diffusion_pytorch_model\.safetensors"):
         load_tokenizer(folder)

@@ -66,6 +66,14 @@ class TokenizerModelOptions:
     mid_block_add_attention: bool = True
 
     def __post_init__(self) -> None:
+        for name in ("layers_per_block", "latent_channels", "vq_embed_dim", "norm_num_groups"):
+            _require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "must be at least 1")
+        _require(
+            len(self.block_out_channels) > 0 and min(self.block_out_channels) >= 1,
+            "model.block_out_channels",
+            self.block_out_channels,
+            "name a positive width for each resolution level, finest first",
+        )
         for width in self.block_out_channels:
             _require(
                 width % self.norm_num_groups == 0,
@@ -96,13 +104,13 @@ class TokenizerRecipe:
         commitment_weight: Weight of the encoder's commitment to its codes.
         revive_after: Steps without use after which a code is replaced by a current latent (0: never).
         ema_decay: Decay of the weight average that is saved.
-        gradient_clip: Largest gradient norm.
+        gradient_clip: Largest gradient norm; 0 does not clip.
         horizontal_flip: Mirror half of the training images.
         extractor: Extractor folder (from `train-extractor`) for rFID in the report; None leaves rFID out.
         mixed_precision: accelerate's precision.
         num_workers: Data loading processes.
-        log_every: Steps between log lines.
-        checkpoint_every: Steps between checkpoints; the newest is resumed.
+        log_every: Steps between log lines; 0 only at the end.
+        checkpoint_every: Steps between checkpoints; 0 only at the end. The newest is resumed.
         resume: Go on from the newest checkpoint in output_dir.
     """
 
@@ -131,15 +139,31 @@ class TokenizerRecipe:
     resume: bool = True
 
     def __post_init__(self) -> None:
-        _require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1 image")
-        _require(self.max_steps >= 1, "max_steps", self.max_steps, "at least 1 step")
+        for name in ("batch_size", "max_steps"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
+        for name in (
+            "seed",
+            "warmup_steps",
+            "weight_decay",
+            "l1_weight",
+            "edge_weight",
+            "commitment_weight",
+            "revive_after",
+            "gradient_clip",
+            "num_workers",
+            "log_every",
+            "checkpoint_every",
+        ):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "must be at least 0")
+        _require(self.seed < 2**32, "seed", self.seed, "must be below 2**32")
         _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "must be positive")
         _require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "must lie in [0, 1)")
         _require(
             0 <= self.plain_steps < self.max_steps,
             "plain_steps",
             self.plain_steps,
-            f"must lie in [0, max_steps={self.max_steps})",
+            f"must be at least 0 and below max_steps={self.max_steps}: the codebook is laid after these steps and "
+            "needs some of its own; lower plain_steps, or raise max_steps",
         )
 
 
@@ -172,7 +196,11 @@ class ExtractorRecipe:
     num_workers: int = 0
 
     def __post_init__(self) -> None:
-        _require(self.epochs >= 1, "epochs", self.epochs, "at least 1 pass")
+        for name in ("width", "feature_dim", "batch_size", "epochs"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
+        for name in ("seed", "weight_decay", "num_workers"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "must be at least 0")
+        _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "must be positive")
 
 
 @dataclass
@@ -188,7 +216,8 @@ class EncodeRecipe:
         batch_size: Images encoded at once.
         num_workers: Data loading processes.
         device: torch device; None picks the best there is.
-        overwrite: Replace a cache that is already there.
+        overwrite: Replace the caches that are there. Without it, those of this very recipe are kept, and any other is
+            an error.
     """
 
     tokenizer: str
@@ -202,6 +231,16 @@ class EncodeRecipe:
     num_workers: int = 0
     device: str | None = None
     overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        _require(
+            len(self.splits) > 0 and len(set(self.splits)) == len(self.splits),
+            "splits",
+            self.splits,
+            "name each split once",
+        )
+        _require(self.batch_size >= 1, "batch_size", self.batch_size, "must be at least 1")
+        _require(self.num_workers >= 0, "num_workers", self.num_workers, "must be at least 0")
 
 
 @dataclass
@@ -416,5 +455,17 @@ class EvaluateRecipe:
 
     def __post_init__(self) -> None:
         _require(len(self.pipelines) > 0, "pipelines", self.pipelines, "name at least one, as NAME: FOLDER")
+        for name in ("num_steps", "seeds"):
+            values = getattr(self, name)
+            _require(
+                len(values) > 0 and len(set(values)) == len(values), name, values, "name at least one, each only once"
+            )
         _require(all(n >= 1 for n in self.num_steps), "num_steps", self.num_steps, "every step count is at least 1")
-        _require(len(self.seeds) > 0, "seeds", self.seeds, "name at least one")
+        _require(
+            self.num_samples >= 2,
+            "num_samples",
+            self.num_samples,
+            "at least 2 images, and far more for numbers that mean much",
+        )
+        _require(self.batch_size >= 1, "batch_size", self.batch_size, "must be at least 1")
+        _require(self.temperature > 0, "temperature", self.temperature, "must be positive")

@@ -118,6 +118,18 @@ def load_tokenizer(path: str | Path, device: str | torch.device | None = None) -
 
 
 def tokenizer_info(path: str | Path) -> dict | None:
-    """The folder's `tokenizer.json` (image_size, channels, tokenizer_hash, data_fingerprint, data), or None."""
+    """The folder's `tokenizer.json` (image_size, channels, tokenizer_hash, data_fingerprint, data), or None.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
     file = Path(path) / INFO_FILE
-    return json.loads(file.read_text()) if file.is_file() else None
+    if not file.is_file():
+        return None
+    try:
+        info = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(info, dict):
+            raise ValueError(f"it holds a {type(info).__name__}")
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are some
+        raise ValueError(f"{file} is damaged ({error}): copy the whole tokenizer again, or train it again") from error
+    return info

@@ -45,8 +45,6 @@ def encode(recipe: EncodeRecipe) -> Path:
     data = recipe.data
     if data.crop != "center":
         raise ValueError(f"data.crop={data.crop!r}: a cache holds one crop of an image; set data.crop: center")
-    if not recipe.splits or len(set(recipe.splits)) != len(recipe.splits):
-        raise ValueError(f"splits={recipe.splits!r}: name each split once")
     output = Path(recipe.output_dir)
     for split in recipe.splits:
         if recipe.overwrite or not (output / split / MANIFEST).is_file():

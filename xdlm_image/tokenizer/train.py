@@ -28,6 +28,7 @@ from xdlm_image.recipes import TokenizerRecipe
 from xdlm_image.tokenizer.codebook import draw_badly_served, kmeans, nearest
 from xdlm_image.tokenizer.codes import INFO_FILE, grid_of, tokenizer_hash
 from xdlm_image.tokenizer.measure import measure_tokenizer, save_reconstructions
+from xdlm_image.training.batches import batch_indices, step_seed
 from xdlm_image.training.checkpoints import Checkpoint, CheckpointFolder, MetricLines, refuse_other_recipe
 
 LATENTS_PER_CODE = 40  # for k-means
@@ -45,16 +46,11 @@ class TrainingViews(Dataset):
         self.images = images
         self.seed = seed
         self.horizontal_flip = horizontal_flip
-        self._epoch = -1
-        self._order = torch.empty(0, dtype=torch.int64)
 
     def __getitem__(self, position: int) -> torch.Tensor:
-        epoch, place = divmod(position, len(self.images))
-        if epoch != self._epoch:
-            order = torch.Generator().manual_seed((self.seed + 1) * 1_000_003 + epoch)
-            self._epoch, self._order = epoch, torch.randperm(len(self.images), generator=order)
-        generator = torch.Generator().manual_seed((self.seed + 1) * 2**40 + position)
-        image = self.images.raw(int(self._order[place]), generator)
+        index = batch_indices(len(self.images), self.seed, position, 1)[0]
+        generator = torch.Generator().manual_seed(step_seed(self.seed, position))
+        image = self.images.raw(int(index), generator)
         if self.horizontal_flip and float(torch.rand((), generator=generator)) < 0.5:
             image = image.flip(-1)
         return normalise(image)
@@ -194,7 +190,7 @@ class TokenizerTraining:
             sample, codebook_loss, latents, codes = self.network(images, quantise)
         loss = reconstruction_loss(recipe, sample, images) + codebook_loss
         self.accelerator.backward(loss)
-        norm = self.accelerator.clip_grad_norm_(self.network.parameters(), recipe.gradient_clip)
+        norm = self.accelerator.clip_grad_norm_(self.network.parameters(), recipe.gradient_clip or math.inf)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.ema.step(self.vqvae.parameters())
@@ -213,7 +209,7 @@ class TokenizerTraining:
             return
         dead = (self.step - self.last_use >= every).nonzero()[:, 0]
         if len(dead):
-            generator = torch.Generator().manual_seed((self.recipe.seed + 1) * 3**20 + self.step)
+            generator = torch.Generator().manual_seed(step_seed(self.recipe.seed, self.step, micro_batch=1))
             _, distances = nearest(latents, self.vqvae.quantize.embedding.weight.detach())
             self._set_rows(dead, draw_badly_served(latents, distances, len(dead), generator))
 
@@ -328,16 +324,20 @@ class TokenizerTraining:
             scalars = self.train_step(batch.to(self.device, memory_format=layout, non_blocking=True))
             self.seconds = time.monotonic() - started
             bar.update()
-            if self.step % recipe.log_every == 0 or self.step == recipe.max_steps:
+            if self._due(recipe.log_every):
                 bar.set_postfix(self._log(scalars))
-            if self.step % recipe.checkpoint_every == 0 or self.step == recipe.max_steps:
+            if self._due(recipe.checkpoint_every):
                 self.save_checkpoint()
         bar.close()
+
+    def _due(self, every: int) -> bool:
+        """Whether something that happens every so many steps (0: only at the end) happens after this one."""
+        return self.step == self.recipe.max_steps or (every > 0 and self.step % every == 0)
 
     def _log(self, scalars: dict[str, torch.Tensor]) -> dict[str, str]:
         values = {name: float(value) for name, value in scalars.items()}
         if not math.isfinite(values["loss"]):
-            raise FloatingPointError(f"step {self.step}: the loss is {values['loss']}: lower learning_rate")
+            raise ValueError(f"step {self.step}: the loss is {values['loss']}: lower learning_rate")
         recent = self.last_use > max(self.recipe.plain_steps, self.step - max(self.recipe.revive_after, 1))
         used = int(recent.sum())
         psnr = 10 * math.log10(4 / max(values["squared_error"], 1e-12))  # the range of pixels is 2, its square 4
