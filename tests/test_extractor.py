@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch_fidelity.utils import create_feature_extractor
 
 from xdlm_image.evaluation import extractor as room
+from xdlm_image.evaluation import extractor_training
 from xdlm_image.evaluation.extractor import SMALL_CLASSIFIER, SmallClassifier, load_extractor
 from xdlm_image.evaluation.extractor_training import augment, train_extractor
 from xdlm_image.files import sha256_of_file
@@ -176,3 +177,14 @@ def test_inception_takes_grey_images(monkeypatch, tmp_path):
     features = extractor(grey)["2048"]
     assert features.shape == (2, 2048)
     torch.testing.assert_close(features, extractor(grey.repeat(1, 3, 1, 1))["2048"])
+
+
+def test_a_place_that_cannot_be_written_is_found_before_training(tmp_path, monkeypatch):
+    def never(*args, **kwargs):
+        raise AssertionError("trained")
+
+    monkeypatch.setattr(extractor_training, "_fit", never)
+    data = write_images(tmp_path / "images", {"train": 2, "val": 1})
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(OSError, match="output_dir=.*cannot be written"):
+        extractor_training.train_extractor(extractor_recipe(data, tmp_path / "file" / "extractor"))

@@ -12,7 +12,9 @@ import torch
 from evaluation_parts import CLASSES, one_thread, save_pipeline  # noqa: F401
 from PIL import Image
 
-from xdlm_image.evaluation.grids import GAP, sample, save_grid
+from xdlm_image.evaluation import grids
+from xdlm_image.evaluation.drawing import open_pipeline
+from xdlm_image.evaluation.grids import GAP, class_ids, sample, save_grid
 from xdlm_image.recipes import SampleRecipe
 
 
@@ -91,6 +93,31 @@ def test_classes_by_id_by_name_and_by_synonym(pipeline, tmp_path):
     assert np.array_equal(np.array(Image.open(by_id)), np.array(Image.open(by_name)))
     whole = sample(_recipe(pipeline, tmp_path / "all.png", class_labels=None))
     assert Image.open(whole).height > Image.open(by_id).height
+
+
+def test_a_name_goes_before_an_id_and_one_label_needs_no_list(pipeline, tmp_path):
+    shutil.copytree(pipeline, tmp_path / "p")
+    index = json.loads((tmp_path / "p" / "model_index.json").read_text())
+    index["id2label"] = {"0": "2", "1": "bee", "2": "5"}
+    (tmp_path / "p" / "model_index.json").write_text(json.dumps(index))
+    opened = open_pipeline(tmp_path / "p", torch.device("cpu"))
+    assert class_ids(opened, ["2", 2, "1", "5", "bee"]) == [0, 2, 1, 2, 1]
+    assert class_ids(opened, "5") == [2] == class_ids(opened, 2)
+    assert class_ids(opened, "bee") == [1] and class_ids(opened, 0) == [0] and class_ids(opened, None) == [0, 1, 2]
+    with pytest.raises(ValueError, match=r"class_labels=5: the classes are 0 to 2"):
+        class_ids(opened, 5)
+
+
+def test_places_that_cannot_be_written_are_found_before_drawing(pipeline, tmp_path, monkeypatch):
+    def never(*args, **kwargs):
+        raise AssertionError("drawn")
+
+    monkeypatch.setattr(grids, "class_grid", never)
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(OSError, match="output=.*cannot be written"):
+        sample(_recipe(pipeline, tmp_path / "file" / "x.png"))
+    with pytest.raises(OSError, match="images_dir=.*cannot be written"):
+        sample(_recipe(pipeline, tmp_path / "x.png", images_dir=str(tmp_path / "file")))
 
 
 def test_wrong_requests_are_refused(pipeline, tmp_path):

@@ -78,3 +78,15 @@ def share_permissions(folder: str | Path) -> None:
         mode = stat.S_IMODE(path.stat().st_mode)
         if mode | allowed != mode:
             path.chmod(mode | allowed)
+
+
+def refuse_unwritable(folder: str | Path, argument: str) -> None:
+    """Make `folder` and try to write into it, before work that would be lost. Raises OSError naming `argument`."""
+    folder = Path(folder)
+    probe = folder / f".writable.{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OSError(f"{argument}={str(folder)!r}: cannot be written to ({error}); name another folder") from error

@@ -27,7 +27,7 @@ from xdlm_image.evaluation.extractor import (
     load_extractor,
     read_extractor_config,
 )
-from xdlm_image.files import sha256_of_file, write_atomic, write_json
+from xdlm_image.files import refuse_unwritable, sha256_of_file, write_atomic, write_json
 from xdlm_image.recipes import ExtractorRecipe
 
 EVALUATION_BATCH = 500
@@ -72,6 +72,7 @@ def train_extractor(recipe: ExtractorRecipe) -> Path:
     exactly this recipe and these images is left as it is.
 
     Raises:
+        OSError: Nothing can be written to `output_dir`; before training.
         ValueError: `output_dir` holds an extractor of another recipe: FIDs measured with it could not be repeated.
     """
     output = Path(recipe.output_dir)
@@ -80,6 +81,7 @@ def train_extractor(recipe: ExtractorRecipe) -> Path:
         print(f"{output}: this extractor is already trained; delete the folder to train it again")
         return output
 
+    refuse_unwritable(output, "output_dir")
     device = best_device()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
@@ -92,7 +94,6 @@ def train_extractor(recipe: ExtractorRecipe) -> Path:
     seconds = time.perf_counter() - started
     accuracy = measure_accuracy(classifier, test, device, recipe.num_workers)
 
-    output.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in classifier.state_dict().items()}
     weights = write_atomic(output / "model.safetensors", lambda path: save_file(state, path))
     config = ExtractorConfig(

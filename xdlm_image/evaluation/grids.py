@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from xdlm_image.devices import best_device
 from xdlm_image.evaluation.drawing import SamplerSettings, class_names, draw_all, open_pipeline
-from xdlm_image.files import write_atomic
+from xdlm_image.files import refuse_unwritable, write_atomic
 from xdlm_image.pipelines import XDLMPipeline
 from xdlm_image.recipes import SampleRecipe
 
@@ -87,12 +87,16 @@ def to_picture(image: torch.Tensor) -> Image.Image:
     return Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)
 
 
-def class_ids(pipeline: XDLMPipeline, class_labels: Sequence[str | int] | None) -> list[int]:
-    """Ids of the classes named by id or name; None means all of them.
+def class_ids(pipeline: XDLMPipeline, class_labels: Sequence[str | int] | str | int | None) -> list[int]:
+    """Ids of one or more classes: an int is an id; a text is a name first, and only then, if of digits, an id.
+
+    A name stands for itself or, as in the pipeline, for one of its synonyms. None means all classes.
 
     Raises:
         ValueError: An unknown name or an id out of range.
     """
+    if isinstance(class_labels, str | int):
+        class_labels = [class_labels]
     num_classes = pipeline.transformer.config.num_classes
     if num_classes is None:
         if class_labels:
@@ -102,16 +106,20 @@ def class_ids(pipeline: XDLMPipeline, class_labels: Sequence[str | int] | None) 
         return list(range(num_classes))
     ids = []
     for label in class_labels:
-        text = str(label).strip()
-        if re.fullmatch(r"-?\d+", text):
-            if not 0 <= int(text) < num_classes:
-                raise ValueError(f"class_labels={text!r}: the classes are 0 to {num_classes - 1}")
-            ids.append(int(text))
-        else:
-            ids.extend(pipeline.get_label_ids(text))
+        ids.append(_class_id(pipeline, label, num_classes))
     if not ids:
         raise ValueError("class_labels=[]: name at least one class, or leave it out for all of them")
     return ids
+
+
+def _class_id(pipeline: XDLMPipeline, label: str | int, num_classes: int) -> int:
+    if isinstance(label, str):
+        text = label.strip()
+        if text in pipeline.id2label.values() or not re.fullmatch(r"-?[0-9]+", text):
+            return pipeline.get_label_ids(text)[0]
+    if not 0 <= int(label) < num_classes:
+        raise ValueError(f"class_labels={label!r}: the classes are 0 to {num_classes - 1}")
+    return int(label)
 
 
 def class_grid(
@@ -131,6 +139,7 @@ def sample(recipe: SampleRecipe) -> Path:
 
     Raises:
         FileNotFoundError, ValueError: No such pipeline, unknown class, or a setting it does not take.
+        OSError: Nothing can be written to the folder of `output` or to `images_dir`; before anything is drawn.
     """
     if Path(recipe.output).suffix.lower() != ".png":
         raise ValueError(f"output={recipe.output!r}: name a .png file")
@@ -139,6 +148,9 @@ def sample(recipe: SampleRecipe) -> Path:
     pipeline = open_pipeline(recipe.pipeline, best_device(recipe.device))
     ids = class_ids(pipeline, recipe.class_labels)
     settings = SamplerSettings(recipe.num_steps, recipe.guidance_scale, recipe.temperature)
+    refuse_unwritable(Path(recipe.output).parent, "the folder of output")
+    if recipe.images_dir is not None:
+        refuse_unwritable(recipe.images_dir, "images_dir")
     images = class_grid(pipeline, ids, recipe.images_per_class, recipe.seed, settings, recipe.batch_size)
     if recipe.images_dir is not None:
         for row, label in enumerate(ids):
