@@ -17,11 +17,12 @@ from torch_fidelity import calculate_metrics
 
 from xdlm_image.data.images import normalise, open_images
 from xdlm_image.evaluation import sweep
-from xdlm_image.evaluation.batches import Uint8Images
+from xdlm_image.evaluation.batches import Uint8Images, real_batches, reconstructed_batches
 from xdlm_image.evaluation.code_pairs import PairFrequencies
 from xdlm_image.evaluation.drawing import SamplerSettings, draw, draw_all, open_pipeline
 from xdlm_image.evaluation.extractor import SMALL_CLASSIFIER, load_extractor
 from xdlm_image.evaluation.fid import fid_from_statistics, fid_of_images, statistics_of_images
+from xdlm_image.evaluation.references import cached_measure
 from xdlm_image.evaluation.report import markdown, mean_and_spread
 from xdlm_image.evaluation.seeds import MAX_IMAGES, MAX_SEED, image_generators, image_seed
 from xdlm_image.evaluation.statistics import StreamedStatistics
@@ -318,6 +319,12 @@ def test_the_table_reads_as_it_should(finished):
     assert page.count("Floors: reconstruction (rFID) of mdlm, xdlm-0.1") == 2  # one for each layer
     assert "Warning:" in page and "not Inception FID" in page and "guidance 1, temperature 1" in page
     assert mean_and_spread([0.0881]) == "0.088" and mean_and_spread([20.0, 40.0]) == "30.00 ± 14.14"
+    without = json.loads((finished / "fid.json").read_text())
+    for cell in without["cells"]:  # as an unconditional pipeline beside a conditional one
+        if cell["pipeline"] == "mdlm":
+            cell["class_accuracy"] = None
+    accuracies = markdown(without).split("## Class accuracy")[1]
+    assert re.search(r"\| mdlm \| – \| – \|\n\| xdlm-0.1 \| \d", accuracies)
     partial = json.loads((finished / "fid.json").read_text())
     partial["cells"] = partial["cells"][:2]
     assert "| xdlm-0.1 | – | – |" in markdown(partial)
@@ -413,11 +420,53 @@ def test_wrong_recipes_are_refused_before_anything_is_drawn(parts, tmp_path, mon
     for changes, kind, message in cases:
         with pytest.raises(kind, match=message):
             evaluate(parts.recipe(tmp_path / "out", **changes))
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(OSError, match=r"output_dir=.*cannot be written"):
+        evaluate(parts.recipe(tmp_path / "file" / "out"))
+    data = copy.deepcopy(parts.data)
+    data.crop = "random"
+    for split in ("test", "train"):
+        with pytest.raises(ValueError, match=r"data\.crop='random'.*set data\.crop: center"):
+            evaluate(parts.recipe(tmp_path / "out", data=data, reference_split=split))
     data = copy.deepcopy(parts.data)
     data.image_size = 32
     with pytest.raises(ValueError, match="trained on 3 x 16 x 16 images, the data have 3 x 32 x 32"):
         evaluate(parts.recipe(tmp_path / "out", data=data))
     assert not (tmp_path / "out").exists()
+
+
+def test_the_floor_is_never_a_part_of_the_reference(parts, tmp_path):
+    for split, floor in (("test", "train"), ("validation", "train"), ("train", "test")):
+        plan = sweep.check(parts.recipe(tmp_path, reference_split=split))
+        assert (plan.reference.split, plan.train.split) == (split, floor)
+
+
+def test_a_sweep_against_the_training_images_says_what_its_floor_is(parts, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "GRID_IMAGES", 1)
+    recipe = parts.recipe(tmp_path, reference_split="train", num_steps=[1], seeds=[0])
+    recipe.pipelines = {"mdlm": parts.pipelines["mdlm"]}
+    floor = json.loads(evaluate(recipe).read_text())["floors"]["train_against_reference"]
+    assert floor["split"] == "test" and floor["fingerprint"] == open_images(parts.data, "test").fingerprint
+    page = (tmp_path / "fid.md").read_text()
+    assert "18 test images against the reference" in page and "training images" not in page
+
+
+def test_cached_pairs_are_bound_to_their_statistics(parts, tmp_path, capsys):
+    extractor = load_extractor(parts.extractor, "cpu")
+    pipeline = open_pipeline(parts.pipelines["mdlm"], torch.device("cpu"))
+    images = open_images(parts.data, "test")
+
+    def measured():
+        batches = lambda: reconstructed_batches(pipeline.vqvae, real_batches(images, 36))  # noqa: E731
+        return cached_measure(tmp_path, "a", {}, extractor, batches, 36, NUM_CODES).pairs
+
+    before = measured()
+    file = next(tmp_path.rglob("pairs.safetensors"))
+    other = PairFrequencies(NUM_CODES)
+    other.update(torch.zeros(1, 4, 4, dtype=torch.int64))
+    other.save(file, {"num_codes": str(NUM_CODES)})  # whole, but of other images
+    assert measured().total_variation(before) == {"near": 0.0, "far": 0.0}
+    assert "do not belong together" in capsys.readouterr().out
 
 
 def test_few_samples_are_warned_of(parts, tmp_path):

@@ -40,7 +40,7 @@ class Plan:
         device: Where it runs.
         extractor: The judge.
         reference: Images of the reference split.
-        train: Images of the train split, for the floor.
+        train: Images of the train split, for the floor; of the test split where train is the reference.
         pipelines: Name -> folder, hashes and settings, as the protocol records them.
         warnings: What a reader of the numbers must know.
     """
@@ -60,24 +60,19 @@ def check(recipe: EvaluateRecipe) -> Plan:
     Raises:
         FileNotFoundError, ValueError: Names the argument, its value and the remedy.
     """
-    for argument, values in (("num_steps", recipe.num_steps), ("seeds", recipe.seeds)):
-        if not values or len(set(values)) != len(values):
-            raise ValueError(f"{argument}={values!r}: name at least one, each only once")
-    if recipe.batch_size < 1:
-        raise ValueError(f"batch_size={recipe.batch_size!r}: at least 1 image")
-    if recipe.num_samples < 2:
-        raise ValueError(
-            f"num_samples={recipe.num_samples!r}: at least 2 images, and far more for numbers that mean much"
-        )
     for seed in recipe.seeds:
         image_seed(seed, recipe.num_samples - 1)
     for name in recipe.pipelines:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._=+-]*", name):
             raise ValueError(f"pipelines: the name {name!r} becomes part of file names; use letters, digits, . _ = + -")
-    if recipe.reference_split == "train" and recipe.data.crop == "random":
-        raise ValueError("data.crop='random': the reference images would change at every reading; use center")
-    data = replace(recipe.data, crop="center")
-    reference, train = open_images(data, recipe.reference_split), open_images(data, "train")
+    if recipe.data.crop != "center":
+        raise ValueError(
+            f"data.crop={recipe.data.crop!r}: the reference images must be the same at every reading; set data.crop: "
+            "center"
+        )
+    data = recipe.data
+    floor_split = "test" if recipe.reference_split == "train" else "train"  # never the reference's own images
+    reference, train = open_images(data, recipe.reference_split), open_images(data, floor_split)
     names = list(reference.class_names)
     if recipe.num_samples % len(names) != 0:
         nearest = max(1, round(recipe.num_samples / len(names))) * len(names)

@@ -33,7 +33,7 @@ class Measured:
         statistics: Layer -> mean and covariance.
         class_accuracy: Share of images that the extractor's own head puts in their class; None without such a head.
         pairs: How the images' codes go together; None where they were not made of codes.
-        hashes: Layer -> SHA-256 of the statistics' file; empty where they are on no disk.
+        hashes: Layer (and `pairs`) -> SHA-256 of the statistics' file; empty where they are on no disk.
     """
 
     statistics: dict[str, StreamedStatistics]
@@ -131,7 +131,7 @@ def cached_measure(
             statistics.save(place / f"{layer}.safetensors", {"layer": layer, "extractor": extractor.weights_hash})
         if measured.pairs is not None:
             measured.pairs.save(place / "pairs.safetensors", {"num_codes": str(num_codes)})
-        hashes = {layer: sha256_of_file(place / f"{layer}.safetensors") for layer in measured.statistics}
+        hashes = _hashes(place, extractor.fid_layers, num_codes)
         about = {"key": key, "class_accuracy": measured.class_accuracy, "statistics_sha256": hashes}
         write_json(place / "about.json", about)  # last: it makes the folder whole
     barrier()
@@ -141,12 +141,17 @@ def cached_measure(
     return found
 
 
+def _hashes(place: Path, layers: tuple[str, ...], num_codes: int | None) -> dict[str, str]:
+    names = [*layers] if num_codes is None else [*layers, "pairs"]
+    return {name: sha256_of_file(place / f"{name}.safetensors") for name in names}
+
+
 def _load(place: Path, key: dict[str, Any], layers: tuple[str, ...], num_codes: int | None) -> Measured | None:
     if not (place / "about.json").is_file():
         return None
     try:
         about = json.loads((place / "about.json").read_text(encoding="utf-8"))
-        hashes = {layer: sha256_of_file(place / f"{layer}.safetensors") for layer in layers}
+        hashes = _hashes(place, layers, num_codes)
         if about["key"] != key or about["statistics_sha256"] != hashes:
             raise ValueError("its files do not belong together")
         statistics = {

@@ -45,14 +45,14 @@ def markdown(content: Content) -> str:
     for layer in extractor["fid_layers"]:
         lines += [f"## Features `{layer}`, against the real images", ""]
         lines += _table(content, lambda cell: cell["fid"][layer])  # noqa: B023  (called at once)
-        lines += ["", "Floors: " + "; ".join(_floors(floors, layer)) + ".", ""]
+        lines += ["", "Floors: " + "; ".join(_floors(content, layer)) + ".", ""]
         lines += [f"## Features `{layer}`, against reconstructions of the real images", ""]
         lines += _table(content, lambda cell: cell["fid_against_reconstructions"][layer])  # noqa: B023
         lines += [
             "",
             "The tokenizer's own error is out of this table. Floors: "
             + "; ".join(
-                f"reconstructed training images ({_users(floor)}) "
+                f"reconstructed {_floor_images(content)} ({_users(floor)}) "
                 f"{number(floor['train']['fid_against_reconstructions'][layer])}"
                 for floor in floors["reconstruction"]
             )
@@ -64,14 +64,14 @@ def markdown(content: Content) -> str:
         lines += _table(content, lambda cell: 100 * cell["code_pair_total_variation"][distance])  # noqa: B023
         lines += ["", "Needs no extractor; falls as codes drawn together fit each other. Floors: "]
         lines[-1] += "; ".join(
-            f"{floor['train']['num_images']} training images ({_users(floor)}) "
+            f"{floor['train']['num_images']} {_floor_images(content)} ({_users(floor)}) "
             f"{number(100 * floor['train']['code_pair_total_variation'][distance])}"
             for floor in floors["reconstruction"]
         )
         lines += [""]
     if any(cell["class_accuracy"] is not None for cell in content["cells"]):
         lines += ["## Class accuracy (%), judged by the extractor's own classifier", ""]
-        lines += _table(content, lambda cell: 100 * cell["class_accuracy"])
+        lines += _table(content, lambda cell: None if cell["class_accuracy"] is None else 100 * cell["class_accuracy"])
         real = floors["reference_class_accuracy"]
         lines += ["", f"The same classifier on the real reference images: {100 * real:.2f} %.", ""]
     lines += ["## Images per second", "", *_table(content, lambda cell: cell["images_per_second"]), ""]
@@ -96,16 +96,24 @@ def _users(floor: Content) -> str:
     return ", ".join(floor["pipelines"])
 
 
-def _floors(floors: Content, layer: str) -> list[str]:
+def _floor_images(content: Content) -> str:
+    """What the images of the floor are: `training images`, or those of the split that stands in for them."""
+    split = content["floors"]["train_against_reference"].get("split", "train")
+    return "training images" if split == "train" else f"{split} images"
+
+
+def _floors(content: Content, layer: str) -> list[str]:
+    floors = content["floors"]
     texts = [
         f"reconstruction (rFID) of {_users(floor)} {number(floor['fid'][layer])}" for floor in floors["reconstruction"]
     ]
     train = floors["train_against_reference"]
-    texts.append(f"{train['num_images']} training images against the reference {number(train['fid'][layer])}")
+    texts.append(f"{train['num_images']} {_floor_images(content)} against the reference {number(train['fid'][layer])}")
     return texts
 
 
-def _table(content: Content, value: Callable[[Content], float]) -> list[str]:
+def _table(content: Content, value: Callable[[Content], float | None]) -> list[str]:
+    """A row a pipeline, a column a step count; a dash where no cell has a value."""
     protocol = content["protocol"]
     steps = protocol["sampler"]["num_steps"]
     lines = [
@@ -113,7 +121,10 @@ def _table(content: Content, value: Callable[[Content], float]) -> list[str]:
         "|---|" + "---:|" * len(steps),
     ]
     for name in protocol["pipelines"]:
-        cells = [mean_and_spread([value(cell) for cell in _cells(content, name, num_steps)]) for num_steps in steps]
+        cells = []
+        for num_steps in steps:
+            values = [value(cell) for cell in _cells(content, name, num_steps)]
+            cells.append(mean_and_spread([v for v in values if v is not None]))
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return lines
 
@@ -148,7 +159,7 @@ def write_plot(output_dir: str | Path, content: Content) -> Path:
             label = "reconstruction" if len(floors["reconstruction"]) == 1 else "rec. " + ", ".join(floor["pipelines"])
             panel.axhline(floor["fid"][layer], linestyle="--", color="grey", linewidth=1, label=label)
         train = floors["train_against_reference"]["fid"][layer]
-        panel.axhline(train, linestyle=":", color="black", linewidth=1, label="training images")
+        panel.axhline(train, linestyle=":", color="black", linewidth=1, label=_floor_images(content))
         panel.set_xscale("log", base=2)
         panel.set_yscale("log")
         panel.xaxis.set_major_locator(FixedLocator(sorted({cell["nfe"] for cell in content["cells"]})))

@@ -30,7 +30,7 @@ from xdlm_image.evaluation.references import Measured, barrier, cached_measure, 
 from xdlm_image.evaluation.report import write_plot, write_report
 from xdlm_image.evaluation.seeds import SEED_RULE
 from xdlm_image.evaluation.statistics import rank_and_world
-from xdlm_image.files import write_json
+from xdlm_image.files import refuse_unwritable, write_json
 from xdlm_image.recipes import EvaluateRecipe
 
 CELL_VERSION = 1  # raise it when what a cell means changes: older cells are then measured anew
@@ -60,7 +60,7 @@ def evaluate(recipe: EvaluateRecipe) -> Path:
         PartialState()
     plan = check(recipe)
     output = Path(recipe.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
+    refuse_unwritable(output, "output_dir")
 
     reference = cached_measure(
         output / "statistics",
@@ -114,7 +114,7 @@ def _fids(a: Measured, b: Measured) -> dict[str, float]:
 
 
 def _train_subset(plan: Plan) -> tuple[list[int], dict[str, Any]]:
-    """As many random training images as a cell has: their indices, and their key in the cache."""
+    """As many random images of `plan.train` as a cell has: their indices, and their key in the cache."""
     count = min(plan.recipe.num_samples, len(plan.train))
     chosen = np.random.default_rng(TRAIN_SUBSET_SEED).permutation(len(plan.train))[:count]
     key = {**images_key(plan, plan.train), "subset": count, "subset_seed": TRAIN_SUBSET_SEED}
@@ -122,17 +122,22 @@ def _train_subset(plan: Plan) -> tuple[list[int], dict[str, Any]]:
 
 
 def _train_floor(plan: Plan, reference: Measured) -> dict[str, Any]:
-    """FID of real training images against the reference: what a perfect generator would score."""
+    """FID of real training images against the reference: what a perfect generator would score.
+
+    Where the training images are the reference, test images stand in for them: a subset of the reference would score
+    too well.
+    """
     indices, key = _train_subset(plan)
     measured = cached_measure(
         Path(plan.recipe.output_dir) / "statistics",
-        "train",
+        plan.train.split,
         key,
         plan.extractor,
         lambda: real_batches(plan.train, plan.recipe.batch_size, indices),
         len(indices),
     )
     return {
+        "split": plan.train.split,
         "num_images": len(indices),
         "subset_seed": TRAIN_SUBSET_SEED,
         "fingerprint": plan.train.fingerprint,
@@ -157,7 +162,7 @@ def _reconstructions(plan: Plan, pipeline: Any, tokenizer: str, reference: Measu
     indices, key = _train_subset(plan)
     train = cached_measure(
         folder,
-        "reconstructions-train",
+        f"reconstructions-{plan.train.split}",
         {**key, "tokenizer": tokenizer},
         plan.extractor,
         lambda: reconstructed_batches(pipeline.vqvae, real_batches(plan.train, batch_size, indices)),
