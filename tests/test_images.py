@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import gzip
+import os
 import struct
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -254,6 +257,57 @@ def test_damaged_or_missing_fashion_mnist_is_a_clear_error(tmp_path):
 
 
 @pytest.mark.skipif(not DEBIAN_FASHION_MNIST.is_dir(), reason="Debian's dataset-fashion-mnist is not installed")
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+def test_one_process_downloads_and_all_share_the_check_of_files(tmp_path, monkeypatch):
+    script = tmp_path / "rank.py"
+    script.write_text(RANK)
+    for split in ("train", "val"):
+        class_folder(tmp_path / "images" / split, "a", 5)
+    for name in ("000", "001"):  # one for each process
+        (tmp_path / "images" / "train" / "a" / f"{name}.png").write_text("no picture")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = os.environ | {"HOME": str(tmp_path), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, str(script), str(tmp_path)], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [path.name for path in tmp_path.glob("downloaded-by-*")] == ["downloaded-by-0"]
+
+
+RANK = """
+import os, sys, time
+from pathlib import Path
+from xdlm_image.data import images
+from xdlm_image.data.image_check import check_images
+from xdlm_image.recipes import DataOptions
+
+root = Path(sys.argv[1])
+
+class Downloads:
+    def __init__(self, folder, download):
+        (root / f"downloaded-by-{os.environ['RANK']}").touch()
+        time.sleep(1)
+        raw = root / "FashionMNIST" / "raw"
+        raw.mkdir(parents=True, exist_ok=True)
+        for prefix in ("train", "t10k"):
+            for kind in ("images-idx3", "labels-idx1"):
+                (raw / f"{prefix}-{kind}-ubyte").touch()
+
+images.FashionMNIST = Downloads
+folder = images._fashion_mnist_folder(DataOptions(root=str(root)))
+assert folder == root / "FashionMNIST" / "raw", folder
+options = DataOptions(name="folder", root=str(root / "images"), image_size=8)
+check_images(images.open_images(options, "test"))
+try:
+    check_images(images.open_images(options, "train"))
+except ValueError as error:
+    assert "2 of 5 files of train are broken" in str(error), error
+else:
+    raise AssertionError("broken files passed")
+"""
+
+
 def test_the_real_fashion_mnist():
     images = open_images(DataOptions(), "test")
     assert len(images) == 10_000 and np.bincount(images.labels).tolist() == [1_000] * 10

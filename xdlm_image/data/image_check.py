@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from xdlm_image.data.images import ImageSet, check_image
 from xdlm_image.files import write_json
+from xdlm_image.processes import process_state
 
 NAMED = 10  # broken files that the error names
 
@@ -34,7 +35,8 @@ def check_images(images: ImageSet, num_workers: int = 0) -> None:
     paths = images.paths
     if not paths:
         return
-    rank, world = _rank_and_world()
+    processes = process_state()
+    rank, world = (0, 1) if processes is None else (processes.process_index, processes.num_processes)
     note = _note_of(images, paths)
     if all(_over_ranks(_exists(note), world)):
         return
@@ -78,15 +80,6 @@ def _exists(note: Path) -> bool:
         return note.is_file()
     except OSError:  # a folder above it may not be read
         return False
-
-
-def _rank_and_world() -> tuple[int, int]:
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return 0, 1
-    from accelerate import PartialState
-
-    state = PartialState()
-    return state.process_index, state.num_processes
 
 
 def _over_ranks(value, world: int) -> list:

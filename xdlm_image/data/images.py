@@ -23,6 +23,7 @@ from torchvision.datasets.mnist import read_image_file, read_label_file
 from torchvision.transforms.v2 import functional as tv
 from tqdm import tqdm
 
+from xdlm_image.processes import process_state
 from xdlm_image.recipes import DataOptions
 
 SPLITS = ("train", "validation", "test")
@@ -231,6 +232,15 @@ def _open_fashion_mnist(data: DataOptions, split: str, transform: Transform | No
 
 
 def _fashion_mnist_folder(data: DataOptions) -> Path:
+    """The folder of the four files, downloaded if need be: by one process first, the others then find them."""
+    processes = process_state()
+    if processes is None:
+        return _find_or_download_fashion_mnist(data)
+    with processes.main_process_first():
+        return _find_or_download_fashion_mnist(data)
+
+
+def _find_or_download_fashion_mnist(data: DataOptions) -> Path:
     cache = Path.home() / ".cache" / "xdlm_image"
     root = Path(data.root).expanduser() if data.root is not None else cache
     candidates = [root / "FashionMNIST" / "raw", root]

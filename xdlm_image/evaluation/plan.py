@@ -27,6 +27,7 @@ from xdlm_image.evaluation.drawing import (
 from xdlm_image.evaluation.extractor import FeatureExtractor, load_extractor
 from xdlm_image.evaluation.seeds import SEED_RULE, image_seed
 from xdlm_image.evaluation.statistics import rank_and_world
+from xdlm_image.processes import process_state
 from xdlm_image.recipes import EvaluateRecipe
 from xdlm_image.tokenizer.codes import tokenizer_hash
 
@@ -81,10 +82,9 @@ def check(recipe: EvaluateRecipe) -> Plan:
             f"many images; {nearest} is near"
         )
     device = best_device(recipe.device)
-    if rank_and_world()[1] > 1 and recipe.device is None:
-        from accelerate import PartialState
-
-        device = PartialState().device
+    processes = process_state()
+    if processes is not None and recipe.device is None:
+        device = processes.device
     extractor = load_extractor(recipe.extractor, device)
     extractor.check_images(data.channels, data.image_size)
     notes = []

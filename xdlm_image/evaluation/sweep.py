@@ -7,7 +7,6 @@ This file owns the order of a sweep and what `fid.json` holds. Numbers come from
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from xdlm_image.evaluation.report import write_plot, write_report
 from xdlm_image.evaluation.seeds import SEED_RULE
 from xdlm_image.evaluation.statistics import rank_and_world
 from xdlm_image.files import refuse_unwritable, write_json
+from xdlm_image.processes import process_state
 from xdlm_image.recipes import EvaluateRecipe
 
 CELL_VERSION = 1  # raise it when what a cell means changes: older cells are then measured anew
@@ -54,10 +54,7 @@ def evaluate(recipe: EvaluateRecipe) -> Path:
         FileNotFoundError, ValueError: A pipeline, the extractor or the data do not exist or do not fit; before
             anything is drawn.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        from accelerate import PartialState
-
-        PartialState()
+    process_state()
     plan = check(recipe)
     output = Path(recipe.output_dir)
     refuse_unwritable(output, "output_dir")
