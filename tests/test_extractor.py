@@ -188,3 +188,11 @@ def test_a_place_that_cannot_be_written_is_found_before_training(tmp_path, monke
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(OSError, match="output_dir=.*cannot be written"):
         extractor_training.train_extractor(extractor_recipe(data, tmp_path / "file" / "extractor"))
+
+
+def test_feature_widths_that_the_network_would_round_are_refused(data, tmp_path):
+    with pytest.raises(ValueError, match="feature_dim=20: must be a multiple of 8"):
+        extractor_recipe(data, tmp_path, feature_dim=20)
+    for feature_dim in (8, 40):
+        network = SmallClassifier(SIZE, 3, 3, 8, feature_dim).eval()
+        assert network.layers(torch.zeros(1, 3, SIZE, SIZE))["pooled"].shape == (1, feature_dim)

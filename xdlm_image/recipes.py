@@ -198,6 +198,7 @@ class ExtractorRecipe:
     def __post_init__(self) -> None:
         for name in ("width", "feature_dim", "batch_size", "epochs"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
+        _require(self.feature_dim % 8 == 0, "feature_dim", self.feature_dim, "must be a multiple of 8")  # timm's rule
         for name in ("seed", "weight_decay", "num_workers"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "must be at least 0")
         _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "must be positive")
