@@ -1,4 +1,4 @@
-"""The tokenizer: care of the codebook, codes and pictures, a whole tiny training, kill and resume, and encoding."""
+"""The tokenizer: care of the codebook, codes and pictures, a whole tiny training, kill and resume."""
 
 from __future__ import annotations
 
@@ -16,77 +16,31 @@ import pytest
 import torch
 from diffusers import VQModel
 from PIL import Image
+from tokenizer_parts import CHECKPOINT, STEPS, home, losses, pictures_fixture, tiny_recipe, trained_fixture  # noqa: F401
 
-from xdlm_image.data.code_cache import CodeCache
 from xdlm_image.data.images import open_images, to_uint8
+from xdlm_image.evaluation.extractor import load_extractor
+from xdlm_image.evaluation.extractor_training import train_extractor
+from xdlm_image.evaluation.fid import fid_of_images
 from xdlm_image.recipes import (
     DataOptions,
     EncodeRecipe,
     EvaluateRecipe,
     ExtractorRecipe,
     TokenizerModelOptions,
-    TokenizerRecipe,
 )
-from xdlm_image.tokenizer import encode as encode_module
+from xdlm_image.tokenizer import measure as measure_module
 from xdlm_image.tokenizer.codebook import draw_badly_served, kmeans, nearest, usage_of
 from xdlm_image.tokenizer.codes import decode_codes, encode_images, grid_of, load_tokenizer, tokenizer_hash
-from xdlm_image.tokenizer.encode import encode
 from xdlm_image.tokenizer.measure import measure_tokenizer
 from xdlm_image.tokenizer.train import (
     Positions,
     TokenizerTraining,
     TrainingViews,
-    build_vqvae,
     learning_rate_at,
     reconstruction_loss,
     train_tokenizer,
 )
-
-STEPS, CHECKPOINT = 14, 6
-
-
-@pytest.fixture(scope="module", autouse=True)
-def home(tmp_path_factory):
-    """The memory of checked images goes into a home of the tests' own."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
-        yield
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> DataOptions:
-    """Two classes of 16x16 pictures: bars across and bars down, of many widths."""
-    root = tmp_path_factory.mktemp("pictures")
-    y, x = np.mgrid[0:16, 0:16]
-    for split, number in (("train", 20), ("val", 4), ("test", 6)):
-        for name, axis in (("across", y), ("down", x)):
-            (root / split / name).mkdir(parents=True)
-            for i in range(number):
-                picture = 127 * (1 + np.sin(axis * (0.3 + 0.1 * i) + i))
-                Image.fromarray(picture.astype(np.uint8)).save(root / split / name / f"{i:02d}.png")
-    return DataOptions(name="folder", root=str(root), image_size=16, channels=1, crop="random")
-
-
-def tiny_recipe(output: Path, data: DataOptions, **changes) -> TokenizerRecipe:
-    model = TokenizerModelOptions(
-        block_out_channels=[8, 8, 8], latent_channels=4, num_vq_embeddings=16, vq_embed_dim=2, norm_num_groups=4
-    )
-    values = {
-        "batch_size": 4, "max_steps": STEPS, "plain_steps": 4, "warmup_steps": 2, "learning_rate": 5e-3,
-        "revive_after": 4, "log_every": 1, "checkpoint_every": CHECKPOINT,
-    }  # fmt: skip
-    return TokenizerRecipe(output_dir=str(output), data=data, model=model, **(values | changes))
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory, pictures) -> Path:
-    return train_tokenizer(tiny_recipe(tmp_path_factory.mktemp("trained") / "tokenizer", pictures))
-
-
-def losses(folder: Path) -> list[tuple]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [(line["step"], line["loss"], line["squared_error"], line["norm"], line["codes_alive"]) for line in lines]
-
 
 # ------------------------------------------------------------------------------------------------ codebook
 
@@ -365,6 +319,30 @@ def test_a_tokenizer_learns(tmp_path, pictures):
     assert report["codes_used"] >= 14
 
 
+def test_measuring_uses_the_tokenizer_once_an_image_and_gives_the_rfid_of_its_images(
+    trained, tmp_path, pictures, monkeypatch
+):
+    data = dataclasses.replace(pictures, crop="center")
+    recipe = ExtractorRecipe(str(tmp_path / "judge"), data, width=8, feature_dim=8, batch_size=8, epochs=1)
+    extractor = load_extractor(train_extractor(recipe), "cpu")
+    vqvae, test = load_tokenizer(trained), open_images(data, "test")
+    encoded = []
+
+    def counted(vqvae, images):
+        encoded.append(len(images))
+        return encode_images(vqvae, images)
+
+    monkeypatch.setattr(measure_module, "encode_images", counted)
+    report = measure_tokenizer(vqvae, test, 5, extractor)
+    assert encoded == [5, 5, 2]
+    raw = torch.stack([test.raw(i) for i in range(len(test))])
+    again = to_uint8(decode_codes(vqvae, encode_images(vqvae, raw.float() / 127.5 - 1)))
+    expected = fid_of_images(extractor, raw, again)
+    assert set(report["rfid"]) == {"pooled", "spatial"}
+    for layer, value in expected.items():
+        assert report["rfid"][layer] == pytest.approx(value, rel=1e-4, abs=1e-9)
+
+
 # ------------------------------------------------------------------------------------------------ using one
 
 
@@ -432,118 +410,3 @@ def test_damaged_tokenizers_are_refused(trained, tmp_path):
     weights.unlink()
     with pytest.raises(FileNotFoundError, match=r"no diffusion_pytorch_model\.safetensors"):
         load_tokenizer(folder)
-
-
-# ------------------------------------------------------------------------------------------------ encoding
-
-
-def test_encode_writes_caches_that_know_what_they_hold(trained, tmp_path, pictures):
-    data = dataclasses.replace(pictures, crop="center")
-    recipe = EncodeRecipe(tokenizer=str(trained), output_dir=str(tmp_path / "codes"), data=data, batch_size=7)
-    output = encode(recipe)
-    vqvae = load_tokenizer(trained)
-    for split, number in (("train", 40), ("validation", 8), ("test", 12)):
-        cache, images = CodeCache.open(output / split), open_images(data, split)
-        assert cache.codes.shape == (number, 2, 16)
-        cache.verify()
-        cache.check(tokenizer=vqvae, data=images)
-        for i in (0, number - 1):
-            plain = encode_images(vqvae, images[i][0][None]).flatten()
-            mirrored = encode_images(vqvae, images[i][0].flip(-1)[None]).flatten()
-            codes, labels = cache.batch([i, i], [False, True])
-            assert torch.equal(codes, torch.stack([plain, mirrored]))
-            assert labels.tolist() == [images[i][1]] * 2
-    test = CodeCache.open(output / "test")
-    with pytest.raises(ValueError, match=r"data\.split='train'.*'test'"):
-        test.check(data=open_images(data, "train"))
-    with pytest.raises(ValueError, match=r"data\.image_size=32.*16"):
-        test.check(data=open_images(dataclasses.replace(data, image_size=32), "test"))
-    other = build_vqvae(tiny_recipe(tmp_path, data))
-    with pytest.raises(ValueError, match="encode again, or name that tokenizer"):
-        test.check(tokenizer=other)
-    encode(dataclasses.replace(recipe, overwrite=True, flip=False, splits=["test"]))
-    assert CodeCache.open(output / "test").codes.shape == (12, 1, 16)
-
-
-def test_encode_goes_on_and_refuses_caches_of_something_else(trained, tmp_path, pictures, monkeypatch, capfd):
-    root = tmp_path / "copy"
-    shutil.copytree(pictures.root, root)
-    data = dataclasses.replace(pictures, root=str(root), crop="center")
-    recipe = EncodeRecipe(str(trained), str(tmp_path / "codes"), data, splits=["train", "test"], batch_size=7)
-    whole = encode_module.encode_images
-
-    def dies_in_the_second_split(vqvae, images):
-        if len(list((tmp_path / "codes").glob("train"))) == 1:
-            raise KeyboardInterrupt
-        return whole(vqvae, images)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(encode_module, "encode_images", dies_in_the_second_split)
-        encode(recipe)
-    output = tmp_path / "codes"
-    assert [p.name for p in output.iterdir()] == ["train"]
-    first = (output / "train" / "manifest.json").stat()
-    capfd.readouterr()
-    encode(recipe)
-    assert "".join(capfd.readouterr()).count("kept") == 1
-    again = (output / "train" / "manifest.json").stat()
-    assert (again.st_mtime_ns, again.st_ino) == (first.st_mtime_ns, first.st_ino)
-    CodeCache.open(output / "test").verify()
-
-    def never(*arguments):
-        raise AssertionError("encoded")
-
-    monkeypatch.setattr(encode_module, "encode_images", never)
-    encode(recipe)  # everything is there
-    with pytest.raises(FileExistsError, match=r"train was encoded with num_views=2, asked for is 1: set overwrite"):
-        encode(dataclasses.replace(recipe, flip=False))
-    with pytest.raises(FileExistsError, match=r"encoded with image_size=16, asked for is 32"):
-        encode(dataclasses.replace(recipe, data=dataclasses.replace(data, image_size=32)))
-    codes = output / "test" / "codes.bin"
-    kept = codes.read_bytes()
-    codes.write_bytes(bytes([kept[0] ^ 1]) + kept[1:])
-    with pytest.raises(FileExistsError, match=r"the file is damaged.*overwrite: true"):
-        encode(recipe)
-    codes.write_bytes(kept)
-    (root / "test" / "down" / "05.png").unlink()
-    with pytest.raises(FileExistsError, match="encoded with data_fingerprint="):
-        encode(recipe)
-    monkeypatch.undo()
-    encode(dataclasses.replace(recipe, overwrite=True))
-    assert len(CodeCache.open(output / "test")) == 11
-
-
-def test_broken_images_are_found_before_training_and_encoding(trained, tmp_path, pictures, monkeypatch):
-    root = tmp_path / "copy"
-    shutil.copytree(pictures.root, root)
-    whole = (root / "test" / "down" / "05.png").read_bytes()
-    (root / "test" / "down" / "05.png").write_bytes(whole[:-30])
-    data = dataclasses.replace(pictures, root=str(root), crop="center")
-    with pytest.raises(ValueError, match=r"1 of 12 files of test are broken:\n.*05\.png"):
-        train_tokenizer(tiny_recipe(tmp_path / "run", data))
-    with pytest.raises(ValueError, match=r"1 of 12 files of test are broken:\n.*05\.png"):
-        encode(EncodeRecipe(str(trained), str(tmp_path / "codes"), data))
-    assert not (tmp_path / "run").exists() and not (tmp_path / "codes").exists()
-
-
-def test_a_cache_does_not_fit_changed_images(trained, tmp_path, pictures):
-    root = tmp_path / "copy"
-    shutil.copytree(pictures.root, root)
-    data = dataclasses.replace(pictures, root=str(root), crop="center")
-    output = encode(EncodeRecipe(str(trained), str(tmp_path / "codes"), data, splits=["test"]))
-    (root / "test" / "down" / "05.png").unlink()
-    with pytest.raises(ValueError, match="not the ones"):
-        CodeCache.open(output / "test").check(data=open_images(data, "test"))
-
-
-def test_encode_refuses_what_cannot_be_right(trained, tmp_path, pictures):
-    recipe = EncodeRecipe(str(trained), str(tmp_path / "codes"), dataclasses.replace(pictures, crop="center"))
-    with pytest.raises(ValueError, match=r"data\.crop='random'"):
-        encode(dataclasses.replace(recipe, data=pictures))
-    with pytest.raises(ValueError, match=r"data\.channels=3"):
-        encode(dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, channels=3)))
-    with pytest.raises(ValueError, match="name each split once"):
-        encode(dataclasses.replace(recipe, splits=["test", "test"]))
-    with pytest.raises(FileNotFoundError, match="train one with train-tokenizer"):
-        encode(dataclasses.replace(recipe, tokenizer=str(tmp_path / "none")))
-    assert not (tmp_path / "codes").exists()

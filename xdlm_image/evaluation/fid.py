@@ -38,6 +38,12 @@ def new_statistics(extractor: FeatureExtractor) -> dict[str, StreamedStatistics]
     return {layer: StreamedStatistics(dim) for layer, dim in extractor.feature_dims.items()}
 
 
+def update_statistics(statistics: dict[str, StreamedStatistics], features: dict[str, torch.Tensor]) -> None:
+    """Add what an extractor gave for a batch, layer -> (B, D), to the statistics of each FID layer."""
+    for layer, layer_statistics in statistics.items():
+        layer_statistics.update(features[layer])
+
+
 def statistics_of_images(extractor: FeatureExtractor, images: Images) -> dict[str, StreamedStatistics]:
     """Statistics of each FID layer.
 
@@ -50,9 +56,7 @@ def statistics_of_images(extractor: FeatureExtractor, images: Images) -> dict[st
     """
     statistics = new_statistics(extractor)
     for batch in images.split(BATCH) if isinstance(images, torch.Tensor) else images:
-        features = extractor(batch)
-        for layer, layer_statistics in statistics.items():
-            layer_statistics.update(features[layer])
+        update_statistics(statistics, extractor(batch))
     return statistics
 
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from xdlm_image.evaluation.batches import LabelledBatch
 from xdlm_image.evaluation.code_pairs import PairFrequencies
 from xdlm_image.evaluation.extractor import FeatureExtractor
-from xdlm_image.evaluation.fid import new_statistics
+from xdlm_image.evaluation.fid import new_statistics, update_statistics
 from xdlm_image.evaluation.statistics import StreamedStatistics, rank_and_world
 from xdlm_image.files import sha256_of_file, write_json
 
@@ -61,8 +61,7 @@ def measure(
     right = 0
     for images, labels, codes in batches:
         features = extractor(images)
-        for layer, layer_statistics in statistics.items():
-            layer_statistics.update(features[layer])
+        update_statistics(statistics, features)
         if extractor.logits_layer is not None:
             right += int((features[extractor.logits_layer].argmax(1) == labels.cpu()).sum())
         if pairs is not None and codes is not None:

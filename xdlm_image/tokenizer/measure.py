@@ -5,13 +5,12 @@ This file owns the measuring of a finished tokenizer. It never trains, and compu
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import VQModel
+from torch.utils.data import DataLoader
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
@@ -22,18 +21,6 @@ from xdlm_image.tokenizer.codes import decode_codes, encode_images
 
 if TYPE_CHECKING:
     from xdlm_image.evaluation.extractor import FeatureExtractor
-
-
-def batches_of(images: ImageSet, batch_size: int) -> Iterator[torch.Tensor]:
-    """The images in order as uint8 (B, C, S, S)."""
-    for first in range(0, len(images), batch_size):
-        yield torch.stack([images.raw(i) for i in range(first, min(first + batch_size, len(images)))])
-
-
-def reconstruct(vqvae: VQModel, images: ImageSet, batch_size: int) -> Iterator[torch.Tensor]:
-    """The reconstructions in order as uint8 (B, C, S, S) on the CPU."""
-    for raw in batches_of(images, batch_size):
-        yield to_uint8(decode_codes(vqvae, encode_images(vqvae, normalise(raw)))).cpu()
 
 
 def measure_tokenizer(
@@ -52,15 +39,23 @@ def measure_tokenizer(
         MSE), `l1` (mean |error| in uint8 steps), `codes_used`, `codes_used_percent`, `perplexity`, and with an
         extractor `rfid` (one a feature layer) and `rfid_extractor`.
     """
+    from xdlm_image.evaluation.batches import Uint8Images
+    from xdlm_image.evaluation.fid import fid_from_statistics, new_statistics, update_statistics
+
     counts = torch.zeros(vqvae.config.num_vq_embeddings, dtype=torch.int64)
     squared, absolute = [], []
-    steps = math.ceil(len(images) / batch_size)
-    for raw in tqdm(batches_of(images, batch_size), total=steps, desc="measuring the tokenizer", unit="batch"):
+    real, again = ({}, {}) if extractor is None else (new_statistics(extractor), new_statistics(extractor))
+    batches = DataLoader(Uint8Images(images), batch_size)
+    for raw, _ in tqdm(batches, desc="measuring the tokenizer", unit="batch"):  # raw: uint8 (B, C, S, S)
         codes = encode_images(vqvae, normalise(raw))
-        error = to_uint8(decode_codes(vqvae, codes)).cpu().float() - raw.float()
+        reconstructed = to_uint8(decode_codes(vqvae, codes)).cpu()
+        error = reconstructed.float() - raw.float()
         squared.append(error.square().mean((1, 2, 3)))
         absolute.append(error.abs().mean((1, 2, 3)))
         counts += torch.bincount(codes.flatten().cpu(), minlength=len(counts))
+        if extractor is not None:
+            update_statistics(real, extractor(raw))
+            update_statistics(again, extractor(reconstructed))
     mse = torch.cat(squared).double()  # (N,)
     report: dict[str, Any] = {
         "split": images.split,
@@ -73,10 +68,7 @@ def measure_tokenizer(
         **usage_of(counts),
     }
     if extractor is not None:
-        from xdlm_image.evaluation.fid import fid_of_images
-
-        real, again = batches_of(images, batch_size), reconstruct(vqvae, images, batch_size)
-        report["rfid"] = fid_of_images(extractor, real, again)  # layer -> distance
+        report["rfid"] = {layer: fid_from_statistics(real[layer], again[layer]) for layer in real}
         report["rfid_extractor"] = extractor.describe()
     return report
 
