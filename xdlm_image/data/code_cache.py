@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from xdlm_image.files import sha256_of_file, write_json
+from xdlm_image.files import replace_folder, sha256_of_file, write_json
 
 if TYPE_CHECKING:
     from diffusers import VQModel
@@ -216,8 +216,9 @@ def write_code_cache(
     final = Path(path)
     refuse_existing(final, overwrite)
     final.parent.mkdir(parents=True, exist_ok=True)
+    for left_by_a_killed_run in final.parent.glob(f".{final.name}.*.partial"):
+        shutil.rmtree(left_by_a_killed_run, ignore_errors=True)
     partial = final.with_name(f".{final.name}.{os.getpid()}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     tail = (manifest.num_views, math.prod(manifest.grid))
     written = 0
@@ -236,13 +237,7 @@ def write_code_cache(
             raise ValueError(f"num_images={manifest.num_images}, but {written} were written")
         checksums = {name: sha256_of_file(partial / name) for name in (CODES, LABELS)}
         write_json(partial / MANIFEST, dataclasses.asdict(dataclasses.replace(manifest, checksums=checksums)))
-        if final.exists():  # refuse_existing allowed it
-            old = final.with_name(f".{final.name}.{os.getpid()}.old")
-            os.replace(final, old)
-            os.replace(partial, final)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            os.replace(partial, final)
+        replace_folder(partial, final)  # what is there, refuse_existing allowed to go
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return final
