@@ -84,3 +84,9 @@ def test_a_home_that_cannot_be_written_is_said_and_passes(root, capfd):
     (root.parent / "home").write_text("not a folder")
     check_images(training(root))
     assert "cannot be written" in "".join(capfd.readouterr())
+
+
+def test_a_dangling_link_is_named_among_the_broken(root):
+    (root / "train" / "a" / "gone.png").symlink_to("nowhere.png")
+    with pytest.raises(ValueError, match=r"1 of 16 files of train are broken:\n.*gone\.png"):
+        check_images(training(root))

@@ -322,7 +322,8 @@ def _open_folder(data: DataOptions, split: str, transform: Transform | None) -> 
     slow = len(samples) > 100_000
     for path, _ in tqdm(samples, desc=f"fingerprint of {split}", unit="image", disable=not slow):
         relative = Path(path).relative_to(folder).as_posix()
-        digest.update(f"{relative}\0{os.path.getsize(path)}\n".encode(errors="surrogateescape"))
+        size = os.path.getsize(path) if os.path.exists(path) else -1  # a dangling link: reading it names the file
+        digest.update(f"{relative}\0{size}\n".encode(errors="surrogateescape"))
     labels = np.array([label for _, label in samples], dtype=np.int64)
     paths = [path for path, _ in samples]
     return ImageSet(data, split, labels, names, digest.hexdigest(), paths=paths, transform=transform)

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from xdlm_image.data.image_check import check_images
 from xdlm_image.data.images import ImageSet, open_images
 from xdlm_image.devices import best_device
 from xdlm_image.evaluation.batches import Uint8Images, real_batches
@@ -82,6 +83,8 @@ def train_extractor(recipe: ExtractorRecipe) -> Path:
         return output
 
     refuse_unwritable(output, "output_dir")
+    for images in (train, test):
+        check_images(images, recipe.num_workers)
     device = best_device()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)

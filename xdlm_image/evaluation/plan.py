@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from xdlm_image.data.image_check import check_images
 from xdlm_image.data.images import ImageSet, open_images
 from xdlm_image.devices import best_device
 from xdlm_image.evaluation.batches import UINT8_RULE
@@ -105,6 +106,7 @@ def check(recipe: EvaluateRecipe) -> Plan:
     if rank_and_world()[0] == 0:
         for note in notes:
             warnings.warn(note, stacklevel=3)
+    check_images(reference)
     return Plan(recipe, device, extractor, reference, train, pipelines, notes)
 
 
