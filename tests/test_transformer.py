@@ -385,3 +385,13 @@ def test_ids_are_looked_up_as_they_are():
     model = tiny()
     rows = embedding(torch.arange(12), model.token_embed.weight)
     assert torch.pdist(rows).min() > 0
+
+
+def test_only_learned_positions_tell_places_apart_under_masks():
+    """Rotary positions see distances only: an all-mask grid, where MDLM begins, gives one prediction for all places."""
+    for kind, differs in (("learned", True), ("none", False)):
+        model = tiny(position_embedding=kind)
+        masks = torch.full((1, math.prod(model.grid)), model.config.num_embeds - 1)
+        with torch.no_grad():
+            logits = model(masks, class_labels=torch.zeros(1, dtype=torch.long)).sample[0]  # (L, V)
+        assert ((logits - logits[:1]).abs().max() > 1e-2) == differs

@@ -277,6 +277,8 @@ class TransformerOptions:
         rope_type: `2d` (rows and columns) or `1d` (raster order).
         qk_norm: Normalise queries and keys.
         time_conditioning: `none`; `time` feeds t; `constant` feeds t = 0 always (the official network).
+        position_embedding: `learned` tells each place of the grid apart; `none` (the official network) has rotary
+            positions only, and predicts the same at every place while all codes are masks.
     """
 
     num_layers: int = 6
@@ -290,6 +292,7 @@ class TransformerOptions:
     rope_type: Literal["2d", "1d"] = "2d"
     qk_norm: bool = True
     time_conditioning: Literal["none", "time", "constant"] = "none"
+    position_embedding: Literal["learned", "none"] = "learned"
 
 
 @dataclass

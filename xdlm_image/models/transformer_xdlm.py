@@ -5,7 +5,7 @@ pixels. It reads from embedders to attention to block to model. It imports only 
 standard library, so that it can travel beside the weights to a machine where this package is not installed.
 
 The configuration expresses both the network of arXiv 2602.01362 (`SIZES["xdlm-official"]`, 117,695,619
-parameters) and the recipe used here: 2-D rotary positions, QK-norm, SwiGLU, RMSNorm, adaLN-zero on the class.
+parameters) and the recipe used here: learned and 2-D rotary positions, QK-norm, SwiGLU, RMSNorm, adaLN-zero.
 """
 
 from __future__ import annotations
@@ -18,12 +18,7 @@ import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin, FeedForward
 from diffusers.models.attention_dispatch import dispatch_attention_fn
-from diffusers.models.embeddings import (
-    TimestepEmbedding,
-    Timesteps,
-    apply_rotary_emb,
-    get_1d_rotary_pos_embed,
-)
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps, apply_rotary_emb, get_1d_rotary_pos_embed
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.normalization import FP32LayerNorm, RMSNorm
 from diffusers.utils import BaseOutput
@@ -35,6 +30,7 @@ NORM_TYPES = ("rms_norm", "layer_norm")
 ACTIVATIONS = ("swiglu", "gelu-approximate")
 ROPE_TYPES = ("2d", "1d")
 TIME_CONDITIONINGS = ("none", "time", "constant")
+POSITION_EMBEDDINGS = ("learned", "none")
 
 
 @dataclass
@@ -258,6 +254,9 @@ class XDLMTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin):
         rope_type: `2d` (half of each head turns with the row, half with the column) or `1d` (raster order).
         qk_norm: RMS-normalise queries and keys in every head.
         time_conditioning: `none`; `time` reads t; `constant` reads t = 0 whatever is given (as officially).
+        position_embedding: `learned` adds a vector for each place of the grid; `none` (as officially) leaves rotary
+            positions alone, which see distances only: where all codes are the mask, as MDLM begins, every place
+            then gets the same prediction.
 
     Raises:
         ValueError: If a size is impossible.
@@ -266,7 +265,7 @@ class XDLMTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin):
     _supports_gradient_checkpointing = True
     _no_split_modules = ["XDLMTransformerBlock"]
     _repeated_blocks = ["XDLMTransformerBlock"]
-    _skip_layerwise_casting_patterns = ["token_embed", "conditioning", "norm", "adaln"]
+    _skip_layerwise_casting_patterns = ["token_embed", "position_embed", "conditioning", "norm", "adaln"]
 
     @register_to_config
     def __init__(
@@ -286,6 +285,7 @@ class XDLMTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin):
         rope_type: str = "2d",
         qk_norm: bool = True,
         time_conditioning: str = "none",
+        position_embedding: str = "learned",
     ) -> None:
         super().__init__()
         self._check_config(self.config)
@@ -296,6 +296,8 @@ class XDLMTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin):
         self.gradient_checkpointing = False
 
         self.token_embed = nn.Embedding(num_embeds, dim)
+        if position_embedding == "learned":
+            self.position_embed = nn.Parameter(torch.empty(math.prod(self.grid), dim))
         self.conditioning = XDLMConditioning(conditioning_dim, num_classes, time_conditioning)
         self.transformer_blocks = nn.ModuleList(
             XDLMTransformerBlock(
@@ -323,6 +325,8 @@ class XDLMTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin):
         uniform.
         """
         nn.init.kaiming_uniform_(self.token_embed.weight, a=math.sqrt(5))  # U(-1/sqrt(D), 1/sqrt(D))
+        if self.config.position_embedding == "learned":
+            nn.init.normal_(self.position_embed, std=0.02)
         blocks: list[Any] = list(self.transformer_blocks)
         for linear in (*(block.adaln for block in blocks), self.adaln_out, self.proj_out):
             nn.init.zeros_(linear.weight)
@@ -359,6 +363,8 @@ class XDLMTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin):
             *self.grid, self.config.attention_head_dim, self.config.rope_type, hidden_states.device
         )  # (L, D/H), (L, D/H)
         x = self.token_embed(hidden_states)  # (B, L, D)
+        if self.config.position_embedding == "learned":
+            x = x + self.position_embed  # (B, L, D)
         c = self.conditioning(x.shape[0], timestep, class_labels, like=x)  # (B, C)
         for block in self.transformer_blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -441,18 +447,14 @@ class XDLMTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin):
             "out_channels",
             f"must lie in [1, num_embeds={config['num_embeds']}]",
         )
+        classes = config["num_classes"]
         require(
-            config["num_classes"] is None or is_count(config["num_classes"]),
-            "num_classes",
-            "must be a positive integer, or None for an unconditional model",
+            classes is None or is_count(classes), "num_classes", "must be a positive integer, or None for no classes"
         )
         for name in ("num_layers", "num_attention_heads", "attention_head_dim"):
             require(is_count(config[name]), name, "must be a positive integer")
-        require(
-            config["conditioning_dim"] is None or is_count(config["conditioning_dim"]),
-            "conditioning_dim",
-            "must be a positive integer, or None for the width of the network",
-        )
+        width = config["conditioning_dim"]
+        require(width is None or is_count(width), "conditioning_dim", "must be a positive integer, or None for dim")
         require(config["mlp_ratio"] > 0, "mlp_ratio", "must be positive")
         require(0 <= config["dropout"] < 1, "dropout", "must lie in [0, 1)")
         for name, choices in (
@@ -460,6 +462,7 @@ class XDLMTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin):
             ("activation_fn", ACTIVATIONS),
             ("rope_type", ROPE_TYPES),
             ("time_conditioning", TIME_CONDITIONINGS),
+            ("position_embedding", POSITION_EMBEDDINGS),
         ):
             require(config[name] in choices, name, f"must be one of {', '.join(choices)}")
         multiple = 4 if config["rope_type"] == "2d" else 2
@@ -489,5 +492,6 @@ SIZES: dict[str, dict[str, Any]] = {
         "rope_type": "1d",
         "qk_norm": False,
         "time_conditioning": "constant",
+        "position_embedding": "none",
     },
 }
