@@ -1,0 +1,24 @@
+"""What every recipe may say: one dataclass a verb, its fields, defaults and ranges.
+
+This file owns names, defaults and range checks, and nothing else: it imports no torch, so that
+`xdlm-image VERB --help` answers at once. The YAML files in `configs/` and the command line fill these classes;
+the rooms (`data`, `tokenizer`, `training`, `evaluation`, `cli`) read them.
+"""
+
+from .data import DataOptions, EncodeRecipe
+from .sampling import EvaluateRecipe, SampleRecipe
+from .tokenizer import ExtractorRecipe, TokenizerModelOptions, TokenizerRecipe
+from .training import ProcessOptions, TrainRecipe, TransformerOptions
+
+__all__ = [
+    "DataOptions",
+    "EncodeRecipe",
+    "EvaluateRecipe",
+    "ExtractorRecipe",
+    "ProcessOptions",
+    "SampleRecipe",
+    "TokenizerModelOptions",
+    "TokenizerRecipe",
+    "TrainRecipe",
+    "TransformerOptions",
+]

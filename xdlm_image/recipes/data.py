@@ -1,0 +1,75 @@
+"""Recipes of images: which images, and how the verb `encode` turns them into codes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from .checks import require
+
+
+@dataclass
+class DataOptions:
+    """Which images.
+
+    Attributes:
+        name: `fashion-mnist` (28x28 grey, 10 classes) or `folder`
+            (a folder of class folders; `root/train` and `root/val` where they exist).
+        root: Where the files are, or are downloaded to. None: for Fashion-MNIST Debian's package
+            `dataset-fashion-mnist` if installed, else `~/.cache/xdlm_image`; a folder must be named.
+        image_size: Side of the square image in pixels after resize and crop.
+        channels: 1 (grey) or 3 (RGB).
+        crop: `center` (shorter side resized, middle cut out), or `random` (training of tokenizers only).
+        download: Fetch Fashion-MNIST through torchvision when no local copy is found.
+    """
+
+    name: Literal["fashion-mnist", "folder"] = "fashion-mnist"
+    root: str | None = None
+    image_size: int = 28
+    channels: Literal[1, 3] = 1
+    crop: Literal["center", "random"] = "center"
+    download: bool = True
+
+    def __post_init__(self) -> None:
+        require(self.name != "folder" or self.root is not None, "data.root", self.root, "name the image folder")
+        require(self.image_size >= 8, "data.image_size", self.image_size, "must be at least 8 pixels")
+
+
+@dataclass
+class EncodeRecipe:
+    """Encode images to a memory-mapped code cache, plain and mirrored, with a manifest.
+
+    Attributes:
+        tokenizer: Folder of the tokenizer (a saved diffusers `VQModel`).
+        output_dir: Folder for one cache a split: `output_dir/train`, ...
+        data: Which images.
+        splits: Which splits.
+        flip: Store the mirrored view too.
+        batch_size: Images encoded at once.
+        num_workers: Data loading processes.
+        device: torch device; None picks the best there is.
+        overwrite: Replace the caches that are there. Without it, those of this very recipe are kept, and any other is
+            an error.
+    """
+
+    tokenizer: str
+    output_dir: str
+    data: DataOptions = field(default_factory=DataOptions)
+    splits: list[Literal["train", "validation", "test"]] = field(
+        default_factory=lambda: ["train", "validation", "test"]
+    )
+    flip: bool = True
+    batch_size: int = 250
+    num_workers: int = 0
+    device: str | None = None
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        require(
+            len(self.splits) > 0 and len(set(self.splits)) == len(self.splits),
+            "splits",
+            self.splits,
+            "name each split once",
+        )
+        require(self.batch_size >= 1, "batch_size", self.batch_size, "must be at least 1")
+        require(self.num_workers >= 0, "num_workers", self.num_workers, "must be at least 0")

@@ -1,0 +1,154 @@
+"""Recipe of the verb `train`: process, network, optimisation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from .checks import require
+
+
+@dataclass
+class ProcessOptions:
+    """The noise process (DESIGN: r = k/N on the codes + (1 - k) on the mask).
+
+    Attributes:
+        k: Weight of uniform noise in [0, 1]: 0 is MDLM, 1 is UDLM, between is XDLM.
+        definition: `A`: uniform noise draws from the K codes; `B`: from every id of the logits width, mask included,
+            as in the paper's code.
+    """
+
+    k: float = 0.1
+    definition: Literal["A", "B"] = "A"
+
+    def __post_init__(self) -> None:
+        require(0 <= self.k <= 1, "process.k", self.k, "must lie in [0, 1] (0 is MDLM, 1 is UDLM)")
+
+
+@dataclass
+class TransformerOptions:
+    """The denoising transformer; grid, codebook and class count come from the code cache.
+
+    Attributes:
+        num_layers: Blocks.
+        num_attention_heads: Heads a block.
+        attention_head_dim: Width of a head; heads x head width is the width of the network.
+        mlp_ratio: Hidden width of the feed-forward over the network's width.
+        dropout: Residual dropout.
+        conditioning_dim: Width of the conditioning vector; None is the network's width.
+        norm_type: `rms_norm`, or `layer_norm` (scale, no bias).
+        activation_fn: `swiglu` or `gelu-approximate`.
+        rope_type: `2d` (rows and columns) or `1d` (raster order).
+        qk_norm: Normalise queries and keys.
+        time_conditioning: `none`; `time` feeds t; `constant` feeds t = 0 always (the official network).
+        position_embedding: `learned` tells each place of the grid apart; `none` (the official network) has rotary
+            positions only, and predicts the same at every place while all codes are masks.
+    """
+
+    num_layers: int = 6
+    num_attention_heads: int = 4
+    attention_head_dim: int = 32
+    mlp_ratio: float = 8 / 3
+    dropout: float = 0.0
+    conditioning_dim: int | None = None
+    norm_type: Literal["rms_norm", "layer_norm"] = "rms_norm"
+    activation_fn: Literal["swiglu", "gelu-approximate"] = "swiglu"
+    rope_type: Literal["2d", "1d"] = "2d"
+    qk_norm: bool = True
+    time_conditioning: Literal["none", "time", "constant"] = "none"
+    position_embedding: Literal["learned", "none"] = "learned"
+
+
+@dataclass
+class TrainRecipe:
+    """Train a transformer on cached codes with the XDLM objective.
+
+    Attributes:
+        codes: Code cache of the training images (from `encode`).
+        output_dir: Run folder: `checkpoints/`, TensorBoard logs, `metrics.jsonl`, `pipeline/`.
+        tokenizer: Tokenizer folder; goes into the saved pipeline and must be the one that made the codes.
+        validation_codes: Code cache for validation NELBO; None leaves validation out.
+        process: The noise process.
+        model: The network's sizes.
+        seed: Seeds weights, order, noise and dropout.
+        batch_size: Images a step on each device (before accumulation).
+        gradient_accumulation_steps: Batches a step.
+        max_steps: Optimizer steps in all.
+        learning_rate: Peak AdamW learning rate.
+        warmup_steps: Steps of linear warm-up.
+        lr_schedule: After warm-up: `constant`, `cosine` or `linear` (to 0 at max_steps).
+        weight_decay: AdamW weight decay of matrices.
+        adam_beta1: AdamW first-moment decay.
+        adam_beta2: AdamW second-moment decay.
+        gradient_clip: Largest gradient norm; 0 does not clip.
+        ema_decay: Decay of the weight average that is validated, sampled and saved.
+        class_dropout: Share of labels replaced by the null class, for guidance.
+        t_min: Training draws t from [t_min, 1]; the loss at t has weight 1/t.
+        mixed_precision: accelerate's precision.
+        log_every: Steps between log lines.
+        validate_every: Steps between validations; 0 only at the end.
+        validation_samples: Largest number of images a validation.
+        sample_every: Steps between sample grids; 0 only at the end.
+        sample_steps: Sampling steps of those grids.
+        checkpoint_every: Steps between checkpoints; 0 only at the end.
+        keep_checkpoints: Newest checkpoints that are kept.
+        resume: Go on from the newest whole checkpoint in output_dir.
+        stop_after: Stop (with a checkpoint) at this step although max_steps is not reached; for queues. None: never.
+    """
+
+    codes: str
+    output_dir: str
+    tokenizer: str
+    validation_codes: str | None = None
+    process: ProcessOptions = field(default_factory=ProcessOptions)
+    model: TransformerOptions = field(default_factory=TransformerOptions)
+    seed: int = 0
+    batch_size: int = 128
+    gradient_accumulation_steps: int = 1
+    max_steps: int = 2000
+    learning_rate: float = 1e-3
+    warmup_steps: int = 100
+    lr_schedule: Literal["constant", "cosine", "linear"] = "cosine"
+    weight_decay: float = 0.01
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.99
+    gradient_clip: float = 1.0
+    ema_decay: float = 0.999
+    class_dropout: float = 0.1
+    t_min: float = 1e-3
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    log_every: int = 20
+    validate_every: int = 500
+    validation_samples: int = 2000
+    sample_every: int = 500
+    sample_steps: int = 8
+    checkpoint_every: int = 250
+    keep_checkpoints: int = 2
+    resume: bool = True
+    stop_after: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "gradient_accumulation_steps", "max_steps", "keep_checkpoints"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
+        require(self.learning_rate > 0, "learning_rate", self.learning_rate, "must be positive")
+        require(0 <= self.class_dropout < 1, "class_dropout", self.class_dropout, "must lie in [0, 1)")
+        require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "must lie in [0, 1)")
+        require(0 < self.t_min < 1, "t_min", self.t_min, "must lie in (0, 1)")
+        require(self.gradient_clip >= 0, "gradient_clip", self.gradient_clip, "must be positive, or 0 to clip nothing")
+        for name in ("validation_samples", "sample_steps"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
+        require(self.log_every >= 1, "log_every", self.log_every, "must be at least 1 step")
+        for name in ("validate_every", "sample_every", "checkpoint_every"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "must be positive, or 0 for only at the end")
+        require(
+            self.stop_after is None or self.stop_after >= 1,
+            "stop_after",
+            self.stop_after,
+            "at least 1, or null",
+        )
+        require(
+            0 <= self.warmup_steps < self.max_steps,
+            "warmup_steps",
+            self.warmup_steps,
+            f"must lie in [0, max_steps={self.max_steps})",
+        )
