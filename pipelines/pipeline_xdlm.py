@@ -1,13 +1,12 @@
 """XDLM's pipeline: class labels in, images out, in few steps.
 
 This file owns the user's call: it checks arguments, runs the steps in order and turns codes into pictures. It
-never decides how codes move (the scheduler does), and changes no component. It imports only torch, diffusers
-and the standard library, so that it can travel beside the weights.
+never decides how codes move (the scheduler does), and changes no component. It imports only torch, diffusers,
+the standard library and its siblings, so that it can travel beside the weights.
 """
 
-import difflib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,11 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
+from .class_labels import ClassLabels, read_names, read_synsets, resolve
+
 DEFAULT_STEPS = 8
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
-ClassLabels = int | str | list[int | str] | tuple[int | str, ...] | torch.Tensor | None
 Generators = torch.Generator | list[torch.Generator] | None
 
 
@@ -38,9 +38,10 @@ class XDLMPipeline(DiffusionPipeline):
             pipeline.
         supports_guidance: Whether the transformer was trained with its null class (class dropout), which
             guidance needs. Saved with the pipeline.
+        id2synset: Class id -> WordNet id, "n01443537", by which a class can be named too. Saved with the pipeline.
 
     Raises:
-        ValueError: If a key of `id2label` is no class id of the transformer.
+        ValueError: If a key of `id2label` or `id2synset` is no class id of the transformer, or a text no name.
     """
 
     model_cpu_offload_seq = "transformer->vqvae"
@@ -53,16 +54,14 @@ class XDLMPipeline(DiffusionPipeline):
         vqvae: VQModel,
         id2label: dict | None = None,
         supports_guidance: bool = True,
+        id2synset: dict | None = None,
     ):
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, vqvae=vqvae)
-        # JSON turns integer keys into strings: both are read, integers are kept
-        labels = None if id2label is None else {int(key): str(name) for key, name in id2label.items()}
-        num_classes = getattr(getattr(transformer, "config", None), "num_classes", None)
-        if labels and num_classes is not None and not set(labels) <= set(range(num_classes)):
-            strange = sorted(set(labels) - set(range(num_classes)))[:5]
-            raise ValueError(f"id2label names classes {strange}: the transformer's are 0 to {num_classes - 1}")
-        self.register_to_config(id2label=labels, supports_guidance=bool(supports_guidance))
+        num_classes = None if transformer is None else transformer.config.num_classes or 0
+        labels = read_names("id2label", id2label, num_classes)
+        synsets = read_synsets(id2synset, num_classes)
+        self.register_to_config(id2label=labels, id2synset=synsets, supports_guidance=bool(supports_guidance))
         self.image_processor = VaeImageProcessor(do_resize=False, do_normalize=True)
 
     @classmethod
@@ -90,6 +89,11 @@ class XDLMPipeline(DiffusionPipeline):
         return dict(self.config.id2label or {})
 
     @property
+    def id2synset(self) -> dict[int, str]:
+        """Class id -> WordNet id; empty where the pipeline was saved without them."""
+        return dict(self.config.id2synset or {})
+
+    @property
     def guidance_scale(self) -> float:
         """Guidance of the call that runs; read anew at every step."""
         return self._guidance_scale
@@ -111,68 +115,17 @@ class XDLMPipeline(DiffusionPipeline):
 
     # --- labels -----------------------------------------------------------------------------------
 
-    def get_label_ids(self, names: str | list[str]) -> list[int]:
-        """Class ids of class names.
-
-        A name is a whole entry of `id2label` ("goldfish, Carassius auratus") or one of its comma-separated
-        synonyms, upper or lower case alike. Whole entries go before synonyms.
-
-        Args:
-            names: One name or several.
-
-        Returns:
-            One id a name.
+    def get_label_ids(self, class_labels: ClassLabels) -> list[int]:
+        """Class ids of labels: ids, names, synonyms and synsets, one or several, mixed (`class_labels.resolve`).
 
         Raises:
-            ValueError: If a name is unknown or fits several classes; the error lists the nearest, or the several.
+            ValueError: If a label is no class or fits several; the error lists the nearest, or the several.
         """
-        if isinstance(names, str):
-            names = [names]
-        return [self._label_id(name) for name in names]
-
-    def _label_id(self, name: str) -> int:
-        if not self.id2label:
-            raise ValueError(f"class_labels={name!r}: this pipeline has no id2label; pass the class id as an int")
-        entries: dict[str, list[int]] = {}  # whole entry -> ids
-        synonyms: dict[str, list[int]] = {}  # part of an entry -> ids
-        for index, entry in self.id2label.items():
-            entries.setdefault(_normalise(entry), []).append(index)
-            for part in {_normalise(part) for part in entry.split(",")}:
-                synonyms.setdefault(part, []).append(index)
-        wanted = _normalise(name)
-        found = entries.get(wanted) or synonyms.get(wanted) or []
-        if len(found) == 1:
-            return found[0]
-        if found:
-            candidates = "; ".join(f"{i}: {self.id2label[i]!r}" for i in found)
-            raise ValueError(f"class_labels={name!r} fits several classes, pass one of their ids: {candidates}")
-        near = difflib.get_close_matches(wanted, [*entries, *synonyms], n=5, cutoff=0.5)
-        near = list(dict.fromkeys(near))
-        hint = f"the nearest are {near}" if near else f"{len(entries)} names are in pipe.id2label"
-        raise ValueError(f"class_labels={name!r} is no class of this pipeline; {hint}")
+        return self._class_ids(class_labels) or []
 
     def _class_ids(self, class_labels: ClassLabels) -> list[int] | None:
         """Checked ids, one an image prompt; None for an unconditional model."""
-        num_classes = self.transformer.config.num_classes
-        if num_classes is None:
-            if class_labels is not None:
-                raise ValueError(f"class_labels={class_labels!r}: this model is unconditional, pass None")
-            return None
-        if class_labels is None:
-            raise ValueError(f"class_labels=None: this model needs ids (0 to {num_classes - 1}) or names")
-        ids = []
-        for item in _flatten(class_labels):
-            if isinstance(item, str):
-                item = self._label_id(item)
-            elif isinstance(item, bool) or not hasattr(item, "__index__"):
-                raise ValueError(f"class_labels holds {item!r}: a label is an int or a name")
-            index = int(item)
-            if not 0 <= index < num_classes:
-                raise ValueError(f"class_labels holds {index}: the classes are 0 to {num_classes - 1}")
-            ids.append(index)
-        if not ids:
-            raise ValueError("class_labels is empty: name at least one class")
-        return ids
+        return resolve(class_labels, self.transformer.config.num_classes, self.id2label, self.id2synset)
 
     # --- the stages of a call ---------------------------------------------------------------------
 
@@ -415,19 +368,6 @@ def _check_all_loaded(name: str, module: Any) -> None:
         raise ValueError(
             f"{name}: {len(missing)} tensors are not in {folder}, such as {missing[:3]}; save or download it anew"
         )
-
-
-def _flatten(labels: Any) -> list[Any]:
-    """Labels in one list, however they were nested; a name is one label, not a list of letters."""
-    if isinstance(labels, torch.Tensor):
-        return labels.reshape(-1).tolist()
-    if isinstance(labels, str) or not isinstance(labels, Iterable) or getattr(labels, "shape", None) == ():
-        return [labels]
-    return [label for item in labels for label in _flatten(item)]
-
-
-def _normalise(name: str) -> str:
-    return " ".join(name.split()).casefold()
 
 
 def _same_steps(num_steps: int | None, num_inference_steps: int | None) -> int:
