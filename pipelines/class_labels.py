@@ -121,27 +121,27 @@ class _Names:
         self.id2label, self.id2synset = id2label, id2synset
         self.exact: dict[str, list[int]] = {}  # as written
         self.folded: dict[str, list[int]] = {}  # upper and lower case alike
-        for index in sorted({*id2label, *id2synset}):
-            entry = id2label.get(index, "")
-            texts = {_spaced(text) for text in (entry, *entry.split(","), id2synset.get(index, ""))} - {""}
-            for text in sorted(texts):
+        for index, entry in [*id2label.items(), *id2synset.items()]:
+            for text in {_spaced(text) for text in (entry, *entry.split(","))} - {""}:
                 self.exact.setdefault(text, []).append(index)
-            for text in sorted({text.casefold() for text in texts}):
-                self.folded.setdefault(text, []).append(index)
+                self.folded.setdefault(text.casefold(), []).append(index)
 
     def find(self, label: str) -> int:
         """The one class that goes by `label`."""
         text = _spaced(label)
         found = self.exact.get(text) or self.folded.get(text.casefold()) or []
-        if len(found) == 1:
+        if len(set(found)) == 1:
             return found[0]
         if found:
-            candidates = "; ".join(self._describe(index) for index in found)
-            raise ValueError(f"class_labels={label!r} fits several classes, pass one of their ids: {candidates}")
+            candidates = "; ".join(self._describe(index) for index in sorted(set(found)))
+            one = "ids or synsets" if self.id2synset else "ids"
+            raise ValueError(f"class_labels={label!r} fits several classes, pass one of their {one}: {candidates}")
         if re.fullmatch(r"-?[0-9]{1,18}", text):
             return int(text)
-        if not self.folded:
-            raise ValueError(f"class_labels={label!r}: this pipeline has no id2label; pass the class id as an int")
+        if not self.exact:
+            raise ValueError(
+                f"class_labels={_short(label)}: this pipeline has no id2label; pass the class id as an int"
+            )
         raise ValueError(f"class_labels={_short(label)} is no class of this pipeline; {self._hint(text.casefold())}")
 
     def _describe(self, index: int) -> str:
@@ -150,10 +150,12 @@ class _Names:
 
     def _hint(self, text: str) -> str:
         text = text[:100]
-        word = re.compile(rf"\b{re.escape(text)}\b")
-        near = [name for name in self.folded if text and word.search(name)][:NEAREST]
-        near = near or difflib.get_close_matches(text, self.folded, n=NEAREST, cutoff=0.5)
-        return f"the nearest are {near}" if near else f"{len(self.id2label)} names are in pipe.id2label"
+        word = re.compile(rf"\b{re.escape(text)}\b", re.IGNORECASE)
+        near = [name for name in self.exact if text and word.search(name)]
+        if not near:
+            written = {name.casefold(): name for name in self.exact}
+            near = [written[name] for name in difflib.get_close_matches(text, written, n=NEAREST, cutoff=0.5)]
+        return f"the nearest are {near[:NEAREST]}" if near else f"pipe.id2label has {len(self.id2label)} names"
 
 
 def _flatten(labels: Any) -> list[Any]:

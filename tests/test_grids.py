@@ -104,7 +104,7 @@ def test_a_name_goes_before_an_id_and_one_label_needs_no_list(pipeline, tmp_path
     assert class_ids(opened, ["2", 2, "1", "5", "bee"]) == [0, 2, 1, 2, 1]
     assert class_ids(opened, "5") == [2] == class_ids(opened, 2)
     assert class_ids(opened, "bee") == [1] and class_ids(opened, 0) == [0] and class_ids(opened, None) == [0, 1, 2]
-    with pytest.raises(ValueError, match=r"class_labels=5: the classes are 0 to 2"):
+    with pytest.raises(ValueError, match=r"class_labels holds 5: the classes are 0 to 2"):
         class_ids(opened, 5)
 
 

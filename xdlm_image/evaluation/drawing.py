@@ -97,8 +97,12 @@ def image_shape(pipeline: XDLMPipeline) -> tuple[int, int]:
 
 
 def class_names(pipeline: XDLMPipeline) -> list[str]:
-    """Names by class id; `class 3` where the pipeline has none. Empty for an unconditional pipeline."""
-    return [pipeline.id2label.get(i, f"class {i}") for i in range(pipeline.transformer.config.num_classes or 0)]
+    """Short names by class id, `class 3` where there is none; empty for an unconditional pipeline."""
+    names = pipeline.id2label
+    return [
+        names[i].partition(",")[0] if i in names else f"class {i}"
+        for i in range(pipeline.transformer.config.num_classes or 0)
+    ]
 
 
 def draw(

@@ -5,7 +5,6 @@ This file owns the layout of grids and the saving of single images; the images c
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -88,38 +87,15 @@ def to_picture(image: torch.Tensor) -> Image.Image:
 
 
 def class_ids(pipeline: XDLMPipeline, class_labels: Sequence[str | int] | str | int | None) -> list[int]:
-    """Ids of one or more classes: an int is an id; a text is a name first, and only then, if of digits, an id.
-
-    A name stands for itself or, as in the pipeline, for one of its synonyms. None means all classes.
+    """Ids of the grid's rows: labels as the pipeline takes them, None for all classes; [0] for an unconditional one.
 
     Raises:
-        ValueError: An unknown name or an id out of range.
+        ValueError: A label that the pipeline refuses.
     """
-    if isinstance(class_labels, str | int):
-        class_labels = [class_labels]
     num_classes = pipeline.transformer.config.num_classes
-    if num_classes is None:
-        if class_labels:
-            raise ValueError(f"class_labels={list(class_labels)!r}: this pipeline is unconditional; leave them out")
-        return [0]
     if class_labels is None:
-        return list(range(num_classes))
-    ids = []
-    for label in class_labels:
-        ids.append(_class_id(pipeline, label, num_classes))
-    if not ids:
-        raise ValueError("class_labels=[]: name at least one class, or leave it out for all of them")
-    return ids
-
-
-def _class_id(pipeline: XDLMPipeline, label: str | int, num_classes: int) -> int:
-    if isinstance(label, str):
-        text = label.strip()
-        if text in pipeline.id2label.values() or not re.fullmatch(r"-?[0-9]+", text):
-            return pipeline.get_label_ids(text)[0]
-    if not 0 <= int(label) < num_classes:
-        raise ValueError(f"class_labels={label!r}: the classes are 0 to {num_classes - 1}")
-    return int(label)
+        return list(range(num_classes or 1))
+    return pipeline.get_label_ids(class_labels)
 
 
 def class_grid(

@@ -26,7 +26,8 @@ from timm.optim import create_optimizer_v2
 from tqdm.auto import tqdm
 
 from ..data.code_cache import CodeCache
-from ..evaluation.drawing import SamplerSettings
+from ..data.labels import labels_of_folders
+from ..evaluation.drawing import SamplerSettings, class_names
 from ..evaluation.grids import class_grid, save_grid
 from ..files import replace_folder, write_text
 from ..models import XDLMTransformer2DModel
@@ -268,10 +269,11 @@ class TrainingRun:
         """A class grid from the averaged weights: `samples/step-N.png`."""
         if not self.accelerator.is_main_process:
             return
-        names = self.cache.manifest.class_names[:SAMPLE_CLASSES]
+        pipeline = self._pipeline()
+        names = class_names(pipeline)[:SAMPLE_CLASSES]
         with self.averaged_weights():
             images = class_grid(
-                self._pipeline(),
+                pipeline,
                 range(len(names)),
                 per_class=SAMPLES_PER_CLASS,
                 seed=0,
@@ -369,8 +371,8 @@ class TrainingRun:
             transformer=self.transformer,
             scheduler=XDLMScheduler.from_process(self.process),
             vqvae=self.vqvae.to(self.accelerator.device),
-            id2label=dict(enumerate(self.cache.manifest.class_names)),
             supports_guidance=self.recipe.class_dropout > 0,
+            **labels_of_folders(self.cache.manifest.class_names)._asdict(),
         )
 
     def save_pipeline(self) -> Path:
