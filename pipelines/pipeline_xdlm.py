@@ -5,19 +5,18 @@ never decides how codes move (the scheduler does), and changes no component. It 
 the standard library and its siblings, so that it can travel beside the weights.
 """
 
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.autoencoders.vq_model import VQModel
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from .class_labels import ClassLabels, read_names, read_synsets, resolve
+from .self_contained import SelfContainedPipeline
 
 DEFAULT_STEPS = 8
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -25,7 +24,7 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 Generators = torch.Generator | list[torch.Generator] | None
 
 
-class XDLMPipeline(DiffusionPipeline):
+class XDLMPipeline(SelfContainedPipeline):
     """Class-conditional image generation by mixed discrete diffusion (XDLM, arXiv 2602.01362) on VQ codes.
 
     Latents are grids of codes, int64 (batch, rows, columns).
@@ -63,23 +62,6 @@ class XDLMPipeline(DiffusionPipeline):
         synsets = read_synsets(id2synset, num_classes)
         self.register_to_config(id2label=labels, id2synset=synsets, supports_guidance=bool(supports_guidance))
         self.image_processor = VaeImageProcessor(do_resize=False, do_normalize=True)
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-        """Load as every diffusers pipeline, and see that the weights are whole.
-
-        Raises:
-            OSError: If a file is missing or truncated.
-            ValueError: If a tensor is missing; diffusers alone would draw it at random and only warn.
-        """
-        folder = Path(pretrained_model_name_or_path)
-        if folder.is_dir() and not any(folder.rglob("*.bin")):  # then never look, or ask, for pickled weights
-            kwargs.setdefault("use_safetensors", True)
-        pipeline = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        for name in ("transformer", "vqvae"):
-            if name not in kwargs:  # given modules are the caller's
-                _check_all_loaded(name, getattr(pipeline, name))
-        return pipeline
 
     # --- properties -------------------------------------------------------------------------------
 
@@ -353,21 +335,6 @@ class XDLMPipeline(DiffusionPipeline):
         if not return_dict:
             return (images,)
         return ImagePipelineOutput(images=images)
-
-
-def _check_all_loaded(name: str, module: Any) -> None:
-    """Raise if a tensor of the module is in none of the safetensors files of the folder it came from."""
-    folder = Path(getattr(module.config, "_name_or_path", None) or "")
-    saved: set[str] = set()
-    files = sorted(folder.glob("diffusion_pytorch_model*.safetensors"))
-    for file in files:
-        with file.open("rb") as stream:  # the header: its length in 8 bytes, then JSON by tensor name
-            saved |= set(json.loads(stream.read(int.from_bytes(stream.read(8), "little"))))
-    missing = sorted(set(module.state_dict()) - saved) if files else []
-    if missing:
-        raise ValueError(
-            f"{name}: {len(missing)} tensors are not in {folder}, such as {missing[:3]}; save or download it anew"
-        )
 
 
 def _same_steps(num_steps: int | None, num_inference_steps: int | None) -> int:

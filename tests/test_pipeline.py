@@ -1,10 +1,8 @@
 """The pipeline as a user calls it: labels, steps, guidance, generators, outputs, files, and every refusal."""
 
 import json
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -409,44 +407,6 @@ def test_damaged_weights_are_refused(pipe, tmp_path, part):
     weights.unlink()
     with pytest.raises(OSError, match=f"diffusion_pytorch_model.safetensors .*{part}"):
         XDLMPipeline.from_pretrained(tmp_path)
-
-
-def test_the_files_travel_without_the_package(pipe, tmp_path, monkeypatch):
-    """Beside their weights, in diffusers' layout for remote code, the files run where xdlm_image is not installed."""
-    pipe.save_pretrained(tmp_path / "hub")
-    package = Path(xdlm_image.__file__).parent
-    import xdlm_image.pipelines as pipelines
-
-    for source, target in (
-        (Path(pipelines.__file__).parent / "pipeline_xdlm.py", "."),
-        (Path(pipelines.__file__).parent / "class_labels.py", "."),
-        (package / "models/transformer_xdlm.py", "transformer"),
-        (package / "schedulers/scheduling_xdlm.py", "scheduler"),
-        (package / "schedulers/process_xdlm.py", "scheduler"),
-    ):
-        shutil.copy(source, tmp_path / "hub" / target)
-    index = tmp_path / "hub" / "model_index.json"
-    config = json.loads(index.read_text())
-    config["_class_name"] = ["pipeline_xdlm", "XDLMPipeline"]
-    config["transformer"][0], config["scheduler"][0] = "transformer_xdlm", "scheduling_xdlm"
-    index.write_text(json.dumps(config))
-    script = f"""
-import sys
-sys.modules["xdlm_image"] = None  # importing it fails
-import torch
-from diffusers import DiffusionPipeline
-pipe = DiffusionPipeline.from_pretrained({str(tmp_path / "hub")!r}, trust_remote_code=True)
-pipe.set_progress_bar_config(disable=True)
-codes = pipe("goldfish", generator=torch.Generator().manual_seed(0), output_type="latent").images
-print("CODES", codes.flatten().tolist())
-"""
-    environment = {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
-    assert run.returncode == 0, run.stderr[-3000:]
-    line = next(line for line in run.stdout.splitlines() if line.startswith("CODES"))
-    assert line == f"CODES {draw(pipe, 'goldfish').flatten().tolist()}"
 
 
 def test_the_package_is_lazy():

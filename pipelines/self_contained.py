@@ -1,0 +1,410 @@
+"""Loading and saving a pipeline: run folders, self-contained folders (code beside weights) and model hubs.
+
+This file owns what is written where, whose code runs when a folder is loaded, and the upload. It never decides what a
+model card tells of a training run. It imports only the standard library, diffusers, huggingface_hub and its siblings,
+and travels beside the weights: a pipeline that was loaded without the package can be saved and pushed again.
+"""
+
+import importlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from huggingface_hub import CommitInfo, HfApi, ModelCard, ModelCardData, snapshot_download
+
+from .travelling_code import REMOTE, VERSIONED, add_code
+
+PACKAGE = __name__.partition(".")[0]
+TRAVELS = PACKAGE == REMOTE  # whether this very file was loaded as remote code
+CARD = "README.md"
+PICTURE = "samples.png"
+STALE_CODE = "*_" + "[0-9a-f]" * 8 + ".py"  # what an upload replaces: code files of earlier uploads
+TAGS = ["discrete-diffusion", "xdlm", "class-conditional", "custom_code", "arxiv:2602.01362"]
+PIPELINE_TAG = "unconditional-image-generation"  # the hub's name for generation without a prompt text
+HOW_TO_LOAD = """\
+## How to load
+
+The code stands beside the weights; read it before you let it run. From a hub, name the commit you have read by its
+full hash, so that the code that runs is the code you have read:
+
+```python
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained(
+    "{name}",
+    revision="<full hash of the commit>",
+    trust_remote_code=True,
+)
+images = pipe({example}num_steps=8).images
+```
+
+A folder on your own machine needs no `revision`. Where the package `xdlm-image` is installed, no code of this folder
+need run:
+
+```python
+from xdlm_image import XDLMPipeline
+
+pipe = XDLMPipeline.from_pretrained("{name}")
+```
+"""
+
+
+class SelfContainedPipeline(DiffusionPipeline):
+    """A diffusers pipeline that can take its code along, and that runs other people's code only when told to."""
+
+    # --- loading ----------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """Load a folder or a hub's repository, and see that the weights are whole.
+
+        The package runs its own code, never code from the folder, of which not even a copy is downloaded. With
+        `trust_remote_code=True` the folder's code runs instead, as with `DiffusionPipeline.from_pretrained`.
+
+        Args:
+            pretrained_model_name_or_path: A folder, or the id of a repository, `OWNER/NAME`.
+            **kwargs: As diffusers takes them.
+
+        Raises:
+            OSError: If a file is missing or truncated, or there is no such folder or repository.
+            ValueError: If a tensor is missing; diffusers alone would draw it at random and only warn. If code of a
+                repository is trusted without `revision` naming a commit by its full hash. If `custom_pipeline` is
+                given.
+        """
+        path, local = pretrained_model_name_or_path, Path(pretrained_model_name_or_path).is_dir()
+        if kwargs.get("custom_pipeline") is not None:
+            raise ValueError(
+                f"custom_pipeline={kwargs['custom_pipeline']!r}: {cls.__name__} runs its own code; use diffusers' "
+                "DiffusionPipeline for another"
+            )
+        if kwargs.get("trust_remote_code") and not local:
+            _require_pinned(path, kwargs.get("revision"))
+        theirs = bool(kwargs.get("trust_remote_code")) and (not local or bool(part_classes(path)))
+        folder = path if local or theirs or TRAVELS else _download(cls, path, kwargs)
+        if Path(folder).is_dir() and not any(Path(folder).rglob("*.bin")):  # never look, or ask, for pickled weights
+            kwargs.setdefault("use_safetensors", True)
+        if theirs:
+            pipeline = DiffusionPipeline.from_pretrained(folder, **kwargs)
+        else:
+            pipeline = super().from_pretrained(folder, **kwargs)
+        pipeline.register_to_config(_name_or_path=str(path))
+        for name in ("transformer", "vqvae"):
+            if name not in kwargs:  # given modules are the caller's
+                _check_all_loaded(name, getattr(pipeline, name))
+        return pipeline
+
+    @classmethod
+    def load_config(cls, *args: Any, **kwargs: Any) -> Any:
+        """As diffusers', with the package's own classes in the place of code beside the weights."""
+        loaded = super().load_config(*args, **kwargs)
+        if not TRAVELS:
+            _name_installed_classes(loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
+
+    # --- saving -----------------------------------------------------------------------------------
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Save as every diffusers pipeline: weights and configurations, which the package loads.
+
+        A pipeline whose own code came from a folder keeps that code beside the weights, as nothing else could load it.
+
+        Args:
+            save_directory: Where.
+            safe_serialization: False writes pickles, which a hub will not get.
+            variant: Part of the weights' file names.
+            max_shard_size: Larger weights are split.
+            push_to_hub: Push too, with code and card; see `push_to_hub`.
+            **kwargs: Of `push_to_hub`; `repo_id` is the folder's name by default.
+        """
+        if kwargs and not push_to_hub:
+            raise TypeError(f"save_pretrained: {', '.join(kwargs)} are for push_to_hub=True")
+        options = {"variant": variant, "max_shard_size": max_shard_size}
+        super().save_pretrained(save_directory, safe_serialization=safe_serialization, **options)
+        if TRAVELS:
+            add_code(self, Path(save_directory))
+        if push_to_hub:
+            repo_id = kwargs.pop("repo_id", Path(save_directory).name)
+            self.push_to_hub(repo_id, safe_serialization=safe_serialization, **options, **kwargs)
+
+    def save_for_hub(
+        self,
+        save_directory: str | os.PathLike,
+        card: str | ModelCard | None = None,
+        overwrite: bool = False,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        **about: Any,
+    ) -> Path:
+        """Write a self-contained folder, code beside weights, that loads without the package; whole or not at all.
+
+        Args:
+            save_directory: Where; an earlier self-contained folder there is replaced.
+            card: The model card; None writes it from the files of the run that the pipeline was loaded from.
+            overwrite: Also replace a folder that holds anything else.
+            variant: Part of the weights' file names.
+            max_shard_size: Larger weights are split.
+            **about: What the card cannot know by itself, see `xdlm_image.hub.card.write_card`; needs the package.
+
+        Returns:
+            The folder.
+
+        Raises:
+            FileExistsError: The folder holds something else, and `overwrite` is False.
+            ValueError: A part's code cannot travel, as it imports what need not stand elsewhere.
+        """
+        folder = Path(os.path.abspath(save_directory))  # "." has no name to put a temporary one beside
+        refuse_other_content(folder, overwrite)
+        with tempfile.TemporaryDirectory() as scratch:
+            text, files = self._card(card, folder.name, Path(scratch), about)
+            _write_folder(self, folder, text, files, {"variant": variant, "max_shard_size": max_shard_size})
+        return folder
+
+    def push_to_hub(  # type: ignore[override]
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        revision: str | None = None,
+        card: str | ModelCard | None = None,
+        **about: Any,
+    ) -> CommitInfo:
+        """Upload the pipeline as a self-contained folder: it loads from the hub without the package.
+
+        Code files of earlier uploads go in the same change. A card that is in the repository already stays, unless
+        `card`, or anything about it, is given.
+
+        Args:
+            repo_id: `OWNER/NAME`, made if it is not there.
+            commit_message: None says what was uploaded.
+            private: Of a new repository; None is the owner's default.
+            token: The user's; None takes the stored one.
+            create_pr: Open a pull request instead of changing the branch.
+            safe_serialization: True only: a hub gets no pickles.
+            variant: Part of the weights' file names.
+            max_shard_size: Larger weights are split.
+            revision: Branch, made if it is not there; None is the main one.
+            card: As in `save_for_hub`.
+            **about: As in `save_for_hub`.
+
+        Raises:
+            ValueError: `safe_serialization=False`, or code that cannot travel.
+            OSError: The hub refuses, before anything is saved.
+        """
+        if not safe_serialization:
+            raise ValueError("safe_serialization=False: only safetensors go to a hub; leave it out")
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch) / "folder"
+            api = HfApi(token=token)
+            repo_id = open_repository(api, repo_id, private, revision)
+            keep = card is None and not about and api.file_exists(repo_id, CARD, revision=revision)
+            text, files = (None, {}) if keep else self._card(card, repo_id, Path(scratch), about)
+            _write_folder(self, folder, text, files, {"variant": variant, "max_shard_size": max_shard_size})
+            return upload(api, folder, repo_id, commit_message, revision, create_pr)
+
+    def _card(
+        self, card: str | ModelCard | None, name: str, scratch: Path, about: Mapping[str, Any]
+    ) -> tuple[str, dict[str, Path]]:
+        """Text of the card, and files that go with it: name in the folder -> where they are."""
+        if card is not None and about:
+            raise TypeError(f"card: it is given, so {', '.join(about)} would not be read; give one or the other")
+        if card is not None:
+            return str(card), {}
+        if TRAVELS and about:
+            raise TypeError(f"{', '.join(about)}: writing a card needs the package xdlm-image; give card instead")
+        came_from = getattr(self.transformer.config, "_name_or_path", None)
+        folder = Path(came_from).parent if came_from else None
+        if not about and folder and part_classes(folder) and (folder / CARD).is_file():  # what it said of itself
+            picture = folder / PICTURE
+            return (folder / CARD).read_text(encoding="utf-8"), {PICTURE: picture} if picture.is_file() else {}
+        if TRAVELS:
+            return _plain_card(self, name), {}
+        hub_card = importlib.import_module(f"{PACKAGE}.hub.card")
+        return hub_card.write_card(self, name, scratch, **about)
+
+
+# --- folders --------------------------------------------------------------------------------------
+
+
+def _write_folder(
+    pipeline: DiffusionPipeline,
+    folder: Path,
+    card: str | None,
+    files: Mapping[str, Path],
+    options: Mapping[str, Any],
+) -> None:
+    """Write the self-contained folder beside its place, then move it there."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{end}") for end in ("partial", "old"))
+    try:
+        DiffusionPipeline.save_pretrained(pipeline, partial, safe_serialization=True, **options)
+        add_code(pipeline, partial)
+        if card is not None:
+            (partial / CARD).write_text(card, encoding="utf-8")
+        for name, source in files.items():
+            shutil.copyfile(source, partial / name)
+        allowed = (partial / "model_index.json").stat().st_mode  # by the umask; safetensors lets only the owner read
+        for path in partial.rglob("*"):
+            path.chmod(path.stat().st_mode | (allowed if path.is_file() else 0))
+        if folder.is_dir():
+            os.replace(folder, old)
+        else:
+            folder.unlink(missing_ok=True)
+        os.replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def refuse_other_content(folder: Path, overwrite: bool) -> None:
+    """Raise FileExistsError if `folder` holds anything but an earlier self-contained folder, unless `overwrite`."""
+    if overwrite or not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    parts = part_classes(folder)
+    known = {"model_index.json", CARD, PICTURE, *parts}
+    strange = sorted(
+        path.name
+        for path in (folder.iterdir() if parts else [folder])
+        if path.name not in known and not (path.suffix == ".py" and VERSIONED.fullmatch(path.stem))
+    )
+    if strange:
+        raise FileExistsError(
+            f"{str(folder)!r} holds something that no export wrote ({', '.join(strange[:3])}); name another folder, "
+            "or say overwrite to replace it"
+        )
+
+
+def part_classes(folder: str | Path) -> dict[str, list[str]]:
+    """What a self-contained folder says of its parts, part -> [module, class]; empty where it is no such folder."""
+    try:
+        index = json.loads((Path(folder) / "model_index.json").read_text(encoding="utf-8"))
+        if isinstance(index["_class_name"], str) or not (Path(folder) / f"{index['_class_name'][0]}.py").is_file():
+            return {}
+        return {part: value for part, value in index.items() if isinstance(value, list) and part != "_class_name"}
+    except (OSError, ValueError, LookupError, TypeError):
+        return {}
+
+
+def _check_all_loaded(name: str, module: Any) -> None:
+    """Raise if a tensor of the module is in none of the safetensors files of the folder it came from."""
+    folder = Path(getattr(module.config, "_name_or_path", None) or "")
+    saved: set[str] = set()
+    files = sorted(folder.glob("diffusion_pytorch_model*.safetensors"))
+    for file in files:
+        with file.open("rb") as stream:  # the header: its length in 8 bytes, then JSON by tensor name
+            saved |= set(json.loads(stream.read(int.from_bytes(stream.read(8), "little"))))
+    missing = sorted(set(module.state_dict()) - saved) if files else []
+    if missing:
+        raise ValueError(
+            f"{name}: {len(missing)} tensors are not in {folder}, such as {missing[:3]}; save or download it anew"
+        )
+
+
+def _name_installed_classes(config: dict[str, Any]) -> None:
+    """Put the package's own classes in the place of code beside the weights.
+
+    Raises:
+        ValueError: The package has no class of that name.
+    """
+    if isinstance(config.get("_class_name"), list):
+        config["_class_name"] = config["_class_name"][1]
+    homes = [importlib.import_module(f"{PACKAGE}.{room}") for room in ("models", "schedulers")]
+    for part, value in config.items():
+        if isinstance(value, list) and len(value) == 2 and VERSIONED.fullmatch(str(value[0])):
+            found = next((getattr(home, value[1]) for home in homes if hasattr(home, value[1])), None)
+            if found is None:
+                raise ValueError(
+                    f"{part}: the package has no class {value[1]!r}; read the code beside the weights, then load with "
+                    "diffusers' DiffusionPipeline.from_pretrained(..., trust_remote_code=True)"
+                )
+            config[part] = [found.__module__, value[1]]
+
+
+# --- hub ------------------------------------------------------------------------------------------
+
+
+def open_repository(api: HfApi, repo_id: str, private: bool | None, revision: str | None) -> str:
+    """Make the repository, and the branch, where they are missing: fails before anything is written. Returns its id."""
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if revision is not None and not revision.startswith("refs/"):
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    return repo_id
+
+
+def upload(
+    api: HfApi, folder: Path, repo_id: str, commit_message: str | None, revision: str | None, create_pr: bool
+) -> CommitInfo:
+    """Upload a self-contained folder; code files of earlier uploads go in the same change."""
+    return api.upload_folder(
+        repo_id=repo_id,
+        folder_path=folder,
+        commit_message=commit_message or "Upload the pipeline with its code",
+        revision=revision,
+        create_pr=create_pr,
+        delete_patterns=[STALE_CODE],
+    )
+
+
+def _require_pinned(path: Any, revision: Any) -> None:
+    if not re.fullmatch(r"[0-9a-f]{40}", str(revision)):
+        raise ValueError(
+            f"revision={revision!r}: trust_remote_code=True runs code of {str(path)!r}, and a branch can change at any "
+            "time; name the commit whose code you have read, by its full hash of 40 digits"
+        )
+
+
+def _download(cls: type[DiffusionPipeline], path: Any, kwargs: Mapping[str, Any]) -> str:
+    """The folder of a hub's repository on this machine: configurations and safetensors, never code or pickles."""
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(path)):
+        raise FileNotFoundError(f"{str(path)!r}: no such folder, and no id of a repository, OWNER/NAME")
+    parts = [part for part in cls._get_signature_keys(cls)[0] if part not in kwargs]
+    names = ("revision", "cache_dir", "token", "force_download", "local_files_only")
+    return snapshot_download(
+        str(path),
+        allow_patterns=[
+            "model_index.json",
+            CARD,
+            PICTURE,
+            *(f"{part}/*.{end}" for part in parts for end in ("json", "safetensors")),
+        ],
+        **{name: kwargs[name] for name in names if kwargs.get(name) is not None},
+    )
+
+
+# --- card -----------------------------------------------------------------------------------------
+
+
+def _plain_card(pipeline: DiffusionPipeline, name: str) -> str:
+    """A card that says what is not known."""
+    data = ModelCardData(library_name="diffusers", pipeline_tag=PIPELINE_TAG, tags=TAGS)
+    text = (
+        f"# {name}\n\nImage generation in few steps by discrete diffusion on VQ codes (XDLM, arXiv 2602.01362).\n\n"
+        "Data, training, quality and licence of the weights: not stated.\n\n"
+    )
+    return f"---\n{data.to_yaml()}\n---\n\n{text}{how_to_load(pipeline, name)}"
+
+
+def how_to_load(pipeline: DiffusionPipeline, name: str) -> str:
+    """The section of a card that shows the two ways to load."""
+    labels = dict(pipeline.config.get("id2label") or {})
+    first = json.dumps(next(iter(labels.values())).partition(",")[0], ensure_ascii=False) if labels else "0"
+    conditional = pipeline.components["transformer"].config.num_classes is not None
+    return HOW_TO_LOAD.format(name=name, example=first + ", " if conditional else "")
