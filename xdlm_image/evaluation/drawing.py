@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -105,6 +106,21 @@ def class_names(pipeline: XDLMPipeline) -> list[str]:
     ]
 
 
+def call_arguments(
+    pipeline: XDLMPipeline, labels: Sequence[int], indices: Sequence[int], seed: int, settings: SamplerSettings
+) -> dict[str, Any]:
+    """What the pipeline is called with for these images, see `draw`."""
+    conditional = pipeline.transformer.config.num_classes is not None
+    return {
+        "class_labels": list(labels) if conditional else None,
+        "num_steps": settings.num_steps,
+        "guidance_scale": settings.guidance_scale,
+        "temperature": settings.temperature,
+        "generator": image_generators(seed, indices),
+        "num_images_per_prompt": 1 if conditional else len(indices),
+    }
+
+
 def draw(
     pipeline: XDLMPipeline, labels: Sequence[int], indices: Sequence[int], seed: int, settings: SamplerSettings
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -120,16 +136,8 @@ def draw(
     Returns:
         uint8 images (B, C, S, S), rounded to nearest, and their codes (B, h, w); on the CPU.
     """
-    conditional = pipeline.transformer.config.num_classes is not None
-    codes = pipeline(
-        class_labels=list(labels) if conditional else None,
-        num_steps=settings.num_steps,
-        guidance_scale=settings.guidance_scale,
-        temperature=settings.temperature,
-        generator=image_generators(seed, indices),
-        num_images_per_prompt=1 if conditional else len(indices),
-        output_type="latent",
-    ).images  # (B, h, w)
+    call = call_arguments(pipeline, labels, indices, seed, settings)
+    codes = pipeline(**call, output_type="latent").images  # (B, h, w)
     with torch.no_grad():
         images = pipeline.decode_latents(codes)  # (B, C, S, S), about [-1, 1]
     return to_uint8(images.cpu()), codes.cpu()

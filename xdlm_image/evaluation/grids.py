@@ -13,7 +13,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from xdlm_image.devices import best_device
 from xdlm_image.evaluation.drawing import SamplerSettings, class_names, draw_all, open_pipeline
-from xdlm_image.files import refuse_unwritable, write_atomic
+from xdlm_image.evaluation.pictures import save_picture, to_picture
+from xdlm_image.files import refuse_unwritable
 from xdlm_image.pipelines import XDLMPipeline
 from xdlm_image.recipes import SampleRecipe
 
@@ -73,17 +74,6 @@ def save_grid(
             cell = to_picture(images[row, column]).convert("RGB")
             picture.paste(cell.resize((cell_width, cell_height), Image.Resampling.NEAREST), (x, y))
     return save_picture(path, picture)
-
-
-def save_picture(path: str | Path, picture: Image.Image) -> Path:
-    """Write a PNG file atomically."""
-    return write_atomic(path, lambda temporary: picture.save(temporary, format="PNG"))
-
-
-def to_picture(image: torch.Tensor) -> Image.Image:
-    """uint8 (C, H, W) -> a Pillow picture, grey for C = 1."""
-    array = image.permute(1, 2, 0).contiguous().numpy()  # (H, W, C)
-    return Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)
 
 
 def class_ids(pipeline: XDLMPipeline, class_labels: Sequence[str | int] | str | int | None) -> list[int]:
