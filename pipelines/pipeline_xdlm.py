@@ -5,7 +5,7 @@ never decides how codes move (the scheduler does), and changes no component. It 
 the standard library and its siblings, so that it can travel beside the weights.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -242,6 +242,7 @@ class XDLMPipeline(SelfContainedPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
         callback_on_step_end_tensor_inputs: list[str] | tuple[str, ...] = ("latents",),
+        timesteps: Sequence[float] | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Generate images.
 
@@ -261,6 +262,8 @@ class XDLMPipeline(SelfContainedPipeline):
             callback_on_step_end: Called after step i as `callback(pipe, i, t, {"latents": ...})`; what it
                 returns under "latents" replaces them.
             callback_on_step_end_tensor_inputs: Which of `_callback_tensor_inputs` it is given.
+            timesteps: Own falling times in (0, 1] in the place of `num_steps`. Where the first is below 1, `latents`
+                must be codes noised to that time (`scheduler.add_noise`).
 
         Returns:
             `ImagePipelineOutput` with `images`, or a tuple.
@@ -276,7 +279,9 @@ class XDLMPipeline(SelfContainedPipeline):
             output_type,
             list(callback_on_step_end_tensor_inputs),
         )
-        num_steps = _same_steps(num_steps, num_inference_steps)
+        num_steps = _same_steps(num_steps, num_inference_steps, timesteps)
+        if timesteps is not None and latents is None and len(timesteps) and timesteps[0] < 1:
+            raise ValueError(f"timesteps begins at {timesteps[0]}: give latents noised to that time, or begin at 1")
         ids = self._class_ids(class_labels)
         self._guidance_scale = guidance_scale
         self._interrupt = False
@@ -291,14 +296,14 @@ class XDLMPipeline(SelfContainedPipeline):
             labels_and_null = torch.cat([labels, null])  # (2B,)
 
         # 3. Times and noise
-        self.scheduler.set_timesteps(num_steps, device=device)
-        timesteps = self.scheduler.timesteps
-        self._num_timesteps = len(timesteps)
+        self.scheduler.set_timesteps(num_steps, device=device, timesteps=timesteps)
+        times = self.scheduler.timesteps
+        self._num_timesteps = len(times)
         latents = self.prepare_latents(batch_size, generator, device, latents)  # (B, h, w)
 
         # 4. Reverse steps
-        with self.progress_bar(total=len(timesteps)) as progress_bar:
-            for i, t in enumerate(timesteps):
+        with self.progress_bar(total=len(times)) as progress_bar:
+            for i, t in enumerate(times):
                 if self.interrupt:
                     continue
                 codes = latents.flatten(1)  # (B, L)
@@ -337,14 +342,20 @@ class XDLMPipeline(SelfContainedPipeline):
         return ImagePipelineOutput(images=images)
 
 
-def _same_steps(num_steps: int | None, num_inference_steps: int | None) -> int:
-    """The step count that two names of one argument agree on."""
+def _same_steps(
+    num_steps: int | None, num_inference_steps: int | None, timesteps: Sequence[float] | None
+) -> int | None:
+    """The step count that two names of one argument agree on; None where times are given instead."""
     given = [n for n in (num_steps, num_inference_steps) if n is not None]
+    if given and timesteps is not None:
+        raise ValueError(f"num_steps={given[0]} and timesteps: give the number of steps, or their times")
     if len(set(given)) == 2:
         raise ValueError(
             f"num_steps={num_steps} and num_inference_steps={num_inference_steps}: they are two names of one "
             "argument, give one"
         )
+    if timesteps is not None:
+        return None
     steps = given[0] if given else DEFAULT_STEPS
     if isinstance(steps, bool) or not hasattr(steps, "__index__") or steps < 1:
         raise ValueError(f"num_steps={steps!r}: must be an integer of at least 1")

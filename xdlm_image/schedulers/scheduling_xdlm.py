@@ -10,7 +10,7 @@ This file travels to the Hub beside weights: it imports torch, diffusers, the st
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -79,14 +79,17 @@ class XDLMScheduler(SchedulerMixin, ConfigMixin):
         num_inference_steps: int | None = None,
         device: torch.device | str | None = None,
         timesteps: Sequence[float] | None = None,
+        start: float = 1.0,
     ) -> None:
-        """Choose the times. `self.timesteps` (n,) float64 falls from 1; step i goes from t_i to t_{i+1}, the last to 0.
+        """Choose the times: `self.timesteps` (n,) float64, falling; step i goes from t_i to t_{i+1}, the last to 0.
 
         Args:
             num_inference_steps: Number of steps n, at least 1.
             device: Accepted for diffusers' sake; times are scalars of the host and stay there, so that reading one
                 never waits for the device.
-            timesteps: Own times instead: falling strictly from 1 to above 0.
+            timesteps: Own times instead: falling strictly, within (0, 1].
+            start: Time of the first step, in (0, 1]; codes noised less than wholly begin below 1. The n steps then
+                divide the part of the time grid that is left, and none is skipped.
 
         Raises:
             ValueError: If neither or both are given, or the values are out of range.
@@ -98,12 +101,15 @@ class XDLMScheduler(SchedulerMixin, ConfigMixin):
             if num_inference_steps != int(num_inference_steps) or num_inference_steps < 1:
                 raise ValueError(f"num_inference_steps={num_inference_steps!r}: must be a whole number, at least 1")
             n, grid = int(num_inference_steps), TIME_GRIDS[self.config.time_grid]
-            times = [1.0] + [grid(i / n) for i in range(1, n)]
+            if not 1e-6 <= start <= 1.0:  # below, no code of a million is noise, and steps cannot be told apart
+                raise ValueError(f"start={start!r}: must lie in (0, 1], and not below 1e-6")
+            first = _progress_at(grid, float(start))
+            times = [float(start)] + [grid(first + (1.0 - first) * i / n) for i in range(1, n)]
         else:
             times = [float(t) for t in timesteps]
             falling = all(a > b for a, b in zip(times, times[1:]))
-            if not times or times[0] != 1.0 or times[-1] <= 0.0 or not falling:
-                raise ValueError(f"timesteps={times!r}: must start at 1.0 and fall strictly, staying above 0")
+            if not times or times[0] > 1.0 or not times[-1] > 0.0 or not falling:
+                raise ValueError(f"timesteps={times!r}: must fall strictly, from 1 at most and staying above 0")
         self.timesteps = torch.tensor(times, dtype=torch.float64)
         self.num_inference_steps = len(times)
 
@@ -237,6 +243,14 @@ class XDLMScheduler(SchedulerMixin, ConfigMixin):
         )
         prev[rows] = torch.where(accepted, moved, z_rows)
         return prev
+
+
+def _progress_at(grid: Callable[[float], float], t: float) -> float:
+    """The progress r in [0, 1) at which a falling grid passes t in (0, 1], by halving; exactly 0 for t = 1."""
+    low, high = 0.0, 1.0
+    while t < 1.0 and low < (middle := (low + high) / 2) < high:
+        low, high = (middle, high) if grid(middle) > t else (low, middle)
+    return low
 
 
 def _inverse_cdf(p: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
