@@ -44,8 +44,8 @@ pipe = DiffusionPipeline.from_pretrained(
 images = pipe({example}num_steps=8).images
 ```
 
-A folder on your own machine needs no `revision`. Where the package `xdlm-image` is installed, no code of this folder
-need run:
+{stands_for}A folder on your own machine needs no `revision`. Where the package `xdlm-image` is installed, no code of
+this folder need run:
 
 ```python
 from xdlm_image import XDLMPipeline
@@ -132,7 +132,7 @@ class SelfContainedPipeline(DiffusionPipeline):
         """
         if kwargs and not push_to_hub:
             raise TypeError(f"save_pretrained: {', '.join(kwargs)} are for push_to_hub=True")
-        options = {"variant": variant, "max_shard_size": max_shard_size}
+        options: dict[str, Any] = {"variant": variant, "max_shard_size": max_shard_size}
         super().save_pretrained(save_directory, safe_serialization=safe_serialization, **options)
         if TRAVELS:
             add_code(self, Path(save_directory))
@@ -169,11 +169,11 @@ class SelfContainedPipeline(DiffusionPipeline):
         folder = Path(os.path.abspath(save_directory))  # "." has no name to put a temporary one beside
         refuse_other_content(folder, overwrite)
         with tempfile.TemporaryDirectory() as scratch:
-            text, files = self._card(card, folder.name, Path(scratch), about)
-            _write_folder(self, folder, text, files, {"variant": variant, "max_shard_size": max_shard_size})
+            text, files = self.make_card(card, folder.name, Path(scratch), about)
+            write_folder(self, folder, text, files, {"variant": variant, "max_shard_size": max_shard_size})
         return folder
 
-    def push_to_hub(  # type: ignore[override]
+    def push_to_hub(
         self,
         repo_id: str,
         commit_message: str | None = None,
@@ -216,14 +216,21 @@ class SelfContainedPipeline(DiffusionPipeline):
             api = HfApi(token=token)
             repo_id = open_repository(api, repo_id, private, revision)
             keep = card is None and not about and api.file_exists(repo_id, CARD, revision=revision)
-            text, files = (None, {}) if keep else self._card(card, repo_id, Path(scratch), about)
-            _write_folder(self, folder, text, files, {"variant": variant, "max_shard_size": max_shard_size})
+            text, files = (None, {}) if keep else self.make_card(card, repo_id, Path(scratch), about)
+            write_folder(self, folder, text, files, {"variant": variant, "max_shard_size": max_shard_size})
             return upload(api, folder, repo_id, commit_message, revision, create_pr)
 
-    def _card(
+    def make_card(
         self, card: str | ModelCard | None, name: str, scratch: Path, about: Mapping[str, Any]
     ) -> tuple[str, dict[str, Path]]:
-        """Text of the card, and files that go with it: name in the folder -> where they are."""
+        """Text of the model card, and files that go with it: name in the folder -> where they are.
+
+        Args:
+            card: The text, if it is written already.
+            name: Of the model.
+            scratch: Folder for a picture.
+            about: What the card cannot know by itself. Where nothing is said, a self-contained folder keeps its card.
+        """
         if card is not None and about:
             raise TypeError(f"card: it is given, so {', '.join(about)} would not be read; give one or the other")
         if card is not None:
@@ -244,7 +251,7 @@ class SelfContainedPipeline(DiffusionPipeline):
 # --- folders --------------------------------------------------------------------------------------
 
 
-def _write_folder(
+def write_folder(
     pipeline: DiffusionPipeline,
     folder: Path,
     card: str | None,
@@ -407,4 +414,7 @@ def how_to_load(pipeline: DiffusionPipeline, name: str) -> str:
     labels = dict(pipeline.config.get("id2label") or {})
     first = json.dumps(next(iter(labels.values())).partition(",")[0], ensure_ascii=False) if labels else "0"
     conditional = pipeline.components["transformer"].config.num_classes is not None
-    return HOW_TO_LOAD.format(name=name, example=first + ", " if conditional else "")
+    example = first + ", " if conditional else ""
+    repository = name if "/" in name else f"OWNER/{name}"
+    stands_for = "" if "/" in name else f"`{repository}` stands for the repository, or the folder. "
+    return HOW_TO_LOAD.format(name=repository, example=example, stands_for=stands_for)

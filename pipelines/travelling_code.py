@@ -66,9 +66,12 @@ def _collect(
         raise ValueError(f"{path.name}: imports itself by way of {importers[-1].name}; code in circles cannot travel")
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     for node in ast.walk(ast.parse("".join(lines))):
-        libraries = [a.name for a in node.names] if isinstance(node, ast.Import) else []
-        if isinstance(node, ast.ImportFrom) and node.level == 0:
-            libraries = [node.module or ""]
+        if not isinstance(node, ast.Import | ast.ImportFrom):
+            continue
+        if isinstance(node, ast.Import):
+            libraries = [alias.name for alias in node.names]
+        else:
+            libraries = [node.module or ""] if node.level == 0 else []
         for library in libraries:
             if library.partition(".")[0] not in LIBRARIES:
                 raise ValueError(
