@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from xdlm_image.devices import best_device
 from xdlm_image.evaluation.drawing import SamplerSettings, class_names, draw_all, open_pipeline
 from xdlm_image.evaluation.pictures import save_picture, to_picture
+from xdlm_image.evaluation.trace_pictures import check_trace, write_trace
 from xdlm_image.files import refuse_unwritable
 from xdlm_image.pipelines import XDLMPipeline
 from xdlm_image.recipes import SampleRecipe
@@ -98,7 +99,7 @@ def class_grid(
 
 
 def sample(recipe: SampleRecipe) -> Path:
-    """Draw a class grid, one row a class, and write it; with `images_dir` each image too.
+    """Draw a class grid, one row a class, and write it; with `images_dir` each image too, with `trace` their making.
 
     Returns:
         The grid's path.
@@ -114,6 +115,7 @@ def sample(recipe: SampleRecipe) -> Path:
     pipeline = open_pipeline(recipe.pipeline, best_device(recipe.device))
     ids = class_ids(pipeline, recipe.class_labels)
     settings = SamplerSettings(recipe.num_steps, recipe.guidance_scale, recipe.temperature)
+    check_trace(recipe, len(ids))
     refuse_unwritable(Path(recipe.output).parent, "the folder of output")
     if recipe.images_dir is not None:
         refuse_unwritable(recipe.images_dir, "images_dir")
@@ -124,5 +126,6 @@ def sample(recipe: SampleRecipe) -> Path:
                 index = row * recipe.images_per_class + column
                 picture = to_picture(images[row, column])
                 save_picture(Path(recipe.images_dir) / f"{index:05d}_class{label:04d}.png", picture)
+    write_trace(recipe, pipeline, ids, settings)
     names = class_names(pipeline)
     return save_grid(recipe.output, images, [names[i] for i in ids] if names else None)

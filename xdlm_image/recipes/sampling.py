@@ -1,4 +1,4 @@
-"""Recipes of what draws images: the verbs `sample` and `evaluate`."""
+"""Recipes of what draws and judges images: the verbs `sample`, `reference` and `evaluate`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Literal
 
 from .checks import require
 from .data import DataOptions
+
+TraceKind = Literal["strip", "gif", "codes"]
 
 
 @dataclass
@@ -25,6 +27,11 @@ class SampleRecipe:
         images_dir: Also write each image there as PNG; None writes the grid only.
         batch_size: Images drawn at once.
         device: torch device; None picks the best there is.
+        trace: Also write beside `output` how images came about, one of these or a list: `strip` (`.trace.png`, every
+            state and what changed), `gif` (`.trace.gif`, the same animated), `codes` (`.trace.npz`, for research).
+        trace_images: Images of each class in the trace, the first of its row; at most 32 in all.
+        trace_shows: `states`, or `predictions`: what the network took each state for.
+        trace_frame_ms: Milliseconds a state in the animation; the result is held six times as long.
     """
 
     pipeline: str
@@ -38,10 +45,54 @@ class SampleRecipe:
     images_dir: str | None = None
     batch_size: int = 100
     device: str | None = None
+    trace: list[TraceKind] | TraceKind | None = None
+    trace_images: int = 1
+    trace_shows: Literal["states", "predictions"] = "states"
+    trace_frame_ms: int = 500
 
     def __post_init__(self) -> None:
         require(self.num_steps >= 1, "num_steps", self.num_steps, "at least 1 step")
         require(self.images_per_class >= 1, "images_per_class", self.images_per_class, "at least 1 image")
+        require(
+            1 <= self.trace_images <= self.images_per_class,
+            "trace_images",
+            self.trace_images,
+            f"at least 1 and at most images_per_class={self.images_per_class}",
+        )
+        require(self.trace != [], "trace", self.trace, "name strip, gif or codes, or leave it out")
+        for name, default in (("trace_images", 1), ("trace_shows", "states"), ("trace_frame_ms", 500)):
+            value = getattr(self, name)
+            require(self.trace is not None or value == default, name, value, "does nothing without trace")
+        require(self.trace_frame_ms >= 20, "trace_frame_ms", self.trace_frame_ms, "at least 20; viewers are no faster")
+
+
+@dataclass
+class ReferenceRecipe:
+    """Measure a set of real images once, so that samples can be judged where the images are not at hand.
+
+    Attributes:
+        output_dir: The reference folder that is written.
+        data: The real images.
+        extractor: `inception` (torch-fidelity's, needs its weights) or the folder of a trained extractor.
+        reference_split: Split whose images are the reference.
+        tokenizers: Folders of tokenizers whose reconstructions are measured too.
+        num_samples: Sizes of the sets that floors of real images are computed for.
+        batch_size: Images at once.
+        device: torch device; None picks the best there is.
+    """
+
+    output_dir: str
+    data: DataOptions = field(default_factory=DataOptions)
+    extractor: str = "inception"
+    reference_split: Literal["train", "validation", "test"] = "test"
+    tokenizers: list[str] = field(default_factory=list)
+    num_samples: list[int] = field(default_factory=lambda: [1000, 5000])
+    batch_size: int = 250
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        require(all(n >= 2 for n in self.num_samples), "num_samples", self.num_samples, "each is at least 2 images")
+        require(self.batch_size >= 1, "batch_size", self.batch_size, "must be at least 1")
 
 
 @dataclass
@@ -52,6 +103,7 @@ class EvaluateRecipe:
         pipelines: Name of each pipeline in the table -> its folder.
         output_dir: Folder for `fid.json`, `fid.md`, `fid.png` and `grid_*.png`; a killed sweep goes on from there.
         data: The reference images.
+        reference: Folder of `xdlm-image reference` in the place of the images: no data set is then needed.
         extractor: `inception` (torch-fidelity's, needs its weights) or the folder of a trained extractor.
         reference_split: Split whose images are the reference.
         num_steps: Step counts of the sweep.
@@ -66,6 +118,7 @@ class EvaluateRecipe:
     pipelines: dict[str, str]
     output_dir: str
     data: DataOptions = field(default_factory=DataOptions)
+    reference: str | None = None
     extractor: str = "inception"
     reference_split: Literal["train", "validation", "test"] = "test"
     num_steps: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16, 32, 64])
