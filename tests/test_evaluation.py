@@ -16,13 +16,13 @@ from PIL import Image
 from torch_fidelity import calculate_metrics
 
 from xdlm_image.data.images import normalise, open_images
-from xdlm_image.evaluation import sweep
+from xdlm_image.evaluation import references, sweep
 from xdlm_image.evaluation.batches import Uint8Images, real_batches, reconstructed_batches
 from xdlm_image.evaluation.code_pairs import PairFrequencies
 from xdlm_image.evaluation.drawing import SamplerSettings, draw, draw_all, open_pipeline
 from xdlm_image.evaluation.extractor import SMALL_CLASSIFIER, load_extractor
 from xdlm_image.evaluation.fid import fid_from_statistics, fid_of_images, statistics_of_images
-from xdlm_image.evaluation.references import cached_measure
+from xdlm_image.evaluation.measuring import cached_measure
 from xdlm_image.evaluation.report import markdown, mean_and_spread
 from xdlm_image.evaluation.seeds import MAX_IMAGES, MAX_SEED, image_generators, image_seed
 from xdlm_image.evaluation.statistics import StreamedStatistics
@@ -369,7 +369,7 @@ def test_cells_of_another_protocol_are_not_taken_for_this_one(parts, finished, t
     changed.pipelines = {"mdlm": parts.pipelines["mdlm"]}
     for file in (tmp_path / "sweep" / "cells").glob("mdlm-steps3-seed0-*.json"):
         file.write_text(file.read_text()[:-20])
-    for file in (tmp_path / "sweep" / "statistics").rglob("pooled.safetensors"):
+    for file in (tmp_path / "sweep" / "reference" / "statistics").rglob("pooled.safetensors"):
         file.write_bytes(file.read_bytes()[:-8])
     evaluate(changed)
     after = _numbers(tmp_path / "sweep")[0]["fid"]
@@ -389,7 +389,7 @@ def test_wrong_recipes_are_refused_before_anything_is_drawn(parts, tmp_path, mon
     def never(*args, **kwargs):
         raise AssertionError("drawn or measured")
 
-    monkeypatch.setattr(sweep, "cached_measure", never)
+    monkeypatch.setattr(references, "cached_measure", never)
     monkeypatch.setattr(sweep, "measure", never)
     good = parts.pipelines["mdlm"]
     truncated = tmp_path / "truncated"
@@ -438,7 +438,7 @@ def test_wrong_recipes_are_refused_before_anything_is_drawn(parts, tmp_path, mon
 def test_the_floor_is_never_a_part_of_the_reference(parts, tmp_path):
     for split, floor in (("test", "train"), ("validation", "train"), ("train", "test")):
         plan = sweep.check(parts.recipe(tmp_path, reference_split=split))
-        assert (plan.reference.split, plan.train.split) == (split, floor)
+        assert tuple(images.split for images in plan.images) == (split, floor)
 
 
 def test_a_sweep_against_the_training_images_says_what_its_floor_is(parts, tmp_path, monkeypatch):

@@ -47,10 +47,35 @@ VERBS: dict[str, tuple[type, str, str]] = {
         "xdlm_image.evaluation.grids:sample",
         "Draw a class-conditional grid, and each image if asked.",
     ),
+    "reference": (
+        recipes.ReferenceRecipe,
+        "xdlm_image.evaluation.references:reference",
+        "Measure real images once, so that samples can be judged where the images are not at hand.",
+    ),
     "evaluate": (
         recipes.EvaluateRecipe,
         "xdlm_image.evaluation.sweep:evaluate",
         "FID of several pipelines over step counts: JSON with the protocol, table, plot, grids; resumes by itself.",
+    ),
+    "export": (
+        recipes.ExportRecipe,
+        "xdlm_image.hub.export:export",
+        "Write a pipeline as a folder that loads without this package, with a model card; push it to a hub if asked.",
+    ),
+    "convert-llamagen": (
+        recipes.ConversionRecipe,
+        "xdlm_image.conversion.vq_tokenizers:convert_llamagen",
+        "Turn LlamaGen's VQ-16 or VQ-8 into a tokenizer folder, exactly; the file is read without running it.",
+    ),
+    "convert-taming": (
+        recipes.ConversionRecipe,
+        "xdlm_image.conversion.vq_tokenizers:convert_taming",
+        "Turn a taming VQGAN (f16 with 1,024 or 16,384 codes) into a tokenizer folder, exactly.",
+    ),
+    "convert-xdlm": (
+        recipes.ConvertXDLMRecipe,
+        "xdlm_image.conversion.official_xdlm:convert_xdlm",
+        "Turn an official XDLM, MDLM or UDLM checkpoint into a pipeline with the same logits.",
     ),
 }
 

@@ -84,8 +84,10 @@ class PairFrequencies:
         return distances
 
     def save(self, path: str | Path, metadata: dict[str, str]) -> Path:
-        """Write a safetensors file atomically."""
-        return write_atomic(path, lambda temporary: save_file(self.counts, temporary, metadata=metadata))
+        """Write a safetensors file atomically; counts below 2^31 in half the bytes."""
+        small = all(int(counts.max()) < 2**31 for counts in self.counts.values())
+        counts = {name: value.int() if small else value for name, value in self.counts.items()}
+        return write_atomic(path, lambda temporary: save_file(counts, temporary, metadata=metadata))
 
     @classmethod
     def load(cls, path: str | Path, num_codes: int) -> PairFrequencies:
@@ -97,5 +99,5 @@ class PairFrequencies:
             raise ValueError(f"{path}: damaged ({error}); delete the file") from error
         if {name: len(value) for name, value in counts.items()} != dict.fromkeys(DISTANCES, pairs.num_bins):
             raise ValueError(f"{path}: it does not hold pairs of {num_codes} codes; delete the file")
-        pairs.counts = counts
+        pairs.counts = {name: value.long() for name, value in counts.items()}
         return pairs

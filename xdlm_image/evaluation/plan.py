@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from xdlm_image.data.image_check import check_images
-from xdlm_image.data.images import ImageSet, open_images
+from xdlm_image.data.images import ImageSet
+from xdlm_image.data.labels import Labels, same_classes
 from xdlm_image.devices import best_device
 from xdlm_image.evaluation.batches import UINT8_RULE
 from xdlm_image.evaluation.drawing import (
@@ -26,10 +27,11 @@ from xdlm_image.evaluation.drawing import (
     pipeline_hash,
 )
 from xdlm_image.evaluation.extractor import FeatureExtractor, load_extractor
+from xdlm_image.evaluation.references import Reference, open_reference, open_reference_images
 from xdlm_image.evaluation.seeds import SEED_RULE, image_seed
 from xdlm_image.evaluation.statistics import rank_and_world
 from xdlm_image.processes import process_state
-from xdlm_image.recipes import EvaluateRecipe
+from xdlm_image.recipes import DataOptions, EvaluateRecipe
 from xdlm_image.tokenizer.codes import tokenizer_hash
 
 
@@ -41,8 +43,9 @@ class Plan:
         recipe: What was asked for.
         device: Where it runs.
         extractor: The judge.
-        reference: Images of the reference split.
-        train: Images of the train split, for the floor; of the test split where train is the reference.
+        images: Images of the reference split, and those of the floor; None where a reference folder stands for them.
+        reference: The reference folder's content, if one was named.
+        class_names: Of the reference.
         pipelines: Name -> folder, hashes and settings, as the protocol records them.
         warnings: What a reader of the numbers must know.
     """
@@ -50,8 +53,9 @@ class Plan:
     recipe: EvaluateRecipe
     device: torch.device
     extractor: FeatureExtractor
-    reference: ImageSet
-    train: ImageSet
+    images: tuple[ImageSet, ImageSet] | None
+    reference: Reference | None
+    class_names: list[str]
     pipelines: dict[str, dict[str, Any]]
     warnings: list[str]
 
@@ -67,47 +71,62 @@ def check(recipe: EvaluateRecipe) -> Plan:
     for name in recipe.pipelines:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._=+-]*", name):
             raise ValueError(f"pipelines: the name {name!r} becomes part of file names; use letters, digits, . _ = + -")
-    if recipe.data.crop != "center":
+    if recipe.reference is not None and recipe.data != DataOptions():
         raise ValueError(
-            f"data.crop={recipe.data.crop!r}: the reference images must be the same at every reading; set data.crop: "
-            "center"
-        )
-    data = recipe.data
-    floor_split = "test" if recipe.reference_split == "train" else "train"  # never the reference's own images
-    reference, train = open_images(data, recipe.reference_split), open_images(data, floor_split)
-    names = list(reference.class_names)
-    if recipe.num_samples % len(names) != 0:
-        nearest = max(1, round(recipe.num_samples / len(names))) * len(names)
-        raise ValueError(
-            f"num_samples={recipe.num_samples}: must be a multiple of the {len(names)} classes, so that each has as "
-            f"many images; {nearest} is near"
+            f"reference={recipe.reference!r} and data.name={recipe.data.name!r}: a reference folder stands for the "
+            "images; give one of the two"
         )
     device = best_device(recipe.device)
     processes = process_state()
     if processes is not None and recipe.device is None:
         device = processes.device
     extractor = load_extractor(recipe.extractor, device)
-    extractor.check_images(data.channels, data.image_size)
+    images = reference = None
+    if recipe.reference is not None:
+        reference = open_reference(recipe.reference, extractor)
+        about = reference.about["images"]
+        names, shape, size = about["class_names"], (about["channels"], about["image_size"]), about["num_images"]
+    else:
+        images = open_reference_images(recipe.data, recipe.reference_split)
+        names, size = list(images[0].class_names), len(images[0])
+        shape = (recipe.data.channels, recipe.data.image_size)
+    if recipe.num_samples % len(names) != 0:
+        nearest = max(1, round(recipe.num_samples / len(names))) * len(names)
+        raise ValueError(
+            f"num_samples={recipe.num_samples}: must be a multiple of the {len(names)} classes, so that each has as "
+            f"many images; {nearest} is near"
+        )
+    extractor.check_images(*shape)
     notes = []
     if extractor.config is not None and extractor.config.class_names != names:
         extractor = replace(extractor, logits_layer=None)
         notes.append("the extractor was trained on other classes than the data's: no class accuracy is given")
     for layer, dim in extractor.feature_dims.items():
-        smallest = min(recipe.num_samples, len(reference))
+        smallest = min(recipe.num_samples, size)
         if smallest < 2 * dim:
             notes.append(
                 f"{smallest} images are few for the {dim} features of {layer!r} (at least {2 * dim} are wanted): FID "
                 "is biased upwards, compare only numbers of the same num_samples"
             )
     pipelines = {
-        name: _check_pipeline(recipe, name, folder, device, (data.channels, data.image_size), names)
-        for name, folder in recipe.pipelines.items()
+        name: _check_pipeline(recipe, name, folder, device, shape, names) for name, folder in recipe.pipelines.items()
     }
+    if reference is not None:
+        for name, pipeline in pipelines.items():
+            if pipeline["tokenizer_hash"] not in reference.reconstructions:
+                notes.append(
+                    f"the reference folder holds no reconstructions by the tokenizer of {name}: no distance to "
+                    "reconstructions and none of pairs of codes is given"
+                )
+        if str(recipe.num_samples) not in reference.about["train"]["floors"]:
+            measured = ", ".join(reference.about["train"]["floors"]) or "no number"
+            notes.append(f"the reference folder has floors for {measured} images, none for {recipe.num_samples}")
     if rank_and_world()[0] == 0:
         for note in notes:
             warnings.warn(note, stacklevel=3)
-    check_images(reference)
-    return Plan(recipe, device, extractor, reference, train, pipelines, notes)
+    if images is not None:
+        check_images(images[0])
+    return Plan(recipe, device, extractor, images, reference, names, pipelines, notes)
 
 
 def _check_pipeline(
@@ -123,7 +142,7 @@ def _check_pipeline(
     num_classes = pipeline.transformer.config.num_classes
     if num_classes is not None and num_classes != len(names):
         raise ValueError(f"{argument}: it has {num_classes} classes, the data have {len(names)}; use the same data")
-    if num_classes is not None and pipeline.id2label and class_names(pipeline) != names:
+    if num_classes is not None and not same_classes(Labels(pipeline.id2label, pipeline.id2synset), names):
         raise ValueError(
             f"{argument}: its classes are {class_names(pipeline)[:5]}..., the data's are {names[:5]}...; the ids would "
             "not mean the same"
@@ -151,29 +170,11 @@ def metric_name(extractor: FeatureExtractor) -> str:
     )
 
 
-def images_key(plan: Plan, images: ImageSet) -> dict[str, Any]:
-    return {
-        "fingerprint": images.fingerprint,
-        "split": images.split,
-        "num_images": len(images),
-        "image_size": images.image_size,
-        "channels": images.channels,
-        "crop": images.crop,
-        "uint8_rule": UINT8_RULE,
-    }
-
-
-def protocol(plan: Plan, statistics_hashes: dict[str, str]) -> dict[str, Any]:
+def protocol(plan: Plan, reference: Reference) -> dict[str, Any]:
     recipe = plan.recipe
-    classes = len(plan.reference.class_names)
+    classes = len(plan.class_names)
     return {
-        "reference": {
-            "name": recipe.data.name,
-            "root": recipe.data.root,
-            **images_key(plan, plan.reference),
-            "resize": "shorter side to image_size, bicubic with antialiasing, then centre crop; none where it fits",
-            "statistics_sha256": statistics_hashes,
-        },
+        "reference": {**reference.about["images"], "statistics_sha256": reference.images.hashes},
         "num_samples": recipe.num_samples,
         "samples_per_class": recipe.num_samples // classes,
         "class_balance": f"image i has class i mod {classes}",

@@ -1,166 +1,313 @@
-"""Statistics of sets that do not depend on a sampler: the reference images, their reconstructions, training images.
+"""What drawn images are compared with: real images, the same images through each tokenizer, and the floors.
 
-This file owns their cache on disk (`statistics/` in the output folder), keyed by what the images are and which
-extractor looked at them. It never draws samples.
+This file owns the reference folder, which stands for the images wherever they are not at hand:
+
+    reference.json      what the images are, which extractor looked at them, the floors
+    statistics/         mean and covariance of their features; of their reconstructions also the pairs of codes
+    floors/             statistics of the training images behind the floors; needed only to compute them again
+
+It never draws samples.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
-from tqdm import tqdm
+import numpy as np
+from diffusers import VQModel
 
-from xdlm_image.evaluation.batches import LabelledBatch
-from xdlm_image.evaluation.code_pairs import PairFrequencies
-from xdlm_image.evaluation.extractor import FeatureExtractor
-from xdlm_image.evaluation.fid import new_statistics, update_statistics
-from xdlm_image.evaluation.statistics import StreamedStatistics, rank_and_world
-from xdlm_image.files import sha256_of_file, write_json
+from xdlm_image.data.image_check import check_images
+from xdlm_image.data.images import ImageSet, open_images
+from xdlm_image.devices import best_device
+from xdlm_image.evaluation.batches import UINT8_RULE, real_batches, reconstructed_batches
+from xdlm_image.evaluation.extractor import FeatureExtractor, load_extractor
+from xdlm_image.evaluation.fid import fid_from_statistics
+from xdlm_image.evaluation.measuring import Measured, barrier, cached_measure, load_measured
+from xdlm_image.evaluation.statistics import rank_and_world
+from xdlm_image.files import refuse_unwritable, write_json
+from xdlm_image.recipes import DataOptions, ReferenceRecipe
+from xdlm_image.tokenizer.codes import grid_of, load_tokenizer, tokenizer_hash
+
+SCHEMA_VERSION = 1
+FLOORS = "floors"
+RESIZE_RULE = "shorter side to image_size, bicubic with antialiasing, then centre crop; none where it fits"
+FLOOR_SEED = 0  # which training images stand in the floors
 
 
 @dataclass
-class Measured:
-    """What an extractor saw of a set of images.
+class Reference:
+    """A reference set, measured.
 
     Attributes:
-        statistics: Layer -> mean and covariance.
-        class_accuracy: Share of images that the extractor's own head puts in their class; None without such a head.
-        pairs: How the images' codes go together; None where they were not made of codes.
-        hashes: Layer (and `pairs`) -> SHA-256 of the statistics' file; empty where they are on no disk.
+        about: The content of `reference.json`.
+        images: The real images.
+        reconstructions: Tokenizer hash -> the same images through this tokenizer.
     """
 
-    statistics: dict[str, StreamedStatistics]
-    class_accuracy: float | None
-    pairs: PairFrequencies | None
-    hashes: dict[str, str]
+    about: dict[str, Any]
+    images: Measured
+    reconstructions: dict[str, Measured]
+
+    def floors(self, pipelines: Mapping[str, str], num_samples: int) -> dict[str, Any]:
+        """The floors of a sweep, as `fid.json` holds them.
+
+        Args:
+            pipelines: Name -> tokenizer hash.
+            num_samples: Images a cell; floors of training images are of as many, or missing (None).
+        """
+        entries = []
+        for tokenizer, floor in self.about["reconstructions"].items():
+            users = [name for name, used in pipelines.items() if used == tokenizer]
+            if users:
+                train = floor["train"].get(str(num_samples))
+                entries.append({"tokenizer_hash": tokenizer, "pipelines": users, **floor, "train": train})
+        train = self.about["train"]["floors"].get(str(num_samples))
+        return {
+            "reference_class_accuracy": self.about["class_accuracy"],
+            "train_against_reference": None if train is None else {**self.about["train"]["images"], **train},
+            "reconstruction": entries,
+        }
 
 
-def measure(
+def describe_images(images: ImageSet) -> dict[str, Any]:
+    """What decides the statistics of an image set."""
+    return {
+        "fingerprint": images.fingerprint,
+        "split": images.split,
+        "num_images": len(images),
+        "image_size": images.image_size,
+        "channels": images.channels,
+        "crop": images.crop,
+        "uint8_rule": UINT8_RULE,
+    }
+
+
+def open_reference_images(data: DataOptions, split: str) -> tuple[ImageSet, ImageSet]:
+    """The images of a reference split, and those of the floor: training images, or test images where train is the
+    reference (a subset of the reference would score too well).
+
+    Raises:
+        ValueError, FileNotFoundError: A random crop, or images that cannot be opened.
+    """
+    if data.crop != "center":
+        raise ValueError(
+            f"data.crop={data.crop!r}: the reference images must be the same at every reading; set data.crop: center"
+        )
+    return open_images(data, split), open_images(data, "test" if split == "train" else "train")
+
+
+def make_reference(
+    folder: str | Path,
+    name: str,
+    images: ImageSet,
+    floor_images: ImageSet,
     extractor: FeatureExtractor,
-    batches: Iterable[LabelledBatch],
-    num_codes: int | None = None,
-    progress: tqdm | None = None,
-) -> Measured:
-    """Stream labelled uint8 batches into statistics of each FID layer; merged over ranks at the end.
+    tokenizers: Mapping[str, VQModel],
+    num_samples: Sequence[int],
+    batch_size: int,
+) -> Reference:
+    """Measure a reference set and write its folder; what an earlier run left there is taken.
 
     Args:
+        folder: The reference folder.
+        name: What the data set is called.
+        images: The reference images.
+        floor_images: Other real images, for the floors.
         extractor: From `load_extractor`.
-        batches: This rank's share.
-        num_codes: Codebook size where the batches hold codes, whose pairs are then counted; None without.
-        progress: Bar that counts this rank's images.
+        tokenizers: Tokenizer hash -> tokenizer, whose reconstructions are measured.
+        num_samples: Sizes of the sets that floors of real images are computed for; where there are fewer images
+            than that, all of them stand in.
+        batch_size: Images at once.
     """
-    statistics = new_statistics(extractor)
-    pairs = None if num_codes is None else PairFrequencies(num_codes)
-    right = 0
-    for images, labels, codes in batches:
-        features = extractor(images)
-        update_statistics(statistics, features)
-        if extractor.logits_layer is not None:
-            right += int((features[extractor.logits_layer].argmax(1) == labels.cpu()).sum())
-        if pairs is not None and codes is not None:
-            pairs.update(codes)
-        if progress is not None:
-            progress.update(len(images))
-    for layer_statistics in statistics.values():
-        layer_statistics.all_reduce(extractor.device)
-    if pairs is not None:
-        pairs.all_reduce(extractor.device)
-    count = next(iter(statistics.values())).count
-    accuracy = sum_over_ranks(right, extractor.device) / count if extractor.logits_layer is not None else None
-    return Measured(statistics, accuracy, pairs, {})
+    folder = Path(folder)
+    key = describe_images(images)
+    floor_key = {**describe_images(floor_images), "subset_seed": FLOOR_SEED}
+    subsets = {count: _subset(floor_images, count) for count in num_samples}
+    measured = cached_measure(
+        folder / "statistics",
+        f"reference-{images.split}",
+        key,
+        extractor,
+        lambda: real_batches(images, batch_size),
+        len(images),
+    )
+    floors = {}
+    for count, indices in subsets.items():
+        floor = cached_measure(
+            folder / FLOORS,
+            floor_images.split,
+            {**floor_key, "subset": len(indices)},
+            extractor,
+            lambda: real_batches(floor_images, batch_size, indices),  # noqa: B023  (called at once)
+            len(indices),
+        )
+        floors[str(count)] = {
+            "num_images": len(indices),
+            "fid": fids(floor, measured),
+            "class_accuracy": floor.class_accuracy,
+        }
+    about: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION,
+        "images": {"name": name, **key, "resize": RESIZE_RULE, "class_names": list(images.class_names)},
+        "extractor": extractor.describe(),
+        "class_accuracy": measured.class_accuracy,
+        "statistics": _place(folder, measured),
+        "train": {
+            "images": {
+                "split": floor_images.split,
+                "fingerprint": floor_images.fingerprint,
+                "subset_seed": FLOOR_SEED,
+            },
+            "floors": floors,
+        },
+        "reconstructions": {},
+    }
+    reconstructions = {}
+    for tokenizer, vqvae in tokenizers.items():
+        rebuilt = _reconstructed(folder / "statistics", images, None, key, extractor, tokenizer, vqvae, batch_size)
+        train = {}
+        for count, indices in subsets.items():
+            key_of_subset = {**floor_key, "subset": len(indices)}
+            floor = _reconstructed(
+                folder / FLOORS, floor_images, indices, key_of_subset, extractor, tokenizer, vqvae, batch_size
+            )
+            assert floor.pairs is not None and rebuilt.pairs is not None
+            train[str(count)] = {
+                "num_images": len(indices),
+                "fid_against_reconstructions": fids(floor, rebuilt),
+                "code_pair_total_variation": floor.pairs.total_variation(rebuilt.pairs),
+            }
+        about["reconstructions"][tokenizer] = {
+            "num_codes": int(vqvae.config.num_vq_embeddings),
+            "num_images": len(images),
+            "fid": fids(rebuilt, measured),
+            "class_accuracy": rebuilt.class_accuracy,
+            "statistics": _place(folder, rebuilt),
+            "train": train,
+        }
+        reconstructions[tokenizer] = rebuilt
+    if rank_and_world()[0] == 0:
+        write_json(folder / "reference.json", about)  # last: it makes the folder whole
+    barrier()
+    return Reference(about, measured, reconstructions)
 
 
-def sum_over_ranks(value: int, device: torch.device) -> int:
-    """Sum of an integer over the ranks."""
-    if rank_and_world()[1] == 1:
-        return value
-    total = torch.tensor([value], dtype=torch.int64, device=device)
-    dist.all_reduce(total)
-    return int(total)
+def open_reference(folder: str | Path, extractor: FeatureExtractor) -> Reference:
+    """Read a reference folder.
+
+    Raises:
+        FileNotFoundError: No such folder, or no `reference.json` in it.
+        ValueError: Another extractor, another version, or damaged files.
+    """
+    path = Path(folder) / "reference.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"reference={str(folder)!r}: no reference folder (no reference.json); make one with `xdlm-image reference`"
+        )
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+        version, used, layers = about["schema_version"], about["extractor"], about["extractor"]["fid_layers"]
+        if version != SCHEMA_VERSION:
+            raise ValueError(f"its schema_version is {version}, this package reads {SCHEMA_VERSION}")
+        if used["weights_sha256"] != extractor.weights_hash or layers != list(extractor.fid_layers):
+            raise ValueError(
+                f"its features are of {used['name']} {used['weights_sha256'][:12]}, the extractor is {extractor.name} "
+                f"{extractor.weights_hash[:12]}: numbers of two extractors do not compare"
+            )
+        key = {name: about["images"][name] for name in (*_KEY, "uint8_rule")}
+        if key["uint8_rule"] != UINT8_RULE:
+            raise ValueError(f"its uint8 rule is {key['uint8_rule']!r}, this package's is {UINT8_RULE!r}")
+        key |= {"extractor": used["weights_sha256"], "layers": layers}
+        images = load_measured(Path(folder) / about["statistics"]["folder"], key, None)
+        reconstructions = {
+            tokenizer: load_measured(
+                Path(folder) / floor["statistics"]["folder"], {**key, "tokenizer": tokenizer}, floor["num_codes"]
+            )
+            for tokenizer, floor in about["reconstructions"].items()
+        }
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"reference={str(folder)!r}: cannot be used ({error}); make it again") from error
+    return Reference(about, images, reconstructions)
 
 
-def barrier() -> None:
-    """Wait for the other ranks, if there are any."""
-    if rank_and_world()[1] > 1:
-        dist.barrier()
+def reference(recipe: ReferenceRecipe) -> Path:
+    """The verb `reference`: measure, write the folder, and drop what only computing the floors again would need.
+
+    Returns:
+        The path of `reference.json`.
+
+    Raises:
+        FileNotFoundError, ValueError: The images, the extractor or a tokenizer do not exist or do not fit; before
+            anything is measured.
+    """
+    images, floor_images = open_reference_images(recipe.data, recipe.reference_split)
+    extractor = load_extractor(recipe.extractor, best_device(recipe.device))
+    extractor.check_images(recipe.data.channels, recipe.data.image_size)
+    if extractor.config is not None and extractor.config.class_names != list(images.class_names):
+        extractor = replace(extractor, logits_layer=None)
+    loaded = [load_tokenizer(folder, extractor.device) for folder in recipe.tokenizers]
+    for folder, vqvae in zip(recipe.tokenizers, loaded):
+        grid_of(vqvae, recipe.data.image_size)
+        if vqvae.config.in_channels != recipe.data.channels:
+            raise ValueError(
+                f"tokenizers: {folder} takes {vqvae.config.in_channels} channels, data.channels is "
+                f"{recipe.data.channels}; use one that fits"
+            )
+    output = Path(recipe.output_dir)
+    refuse_unwritable(output, "output_dir")
+    check_images(images)
+    make_reference(
+        output,
+        recipe.data.name,
+        images,
+        floor_images,
+        extractor,
+        {tokenizer_hash(vqvae): vqvae for vqvae in loaded},
+        recipe.num_samples,
+        recipe.batch_size,
+    )
+    shutil.rmtree(output / FLOORS, ignore_errors=True)
+    return output / "reference.json"
 
 
-def short_hash(content: Any) -> str:
-    """12 hexadecimal digits that differ when the JSON content does."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+def fids(a: Measured, b: Measured) -> dict[str, float]:
+    """Frechet distance for each layer."""
+    return {layer: fid_from_statistics(a.statistics[layer], b.statistics[layer]) for layer in a.statistics}
 
 
-def cached_measure(
+_KEY = ("fingerprint", "split", "num_images", "image_size", "channels", "crop")
+
+
+def _subset(images: ImageSet, count: int) -> list[int]:
+    return sorted(np.random.default_rng(FLOOR_SEED).permutation(len(images))[:count].tolist())
+
+
+def _place(folder: Path, measured: Measured) -> dict[str, Any]:
+    assert measured.place is not None
+    return {"folder": measured.place.relative_to(folder).as_posix(), "sha256": measured.hashes}
+
+
+def _reconstructed(
     folder: Path,
-    label: str,
+    images: ImageSet,
+    indices: Sequence[int] | None,
     key: dict[str, Any],
     extractor: FeatureExtractor,
-    make_batches: Callable[[], Iterable[LabelledBatch]],
-    total: int,
-    num_codes: int | None = None,
+    tokenizer: str,
+    vqvae: VQModel,
+    batch_size: int,
 ) -> Measured:
-    """`measure`, or what an earlier run with the same key left in `folder`.
-
-    Args:
-        folder: Folder of the cache.
-        label: What the set is called in file names and in the progress bar.
-        key: JSON that names the images and everything that changes their statistics.
-        extractor: Its weights' hash becomes part of the key.
-        make_batches: This rank's share of the images.
-        total: Images over all ranks.
-        num_codes: As for `measure`.
-    """
-    key = {**key, "extractor": extractor.weights_hash, "layers": list(extractor.fid_layers)}
-    place = folder / f"{label}-{short_hash(key)}"
-    found = _load(place, key, extractor.fid_layers, num_codes)
-    if found is not None:
-        return found
-    rank, world = rank_and_world()
-    with tqdm(total=(total - rank + world - 1) // world, desc=label, unit="image", disable=rank != 0) as progress:
-        measured = measure(extractor, make_batches(), num_codes, progress)
-    if rank == 0:
-        for layer, statistics in measured.statistics.items():
-            statistics.save(place / f"{layer}.safetensors", {"layer": layer, "extractor": extractor.weights_hash})
-        if measured.pairs is not None:
-            measured.pairs.save(place / "pairs.safetensors", {"num_codes": str(num_codes)})
-        hashes = _hashes(place, extractor.fid_layers, num_codes)
-        about = {"key": key, "class_accuracy": measured.class_accuracy, "statistics_sha256": hashes}
-        write_json(place / "about.json", about)  # last: it makes the folder whole
-    barrier()
-    found = _load(place, key, extractor.fid_layers, num_codes)
-    if found is None:
-        raise RuntimeError(f"{place}: the statistics just written cannot be read back; check the disk")
-    return found
-
-
-def _hashes(place: Path, layers: tuple[str, ...], num_codes: int | None) -> dict[str, str]:
-    names = [*layers] if num_codes is None else [*layers, "pairs"]
-    return {name: sha256_of_file(place / f"{name}.safetensors") for name in names}
-
-
-def _load(place: Path, key: dict[str, Any], layers: tuple[str, ...], num_codes: int | None) -> Measured | None:
-    if not (place / "about.json").is_file():
-        return None
-    try:
-        about = json.loads((place / "about.json").read_text(encoding="utf-8"))
-        hashes = _hashes(place, layers, num_codes)
-        if about["key"] != key or about["statistics_sha256"] != hashes:
-            raise ValueError("its files do not belong together")
-        statistics = {
-            layer: StreamedStatistics.load(
-                place / f"{layer}.safetensors", {"layer": layer, "extractor": key["extractor"]}
-            )
-            for layer in layers
-        }
-        pairs = None if num_codes is None else PairFrequencies.load(place / "pairs.safetensors", num_codes)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        print(f"{place}: cached statistics cannot be used ({error}); computing them again")
-        return None
-    return Measured(statistics, about["class_accuracy"], pairs, hashes)
+    return cached_measure(
+        folder,
+        f"reconstructions-{images.split}",
+        {**key, "tokenizer": tokenizer},
+        extractor,
+        lambda: reconstructed_batches(vqvae, real_batches(images, batch_size, indices)),
+        len(images) if indices is None else len(indices),
+        int(vqvae.config.num_vq_embeddings),
+    )

@@ -47,31 +47,31 @@ def markdown(content: Content) -> str:
         lines += _table(content, lambda cell: cell["fid"][layer])  # noqa: B023  (called at once)
         lines += ["", "Floors: " + "; ".join(_floors(content, layer)) + ".", ""]
         lines += [f"## Features `{layer}`, against reconstructions of the real images", ""]
-        lines += _table(content, lambda cell: cell["fid_against_reconstructions"][layer])  # noqa: B023
+        lines += _table(content, lambda cell: (cell["fid_against_reconstructions"] or {}).get(layer))  # noqa: B023
         lines += [
             "",
             "The tokenizer's own error is out of this table. Floors: "
             + "; ".join(
                 f"reconstructed {_floor_images(content)} ({_users(floor)}) "
                 f"{number(floor['train']['fid_against_reconstructions'][layer])}"
-                for floor in floors["reconstruction"]
+                for floor in _with_train(floors)
             )
             + ".",
             "",
         ]
     for distance, where in (("near", "neighbouring positions"), ("far", "positions half a grid apart")):
         lines += [f"## Pairs of codes at {where}: total variation to held-out images (%)", ""]
-        lines += _table(content, lambda cell: 100 * cell["code_pair_total_variation"][distance])  # noqa: B023
+        lines += _table(content, lambda cell: _percent((cell["code_pair_total_variation"] or {}).get(distance)))  # noqa: B023
         lines += ["", "Needs no extractor; falls as codes drawn together fit each other. Floors: "]
         lines[-1] += "; ".join(
             f"{floor['train']['num_images']} {_floor_images(content)} ({_users(floor)}) "
             f"{number(100 * floor['train']['code_pair_total_variation'][distance])}"
-            for floor in floors["reconstruction"]
+            for floor in _with_train(floors)
         )
         lines += [""]
     if any(cell["class_accuracy"] is not None for cell in content["cells"]):
         lines += ["## Class accuracy (%), judged by the extractor's own classifier", ""]
-        lines += _table(content, lambda cell: None if cell["class_accuracy"] is None else 100 * cell["class_accuracy"])
+        lines += _table(content, lambda cell: _percent(cell["class_accuracy"]))
         real = floors["reference_class_accuracy"]
         lines += ["", f"The same classifier on the real reference images: {100 * real:.2f} %.", ""]
     lines += ["## Images per second", "", *_table(content, lambda cell: cell["images_per_second"]), ""]
@@ -92,13 +92,22 @@ def markdown(content: Content) -> str:
     return "\n".join(lines)
 
 
+def _percent(share: float | None) -> float | None:
+    return None if share is None else 100 * share
+
+
+def _with_train(floors: Content) -> list[Content]:
+    """Floors of tokenizers for which as many real images as a cell has were measured."""
+    return [floor for floor in floors["reconstruction"] if floor["train"] is not None]
+
+
 def _users(floor: Content) -> str:
     return ", ".join(floor["pipelines"])
 
 
 def _floor_images(content: Content) -> str:
     """What the images of the floor are: `training images`, or those of the split that stands in for them."""
-    split = content["floors"]["train_against_reference"].get("split", "train")
+    split = (content["floors"]["train_against_reference"] or {}).get("split", "train")
     return "training images" if split == "train" else f"{split} images"
 
 
@@ -108,7 +117,10 @@ def _floors(content: Content, layer: str) -> list[str]:
         f"reconstruction (rFID) of {_users(floor)} {number(floor['fid'][layer])}" for floor in floors["reconstruction"]
     ]
     train = floors["train_against_reference"]
-    texts.append(f"{train['num_images']} {_floor_images(content)} against the reference {number(train['fid'][layer])}")
+    if train is not None:
+        texts.append(
+            f"{train['num_images']} {_floor_images(content)} against the reference {number(train['fid'][layer])}"
+        )
     return texts
 
 
@@ -158,8 +170,9 @@ def write_plot(output_dir: str | Path, content: Content) -> Path:
         for floor in floors["reconstruction"]:
             label = "reconstruction" if len(floors["reconstruction"]) == 1 else "rec. " + ", ".join(floor["pipelines"])
             panel.axhline(floor["fid"][layer], linestyle="--", color="grey", linewidth=1, label=label)
-        train = floors["train_against_reference"]["fid"][layer]
-        panel.axhline(train, linestyle=":", color="black", linewidth=1, label=_floor_images(content))
+        train = floors["train_against_reference"]
+        if train is not None:
+            panel.axhline(train["fid"][layer], linestyle=":", color="black", linewidth=1, label=_floor_images(content))
         panel.set_xscale("log", base=2)
         panel.set_yscale("log")
         panel.xaxis.set_major_locator(FixedLocator(sorted({cell["nfe"] for cell in content["cells"]})))

@@ -5,17 +5,23 @@ This file owns names, defaults and range checks, and nothing else: it imports no
 the rooms (`data`, `tokenizer`, `training`, `evaluation`, `cli`) read them.
 """
 
+from .conversion import ConversionRecipe, ConvertXDLMRecipe
 from .data import DataOptions, EncodeRecipe
-from .sampling import EvaluateRecipe, SampleRecipe
+from .publishing import ExportRecipe
+from .sampling import EvaluateRecipe, ReferenceRecipe, SampleRecipe
 from .tokenizer import ExtractorRecipe, TokenizerModelOptions, TokenizerRecipe
 from .training import ProcessOptions, TrainRecipe, TransformerOptions
 
 __all__ = [
+    "ConversionRecipe",
+    "ConvertXDLMRecipe",
     "DataOptions",
     "EncodeRecipe",
     "EvaluateRecipe",
+    "ExportRecipe",
     "ExtractorRecipe",
     "ProcessOptions",
+    "ReferenceRecipe",
     "SampleRecipe",
     "TokenizerModelOptions",
     "TokenizerRecipe",

@@ -1,0 +1,113 @@
+"""A reference folder in the place of the images: the same numbers, and everything that does not fit refused."""
+
+import json
+import re
+import shutil
+
+import pytest
+from evaluation_parts import build_parts, extractor_recipe, one_thread, save_pipeline  # noqa: F401
+
+from xdlm_image.evaluation import sweep
+from xdlm_image.evaluation.extractor_training import train_extractor
+from xdlm_image.evaluation.references import reference
+from xdlm_image.evaluation.sweep import evaluate
+from xdlm_image.recipes import DataOptions, ReferenceRecipe
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*images are few for the.*:UserWarning")
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    return build_parts(tmp_path_factory.mktemp("parts"))
+
+
+@pytest.fixture(scope="module")
+def folder(parts, tmp_path_factory):
+    """A reference folder whose images are then hidden."""
+    folder = tmp_path_factory.mktemp("reference")
+    tokenizer = parts.pipelines["mdlm"] + "/vqvae"
+    recipe = ReferenceRecipe(
+        str(folder),
+        parts.data,
+        str(parts.extractor),
+        tokenizers=[tokenizer],
+        num_samples=[18, 36],
+        batch_size=7,
+        device="cpu",
+    )
+    reference(recipe)
+    return folder
+
+
+def _recipe(parts, output, folder, **changes):
+    changes = {"num_steps": [2], "seeds": [0], "data": DataOptions(), "reference": str(folder), **changes}
+    return parts.recipe(output, **changes)
+
+
+def _content(path):
+    content = json.loads(path.read_text())
+    for cell in content["cells"]:
+        del cell["sampling_seconds"], cell["images_per_second"]
+    return content
+
+
+def test_a_folder_gives_the_numbers_of_the_images_without_them(parts, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "GRID_IMAGES", 1)
+    assert not (folder / "floors").exists() and str(parts.data.root) not in (folder / "reference.json").read_text()
+    direct = _content(evaluate(parts.recipe(tmp_path / "direct", num_steps=[2], seeds=[0])))
+    monkeypatch.setattr("xdlm_image.evaluation.plan.open_reference_images", None)  # the images are not at hand
+    through = _content(evaluate(_recipe(parts, tmp_path / "through", folder)))
+    for content in (direct, through):  # the files' own hashes: their headers are written in no fixed order
+        content["protocol"]["reference"].pop("statistics_sha256")
+        content["floors"]["reconstruction"][0].pop("statistics")
+    for part in ("cells", "floors"):
+        assert through[part] == direct[part]
+    assert through["protocol"]["reference"] == direct["protocol"]["reference"]
+    assert direct["floors"]["reconstruction"][0]["train"]["num_images"] == 18
+
+
+def test_what_the_folder_lacks_is_said_and_left_out(parts, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "GRID_IMAGES", 1)
+    other = save_pipeline(tmp_path / "other", seed=3)
+    weights = other / "vqvae" / "diffusion_pytorch_model.safetensors"
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(weights)
+    tensors["quantize.embedding.weight"] *= 1.5
+    save_file(tensors, weights, metadata={"format": "pt"})
+    recipe = _recipe(parts, tmp_path / "out", folder, num_samples=21, pipelines={"other": str(other)})
+    with pytest.warns(UserWarning, match="no reconstructions by the tokenizer of other"):
+        content = _content(evaluate(recipe))
+    assert content["cells"][0]["fid_against_reconstructions"] is None and content["cells"][0]["fid"]["pooled"] > 0
+    assert content["floors"] == {
+        "reference_class_accuracy": content["floors"]["reference_class_accuracy"],
+        "train_against_reference": None,
+        "reconstruction": [],
+    }
+    assert any("floors for 18, 36 images, none for 21" in warning for warning in content["warnings"])
+    page = (tmp_path / "out" / "fid.md").read_text()
+    assert re.search(r"\| other \| – \|", page) and (tmp_path / "out" / "fid.png").stat().st_size > 200
+
+
+def test_folders_that_do_not_fit_are_refused(parts, folder, tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(FileNotFoundError, match=r"reference=.*xdlm-image reference"):
+        evaluate(_recipe(parts, out, tmp_path / "none"))
+    with pytest.raises(ValueError, match="give one of the two"):
+        evaluate(_recipe(parts, out, folder, data=parts.data))
+    stranger = train_extractor(extractor_recipe(parts.data, tmp_path / "stranger", seed=5, epochs=1))
+    with pytest.raises(ValueError, match="numbers of two extractors do not compare"):
+        evaluate(_recipe(parts, out, folder, extractor=str(stranger)))
+    damaged = shutil.copytree(folder, tmp_path / "damaged")
+    file = next((damaged / "statistics").rglob("pooled.safetensors"))
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(ValueError, match="statistics cannot be used.*make it again"):
+        evaluate(_recipe(parts, out, damaged))
+    (damaged / "reference.json").write_text('{"schema_version": 7}')
+    with pytest.raises(ValueError, match="make it again"):
+        evaluate(_recipe(parts, out, damaged))
+    assert not out.exists()
+    grey = save_pipeline(tmp_path / "grey", channels=1) / "vqvae"
+    with pytest.raises(ValueError, match=r"tokenizers: .*takes 1 channels, data\.channels is 3"):
+        reference(ReferenceRecipe(str(out), parts.data, str(parts.extractor), tokenizers=[str(grey)], device="cpu"))
+    assert not out.exists()

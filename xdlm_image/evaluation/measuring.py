@@ -1,0 +1,182 @@
+"""From batches of images to what an extractor saw of them, and the cache of that on disk.
+
+This file owns the stream over batches and ranks, and folders of statistics keyed by what the images are and which
+extractor looked at them. It never draws samples and never compares.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from xdlm_image.evaluation.batches import LabelledBatch
+from xdlm_image.evaluation.code_pairs import PairFrequencies
+from xdlm_image.evaluation.extractor import FeatureExtractor
+from xdlm_image.evaluation.fid import new_statistics, update_statistics
+from xdlm_image.evaluation.statistics import StreamedStatistics, rank_and_world
+from xdlm_image.files import sha256_of_file, write_json
+
+
+@dataclass
+class Measured:
+    """What an extractor saw of a set of images.
+
+    Attributes:
+        statistics: Layer -> mean and covariance.
+        class_accuracy: Share of images that the extractor's own head puts in their class; None without such a head.
+        pairs: How the images' codes go together; None where they were not made of codes.
+        hashes: Layer (and `pairs`) -> SHA-256 of the statistics' file; empty where they are on no disk.
+        place: Folder of those files; None where they are on no disk.
+    """
+
+    statistics: dict[str, StreamedStatistics]
+    class_accuracy: float | None
+    pairs: PairFrequencies | None
+    hashes: dict[str, str]
+    place: Path | None = None
+
+
+def measure(
+    extractor: FeatureExtractor,
+    batches: Iterable[LabelledBatch],
+    num_codes: int | None = None,
+    progress: tqdm | None = None,
+) -> Measured:
+    """Stream labelled uint8 batches into statistics of each FID layer; merged over ranks at the end.
+
+    Args:
+        extractor: From `load_extractor`.
+        batches: This rank's share.
+        num_codes: Codebook size where the batches hold codes, whose pairs are then counted; None without.
+        progress: Bar that counts this rank's images.
+    """
+    statistics = new_statistics(extractor)
+    pairs = None if num_codes is None else PairFrequencies(num_codes)
+    right = 0
+    for images, labels, codes in batches:
+        features = extractor(images)
+        update_statistics(statistics, features)
+        if extractor.logits_layer is not None:
+            right += int((features[extractor.logits_layer].argmax(1) == labels.cpu()).sum())
+        if pairs is not None and codes is not None:
+            pairs.update(codes)
+        if progress is not None:
+            progress.update(len(images))
+    for layer_statistics in statistics.values():
+        layer_statistics.all_reduce(extractor.device)
+    if pairs is not None:
+        pairs.all_reduce(extractor.device)
+    count = next(iter(statistics.values())).count
+    accuracy = sum_over_ranks(right, extractor.device) / count if extractor.logits_layer is not None else None
+    return Measured(statistics, accuracy, pairs, {})
+
+
+def sum_over_ranks(value: int, device: torch.device) -> int:
+    """Sum of an integer over the ranks."""
+    if rank_and_world()[1] == 1:
+        return value
+    total = torch.tensor([value], dtype=torch.int64, device=device)
+    dist.all_reduce(total)
+    return int(total)
+
+
+def barrier() -> None:
+    """Wait for the other ranks, if there are any."""
+    if rank_and_world()[1] > 1:
+        dist.barrier()
+
+
+def short_hash(content: Any) -> str:
+    """12 hexadecimal digits that differ when the JSON content does."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def cached_measure(
+    folder: Path,
+    label: str,
+    key: dict[str, Any],
+    extractor: FeatureExtractor,
+    make_batches: Callable[[], Iterable[LabelledBatch]],
+    total: int,
+    num_codes: int | None = None,
+) -> Measured:
+    """`measure`, or what an earlier run with the same key left in `folder`.
+
+    Args:
+        folder: Folder of the cache.
+        label: What the set is called in file names and in the progress bar.
+        key: JSON that names the images and everything that changes their statistics.
+        extractor: Its weights' hash becomes part of the key.
+        make_batches: This rank's share of the images.
+        total: Images over all ranks.
+        num_codes: As for `measure`.
+    """
+    key = {**key, "extractor": extractor.weights_hash, "layers": list(extractor.fid_layers)}
+    place = folder / f"{label}-{short_hash(key)}"
+    found = _load_again(place, key, extractor.fid_layers, num_codes)
+    if found is not None:
+        return found
+    rank, world = rank_and_world()
+    with tqdm(total=(total - rank + world - 1) // world, desc=label, unit="image", disable=rank != 0) as progress:
+        measured = measure(extractor, make_batches(), num_codes, progress)
+    if rank == 0:
+        for layer, statistics in measured.statistics.items():
+            statistics.save(place / f"{layer}.safetensors", {"layer": layer, "extractor": extractor.weights_hash})
+        if measured.pairs is not None:
+            measured.pairs.save(place / "pairs.safetensors", {"num_codes": str(num_codes)})
+        hashes = _hashes(place, extractor.fid_layers, num_codes)
+        about = {"key": key, "class_accuracy": measured.class_accuracy, "statistics_sha256": hashes}
+        write_json(place / "about.json", about)  # last: it makes the folder whole
+    barrier()
+    return load_measured(place, key, num_codes)
+
+
+def _hashes(place: Path, layers: Sequence[str], num_codes: int | None) -> dict[str, str]:
+    names = [*layers] if num_codes is None else [*layers, "pairs"]
+    return {name: sha256_of_file(place / f"{name}.safetensors") for name in names}
+
+
+def _load_again(place: Path, key: dict[str, Any], layers: tuple[str, ...], num_codes: int | None) -> Measured | None:
+    if not (place / "about.json").is_file():
+        return None
+    try:
+        return load_measured(place, key, num_codes)
+    except ValueError as error:
+        print(f"{error}; computing them again")
+        return None
+
+
+def load_measured(place: Path, key: dict[str, Any], num_codes: int | None) -> Measured:
+    """What `cached_measure` left in a folder.
+
+    Args:
+        place: The folder.
+        key: What the images must be; its `extractor` and `layers` say what looked at them.
+        num_codes: As for `measure`.
+
+    Raises:
+        ValueError: Files are missing, damaged, or of other images, another extractor or another codebook.
+    """
+    try:
+        about = json.loads((place / "about.json").read_text(encoding="utf-8"))
+        hashes = _hashes(place, key["layers"], num_codes)
+        if about["key"] != key or about["statistics_sha256"] != hashes:
+            raise ValueError("its files do not belong together")
+        statistics = {
+            layer: StreamedStatistics.load(
+                place / f"{layer}.safetensors", {"layer": layer, "extractor": key["extractor"]}
+            )
+            for layer in key["layers"]
+        }
+        pairs = None if num_codes is None else PairFrequencies.load(place / "pairs.safetensors", num_codes)
+        return Measured(statistics, about["class_accuracy"], pairs, hashes, place)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{place}: these statistics cannot be used ({error})") from error
