@@ -45,6 +45,7 @@ class XDLMPipeline(SelfContainedPipeline):
 
     model_cpu_offload_seq = "transformer->vqvae"
     _callback_tensor_inputs = ["latents"]
+    PARTS = ("transformer", "scheduler", "vqvae")
 
     def __init__(
         self,
@@ -62,6 +63,18 @@ class XDLMPipeline(SelfContainedPipeline):
         synsets = read_synsets(id2synset, num_classes)
         self.register_to_config(id2label=labels, id2synset=synsets, supports_guidance=bool(supports_guidance))
         self.image_processor = VaeImageProcessor(do_resize=False, do_normalize=True)
+
+    @classmethod
+    def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
+        """A pipeline of this class that shares the parts and the labels of another, in their dtype.
+
+        diffusers alone would share a part only if its class were the very one of the annotation, which files that
+        travel cannot import, and would turn what is shared into float32.
+        """
+        parts = {name: part for name, part in pipeline.components.items() if name in cls.PARTS}
+        if "torch_dtype" not in kwargs:
+            kwargs.setdefault("dtype", pipeline.dtype)
+        return super().from_pipe(pipeline, **{**parts, **kwargs})
 
     # --- properties -------------------------------------------------------------------------------
 
@@ -279,7 +292,7 @@ class XDLMPipeline(SelfContainedPipeline):
             output_type,
             list(callback_on_step_end_tensor_inputs),
         )
-        num_steps = _same_steps(num_steps, num_inference_steps, timesteps)
+        num_steps = same_steps(num_steps, num_inference_steps, timesteps)
         if timesteps is not None and latents is None and len(timesteps) and timesteps[0] < 1:
             raise ValueError(f"timesteps begins at {timesteps[0]}: give latents noised to that time, or begin at 1")
         ids = self._class_ids(class_labels)
@@ -298,6 +311,7 @@ class XDLMPipeline(SelfContainedPipeline):
         # 3. Times and noise
         self.scheduler.set_timesteps(num_steps, device=device, timesteps=timesteps)
         times = self.scheduler.timesteps
+        times_on_device = times.float().to(device)  # all at once: no step waits for its time to arrive
         self._num_timesteps = len(times)
         latents = self.prepare_latents(batch_size, generator, device, latents)  # (B, h, w)
 
@@ -307,14 +321,16 @@ class XDLMPipeline(SelfContainedPipeline):
                 if self.interrupt:
                     continue
                 codes = latents.flatten(1)  # (B, L)
-                if self.do_classifier_free_guidance:
-                    logits = self.transformer(
-                        torch.cat([codes, codes]), timestep=t, class_labels=labels_and_null, return_dict=False
-                    )[0]  # (2B, L, V)
+                guided = self.do_classifier_free_guidance
+                logits = self.transformer(
+                    torch.cat([codes, codes]) if guided else codes,
+                    timestep=times_on_device[i],
+                    class_labels=labels_and_null if guided else labels,
+                    return_dict=False,
+                )[0]  # (B, L, V), guided (2B, L, V)
+                if guided:
                     cond, uncond = logits.float().chunk(2)  # 2 x (B, L, V)
                     logits = uncond + self.guidance_scale * (cond - uncond)  # (B, L, V)
-                else:
-                    logits = self.transformer(codes, timestep=t, class_labels=labels, return_dict=False)[0]  # (B, L, V)
                 codes = self.scheduler.step(
                     logits, t, codes, generator=generator, temperature=temperature, return_dict=False
                 )[0]  # (B, L)
@@ -342,9 +358,7 @@ class XDLMPipeline(SelfContainedPipeline):
         return ImagePipelineOutput(images=images)
 
 
-def _same_steps(
-    num_steps: int | None, num_inference_steps: int | None, timesteps: Sequence[float] | None
-) -> int | None:
+def same_steps(num_steps: int | None, num_inference_steps: int | None, timesteps: Sequence[float] | None) -> int | None:
     """The step count that two names of one argument agree on; None where times are given instead."""
     given = [n for n in (num_steps, num_inference_steps) if n is not None]
     if given and timesteps is not None:

@@ -10,19 +10,27 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .models import XDLMTransformer2DModel
-    from .pipelines import XDLMPipeline
+    from .pipelines import XDLMImg2ImgPipeline, XDLMPipeline
     from .schedulers import XDLMProcess, XDLMScheduler
 
     __version__: str
 
 _HOMES = {
+    "XDLMImg2ImgPipeline": "xdlm_image.pipelines",
     "XDLMPipeline": "xdlm_image.pipelines",
     "XDLMProcess": "xdlm_image.schedulers",
     "XDLMScheduler": "xdlm_image.schedulers",
     "XDLMTransformer2DModel": "xdlm_image.models",
 }
 
-__all__ = ["XDLMPipeline", "XDLMProcess", "XDLMScheduler", "XDLMTransformer2DModel", "__version__"]
+__all__ = [
+    "XDLMImg2ImgPipeline",
+    "XDLMPipeline",
+    "XDLMProcess",
+    "XDLMScheduler",
+    "XDLMTransformer2DModel",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -16,21 +16,30 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.utils.data import Dataset
 from torchvision.datasets import FashionMNIST, ImageFolder
 from torchvision.datasets.mnist import read_image_file, read_label_file
 from torchvision.transforms.v2 import functional as tv
 from tqdm import tqdm
 
+from xdlm_image.pipelines.init_images import (
+    DECODING_ERRORS,
+    cannot_be_read,
+    covering,
+    floating_point,
+    middle,
+    refuse_bomb,
+    refuse_strip,
+    to_8_bits,
+    values_of_16_bits,
+)
 from xdlm_image.processes import process_state
 from xdlm_image.recipes import DataOptions
 
 SPLITS = ("train", "validation", "test")
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 FASHION_MNIST_VALIDATION = 5_000  # the last images of the training file
-
-DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
 Transform = Callable[[torch.Tensor], torch.Tensor]
 
@@ -103,20 +112,25 @@ class ImageSet(Dataset):
                 image = image.expand(3, -1, -1)
             if self.image_size in image.shape[-2:] and image.shape[-1] == image.shape[-2]:
                 return image.clone()
-            return self._resize_and_crop(image, generator)
+            return self._resize_and_crop(image, generator, "image")
         assert self._paths is not None
-        return self._resize_and_crop(read_image(self._paths[index], self.channels), generator)
+        path = self._paths[index]
+        return self._resize_and_crop(read_image(path, self.channels), generator, _named(path))
 
-    def _resize_and_crop(self, image, generator: torch.Generator | None) -> torch.Tensor:
-        size = self.image_size
-        image = tv.resize(image, [size], interpolation=tv.InterpolationMode.BICUBIC, antialias=True)
+    def _resize_and_crop(
+        self, image: Image.Image | torch.Tensor, generator: torch.Generator | None, name: str
+    ) -> torch.Tensor:
+        size = (self.image_size, self.image_size)
+        height, width = tv.get_size(image)
+        scaled = covering((height, width), size)
         if self.crop == "random":
-            height, width = tv.get_size(image)
-            top = int(torch.randint(height - size + 1, (), generator=generator))
-            left = int(torch.randint(width - size + 1, (), generator=generator))
-            image = tv.crop(image, top, left, size, size)
+            top = int(torch.randint(scaled[0] - size[0] + 1, (), generator=generator))
+            left = int(torch.randint(scaled[1] - size[1] + 1, (), generator=generator))
         else:
-            image = tv.center_crop(image, [size, size])
+            top, left = middle(scaled, size)
+        refuse_strip(scaled, name)
+        image = tv.resize(image, list(scaled), interpolation=tv.InterpolationMode.BICUBIC, antialias=True)
+        image = tv.crop(image, top, left, *size)
         return tv.pil_to_tensor(image) if isinstance(image, Image.Image) else image
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
@@ -125,61 +139,47 @@ class ImageSet(Dataset):
 
 
 def read_image(path: str | os.PathLike, channels: int) -> Image.Image:
-    """Decode one file to an upright `L` (channels 1) or `RGB` (channels 3) picture of its full size.
-
-    EXIF rotation is applied; alpha is laid on white; CMYK, palette and grey are converted; 16-bit grey is divided
-    by 257.
+    """Decode one file to an upright `L` (channels 1) or `RGB` (channels 3) picture of its full size (`to_8_bits`).
 
     Raises:
         ValueError: The file cannot be decoded (broken, truncated, a decompression bomb) or has no 8-bit meaning.
     """
-    try:
-        with Image.open(path) as opened:
-            image = ImageOps.exif_transpose(opened)
-            image.load()
-    except DECODING_ERRORS as error:
-        raise ValueError(_cannot_be_read(path, error)) from error
-    if image.mode.startswith("I"):  # 16-bit grey; PIL's own conversion would cut everything above 255 off
-        image = Image.fromarray(((_values_of_16_bits(image, path) + 128) // 257).astype(np.uint8))
-    elif image.mode == "F":
-        raise ValueError(_floating_point(path))
-    elif image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-    if image.mode != "RGB":
-        image = image.convert("RGB")
-    return image if channels == 3 else image.convert("L")
+    name = _named(path)
+    with _opened(path) as image:
+        return to_8_bits(image, channels, name)
 
 
 def check_image(path: str | os.PathLike) -> None:
     """Raise the ValueError that `read_image` would raise, at less cost: JPEG is decoded at an eighth of its size."""
-    try:
-        with Image.open(path) as image:
+    name = _named(path)
+    with _opened(path) as image:
+        try:
             image.draft(None, (1, 1))  # every coefficient is still read, so a truncated file is seen
             image.load()
-            mode, decoded = image.mode, image.copy() if image.mode.startswith("I") else None
+        except DECODING_ERRORS as error:
+            raise ValueError(cannot_be_read(name, error)) from error
+        if image.mode.startswith("I"):
+            values_of_16_bits(image, name)
+        elif image.mode == "F":
+            raise ValueError(floating_point(name))
+
+
+def _opened(path: str | os.PathLike) -> Image.Image:
+    """The file's picture, not decoded yet, and small enough to be."""
+    try:
+        image = Image.open(path)
     except DECODING_ERRORS as error:
-        raise ValueError(_cannot_be_read(path, error)) from error
-    if decoded is not None:
-        _values_of_16_bits(decoded, path)
-    elif mode == "F":
-        raise ValueError(_floating_point(path))
+        raise ValueError(cannot_be_read(_named(path), error)) from error
+    try:
+        refuse_bomb(image.size, _named(path))
+    except ValueError:
+        image.close()
+        raise
+    return image
 
 
-def _values_of_16_bits(image: Image.Image, path: str | os.PathLike) -> np.ndarray:
-    values = np.asarray(image).astype(np.int64)
-    if values.min() < 0 or values.max() > 65_535:
-        raise ValueError(f"image {str(path)!r} holds 32-bit values: convert it to 8 or 16 bits")
-    return values
-
-
-def _floating_point(path: str | os.PathLike) -> str:
-    return f"image {str(path)!r} holds floating-point pixels of unknown range: convert it to 8 bits"
-
-
-def _cannot_be_read(path: str | os.PathLike, error: Exception) -> str:
-    return f"image {str(path)!r} cannot be read ({type(error).__name__}: {error}): replace it, or take it away"
+def _named(path: str | os.PathLike) -> str:
+    return f"image {str(path)!r}"
 
 
 def open_images(data: DataOptions, split: str, transform: Transform | None = None) -> ImageSet:

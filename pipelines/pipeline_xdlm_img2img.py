@@ -1,0 +1,151 @@
+"""XDLM from a picture instead of from noise: its codes are noised part of the way, and the steps lead back from there.
+
+This file owns where such a call starts. The steps, the checks and the decoding are `XDLMPipeline`'s, what pictures may
+be `init_images`'. It imports only torch, diffusers, the standard library and its siblings.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+
+from .class_labels import ClassLabels
+from .init_images import InitImages, preprocess
+from .pipeline_xdlm import Generators, XDLMPipeline, same_steps
+
+DEFAULT_STRENGTH = 0.6
+
+
+class XDLMImg2ImgPipeline(XDLMPipeline):
+    """Images of a class that begin at a picture: more of it is kept the lower `strength` is.
+
+    The same parts and files as `XDLMPipeline`: `from_pretrained` loads the same folder, and
+    `XDLMImg2ImgPipeline.from_pipe(pipe)` shares the parts of one that is loaded.
+    """
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width in pixels that pictures are brought to, and come out with."""
+        rows, columns = self.transformer.grid
+        factor = 2 ** (len(self.vqvae.config.block_out_channels) - 1)
+        return rows * factor, columns * factor
+
+    @torch.no_grad()
+    def encode_images(self, image: InitImages) -> torch.Tensor:
+        """Clean codes of pictures; `decode_latents` of them is the tokenizer's reconstruction.
+
+        Args:
+            image: As in a call.
+
+        Returns:
+            (B, rows, columns) int64.
+
+        Raises:
+            ValueError: What `init_images.preprocess` refuses, or a tokenizer whose codes the scheduler does not know.
+        """
+        return self._encode(preprocess(image, *self.image_size, self.vqvae.config.in_channels))
+
+    def _encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        pixels = pixels.to(self._execution_device, self.vqvae.dtype)  # (B, C, H, W)
+        latents = self.vqvae.encode(pixels).latents  # (B, D, h, w)
+        codes = self.vqvae.quantize(latents)[2][2].reshape(len(pixels), *self.transformer.grid)  # (B, h, w)
+        if int(codes.max()) >= self.scheduler.process.num_codes:
+            raise ValueError(
+                f"image became code {int(codes.max())}, the scheduler knows {self.scheduler.process.num_codes}: vqvae "
+                "and scheduler do not belong together"
+            )
+        return codes
+
+    @torch.no_grad()
+    def __call__(  # type: ignore[override]
+        self,
+        image: InitImages,
+        class_labels: ClassLabels = None,
+        strength: float = DEFAULT_STRENGTH,
+        num_steps: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float = 1.0,
+        temperature: float = 1.0,
+        generator: Generators = None,
+        num_images_per_prompt: int = 1,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
+        callback_on_step_end_tensor_inputs: list[str] | tuple[str, ...] = ("latents",),
+    ) -> ImagePipelineOutput | tuple:
+        """Generate images from pictures.
+
+        Args:
+            image: One picture or several: Pillow pictures, arrays (B, H, W, C), tensors (B, C, H, W), floats in
+                [0, 1] or uint8, or a list. Any size: scaled to cover the pipeline's, the middle is kept.
+            class_labels: As in `XDLMPipeline`. As many as pictures, or one for all pictures, or several for one
+                picture.
+            strength: Time t in (0, 1] that the picture's codes are noised to: a code is lost with probability t. 1
+                keeps nothing and is the same as `XDLMPipeline`.
+            num_steps: Reverse steps from there, 8 by default. All of them are run, whatever the strength: they divide
+                the time that is left.
+            num_inference_steps: Another name of `num_steps`.
+            guidance_scale, temperature, output_type, return_dict, callback_on_step_end,
+                callback_on_step_end_tensor_inputs: As in `XDLMPipeline`.
+            generator: One `torch.Generator`, or a list of one an image drawn: it draws the noise, then the steps.
+            num_images_per_prompt: Images drawn of each pair of picture and label; they stand together.
+
+        Returns:
+            `ImagePipelineOutput` with `images`, or a tuple.
+
+        Raises:
+            ValueError: If an argument is out of range, a picture cannot be used, or the parts do not fit; before any
+                network runs.
+        """
+        # 1. Check the arguments
+        self.check_inputs(
+            guidance_scale, temperature, num_images_per_prompt, output_type, list(callback_on_step_end_tensor_inputs)
+        )
+        times = self._times(strength, num_steps, num_inference_steps)
+        ids = self._class_ids(class_labels)
+        pixels = preprocess(image, *self.image_size, self.vqvae.config.in_channels)  # (B, C, H, W)
+        pairs = len(pixels) if ids is None else max(len(pixels), len(ids))
+        if len(pixels) not in (1, pairs) or (ids is not None and len(ids) not in (1, pairs)):
+            raise ValueError(
+                f"image holds {len(pixels)} pictures, class_labels {len(ids or [])} labels: give as many, or one"
+            )
+        labels: ClassLabels = None if ids is None else [*ids] * (pairs // len(ids))
+        number = pairs * num_images_per_prompt
+        if isinstance(generator, list | tuple) and len(generator) != number:
+            raise ValueError(f"generator is a list of {len(generator)} for {number} images: give one an image, or one")
+
+        # 2. Pictures to codes, noised to the first time
+        codes = self._encode(pixels)  # (B, h, w)
+        codes = codes.expand(pairs, -1, -1).repeat_interleave(num_images_per_prompt, dim=0)  # (number, h, w)
+        latents = self.scheduler.add_noise(
+            codes, torch.tensor(times[0], dtype=torch.float64), generator
+        )  # (number, h, w)
+
+        # 3. The steps from there
+        return super().__call__(
+            labels,
+            timesteps=times,
+            guidance_scale=guidance_scale,
+            temperature=temperature,
+            generator=generator,
+            num_images_per_prompt=number if ids is None else num_images_per_prompt,
+            latents=latents,
+            output_type=output_type,
+            return_dict=return_dict,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+        )
+
+    def _times(self, strength: float, num_steps: int | None, num_inference_steps: int | None) -> list[float]:
+        """The times of the steps, falling from `strength`."""
+        if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 <= strength <= 1:
+            raise ValueError(f"strength={strength!r}: must be a number in (0, 1]")
+        if strength < 1e-6:
+            raise ValueError(
+                f"strength={strength!r} changes nothing; for the tokenizer's reconstruction use "
+                "pipe.decode_latents(pipe.encode_images(image))"
+            )
+        steps = same_steps(num_steps, num_inference_steps, None)
+        self.scheduler.set_timesteps(steps, start=float(strength))
+        return self.scheduler.timesteps.tolist()
