@@ -1,6 +1,7 @@
 """Settings for every test: one thread (tiny tensors on busy cores), and the same hypothesis examples in every run."""
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch; subprocesses inherit it
 
@@ -15,6 +16,13 @@ torch.set_num_threads(1)
 
 def pytest_addoption(parser) -> None:
     parser.addoption("--slow", action="store_true", help="run the tests marked slow too")
+    repository = os.environ.get("DIFFUSERS_REPOSITORY")
+    parser.addoption(
+        "--diffusers-repository",
+        type=Path,
+        default=Path(repository) if repository else None,
+        help="checkout of diffusers' repository, whose own testers then run too (or DIFFUSERS_REPOSITORY)",
+    )
 
 
 def pytest_collection_modifyitems(config, items) -> None:
@@ -22,5 +30,16 @@ def pytest_collection_modifyitems(config, items) -> None:
     for item in items:
         if "slow" in item.keywords and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
+        if "diffusers_testers" in item.keywords and config.getoption("--diffusers-repository") is None:
+            item.add_marker(pytest.mark.skip(reason="diffusers_testers: run with --diffusers-repository PATH"))
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="gpu: no CUDA device"))
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """Print what tests recorded as `terminal summary`: it shows whether they pass or fail, and with workers too."""
+    for report in (report for reports in terminalreporter.stats.values() for report in reports):
+        for name, text in getattr(report, "user_properties", ()):
+            if name == "terminal summary" and report.when == "call":
+                terminalreporter.section(report.nodeid)
+                terminalreporter.write_line(text)
