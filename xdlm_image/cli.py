@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 from jsonargparse import ArgumentParser
 
 from . import recipes
+from .recipes.recipe_file import check_recipe_file
 
 VERBS: dict[str, tuple[type, str, str]] = {
     "train-extractor": (
@@ -167,6 +168,7 @@ def shipped_recipes() -> list[str]:
 
 def _recipe_file(name: str) -> str:
     if Path(name).exists():
+        check_recipe_file(name)
         return name
     shipped = _shipped_folder() / f"{name}.yaml"
     return str(shipped) if shipped.exists() else name

@@ -1,0 +1,73 @@
+"""What a recipe file may be: looked at before it is parsed, so that a file from elsewhere can neither run nor fill
+anything.
+
+This file owns the limits and their errors; what the options mean is told by the recipes. It never builds a value of
+the file: PyYAML's nodes are enough.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+
+LARGEST = 1_000_000  # bytes
+MOST_VALUES = 100_000  # with every alias written out
+DEEPEST = 50
+PLAIN = "tag:yaml.org,2002:"
+TAGS = {PLAIN + name for name in ("map", "seq", "str", "int", "float", "bool", "null", "merge", "timestamp")}
+
+
+def check_recipe_file(path: str | Path) -> None:
+    """Refuse what cannot be a recipe.
+
+    Raises:
+        ValueError: No plain file, too large, no text, no YAML, tags that would build Python objects, aliases that
+            multiply beyond measure, or something else than options with values. The message names the file.
+    """
+    name = f"--config {str(path)!r}"
+    if not Path(path).is_file():
+        raise ValueError(f"{name} is a folder or no plain file: name a YAML file in it")
+    if Path(path).stat().st_size > LARGEST:
+        raise ValueError(f"{name} has {Path(path).stat().st_size} bytes, a recipe at most {LARGEST}: name a recipe")
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig")
+        depth = 0
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > DEEPEST:
+                raise ValueError(f"{name} is nested more than {DEEPEST} deep: it is no recipe")
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is no text in UTF-8 ({error}): name a YAML file") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"{name} is no YAML: {error}") from error
+    if root is None:
+        raise ValueError(f"{name} is empty: write options into it, one a line, as in max_steps: 1000")
+    _count(root, name, {})
+    if not isinstance(root, yaml.MappingNode):
+        raise ValueError(f"{name} holds no options: write them one a line, as in max_steps: 1000")
+
+
+def _count(node: yaml.Node, name: str, known: dict[int, int]) -> int:
+    """Values at and below a node, aliases written out; `known` holds those of nodes that were counted."""
+    if id(node) in known:
+        if not known[id(node)]:
+            raise ValueError(f"{name}: an alias stands inside of what it stands for (line {node.start_mark.line + 1})")
+        return known[id(node)]
+    known[id(node)] = 0
+    if node.tag not in TAGS:
+        raise ValueError(
+            f"{name} has the tag {node.tag.replace(PLAIN, '!!')!r} in line {node.start_mark.line + 1}: recipes hold "
+            "plain values only, nothing of it was run; take the tag out"
+        )
+    children: list[yaml.Node] = []
+    if isinstance(node, yaml.MappingNode):
+        children = [part for pair in node.value for part in pair]
+    elif isinstance(node, yaml.SequenceNode):
+        children = node.value
+    total = 1 + sum(_count(child, name, known) for child in children)
+    if total > MOST_VALUES:
+        raise ValueError(f"{name}: its aliases stand for more than {MOST_VALUES} values; write out what you mean")
+    known[id(node)] = total
+    return total
