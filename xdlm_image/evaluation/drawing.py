@@ -8,8 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +32,13 @@ class SamplerSettings:
         num_steps: Reverse steps.
         guidance_scale: 1 is no guidance.
         temperature: Divides the logits.
+        start: Further arguments of the call, as `XDLMImg2ImgPipeline` takes them: the picture and the strength.
     """
 
     num_steps: int
     guidance_scale: float = 1.0
     temperature: float = 1.0
+    start: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def nfe(self) -> int:
@@ -118,6 +120,7 @@ def call_arguments(
         "temperature": settings.temperature,
         "generator": image_generators(seed, indices),
         "num_images_per_prompt": 1 if conditional else len(indices),
+        **settings.start,
     }
 
 

@@ -7,16 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from xdlm_image.data.images import read_image
 from xdlm_image.devices import best_device
 from xdlm_image.evaluation.drawing import SamplerSettings, class_names, draw_all, open_pipeline
 from xdlm_image.evaluation.pictures import save_picture, to_picture
 from xdlm_image.evaluation.trace_pictures import check_trace, write_trace
 from xdlm_image.files import refuse_unwritable
-from xdlm_image.pipelines import XDLMPipeline
+from xdlm_image.pipelines import XDLMImg2ImgPipeline, XDLMPipeline
 from xdlm_image.recipes import SampleRecipe
 
 GAP = 2  # white pixels between images
@@ -105,7 +107,8 @@ def sample(recipe: SampleRecipe) -> Path:
         The grid's path.
 
     Raises:
-        FileNotFoundError, ValueError: No such pipeline, unknown class, or a setting it does not take.
+        FileNotFoundError, ValueError: No such pipeline, unknown class, a picture that cannot be read, or a setting
+            that the pipeline does not take.
         OSError: Nothing can be written to the folder of `output` or to `images_dir`; before anything is drawn.
     """
     if Path(recipe.output).suffix.lower() != ".png":
@@ -114,7 +117,13 @@ def sample(recipe: SampleRecipe) -> Path:
         raise ValueError(f"batch_size={recipe.batch_size!r}: at least 1 image")
     pipeline = open_pipeline(recipe.pipeline, best_device(recipe.device))
     ids = class_ids(pipeline, recipe.class_labels)
-    settings = SamplerSettings(recipe.num_steps, recipe.guidance_scale, recipe.temperature)
+    start: dict[str, Any] = {}
+    if recipe.image is not None:
+        pipeline = XDLMImg2ImgPipeline.from_pipe(pipeline)
+        pipeline.set_progress_bar_config(disable=True)
+        picture = read_image(recipe.image, pipeline.vqvae.config.in_channels)
+        start = {"image": picture, "strength": recipe.strength}
+    settings = SamplerSettings(recipe.num_steps, recipe.guidance_scale, recipe.temperature, start)
     check_trace(recipe, len(ids))
     refuse_unwritable(Path(recipe.output).parent, "the folder of output")
     if recipe.images_dir is not None:

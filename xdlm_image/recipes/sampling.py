@@ -27,6 +27,9 @@ class SampleRecipe:
         images_dir: Also write each image there as PNG; None writes the grid only.
         batch_size: Images drawn at once.
         device: torch device; None picks the best there is.
+        image: Picture file that every image begins at, scaled to cover the pipeline's size, the middle kept; None
+            begins at noise.
+        strength: How far the picture is noised, above 0 to 1, which keeps nothing of it; all num_steps lead back.
         trace: Also write beside `output` how images came about, one of these or a list: `strip` (`.trace.png`, every
             state and what changed), `gif` (`.trace.gif`, the same animated), `codes` (`.trace.npz`, for research).
         trace_images: Images of each class in the trace, the first of its row; at most 32 in all.
@@ -45,6 +48,8 @@ class SampleRecipe:
     images_dir: str | None = None
     batch_size: int = 100
     device: str | None = None
+    image: str | None = None
+    strength: float = 0.6
     trace: list[TraceKind] | TraceKind | None = None
     trace_images: int = 1
     trace_shows: Literal["states", "predictions"] = "states"
@@ -53,6 +58,8 @@ class SampleRecipe:
     def __post_init__(self) -> None:
         require(self.num_steps >= 1, "num_steps", self.num_steps, "at least 1 step")
         require(self.images_per_class >= 1, "images_per_class", self.images_per_class, "at least 1 image")
+        require(0 < self.strength <= 1, "strength", self.strength, "above 0, at most 1")
+        require(self.image is not None or self.strength == 0.6, "strength", self.strength, "does nothing without image")
         require(
             1 <= self.trace_images <= self.images_per_class,
             "trace_images",
