@@ -1,0 +1,89 @@
+"""The folder a conversion leaves: whole or absent, with `provenance.json` beside the weights.
+
+This file owns where the result goes and what is said of its origin; what is in it, the converters decide.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from xdlm_image.files import refuse_unwritable, replace_folder, write_json
+from xdlm_image.recipes.conversion import ConversionRecipe
+
+from .checkpoint_file import CheckpointFile
+
+PROVENANCE_FILE = "provenance.json"
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What a converter did; printing it tells the user.
+
+    Attributes:
+        output: The folder.
+        notes: What was found, chosen and left out, a sentence each.
+    """
+
+    output: Path
+    notes: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return "\n".join([str(self.output), *(f"- {note}" for note in self.notes)])
+
+
+def refuse_taken(recipe: ConversionRecipe) -> None:
+    """Raise before any work if the output folder is taken or cannot be written.
+
+    Raises:
+        FileExistsError: It holds something else than a conversion, or a conversion and `overwrite` is False.
+        OSError: It cannot be written to.
+    """
+    output = Path(recipe.output)
+    if output.exists() and not output.is_dir():
+        raise FileExistsError(f"output={recipe.output!r}: is a file; name a folder")
+    if output.is_dir() and any(output.iterdir()):
+        if not (output / PROVENANCE_FILE).is_file():
+            raise FileExistsError(f"output={recipe.output!r}: holds other files; name a new folder")
+        if not recipe.overwrite:
+            raise FileExistsError(
+                f"output={recipe.output!r}: holds a conversion; name a new folder, or set overwrite: true"
+            )
+    refuse_unwritable(output.absolute().parent, "output")
+
+
+def provenance(file: CheckpointFile, source_format: str, recipe: ConversionRecipe, notes: list[str]) -> dict[str, Any]:
+    """The content of `provenance.json`: which file this was, by its name and hash, and what was done to it."""
+    try:
+        own_version = version("xdlm-image")
+    except PackageNotFoundError:  # run from a copy that was never installed
+        own_version = "of unknown version"
+    return {
+        "source_file": file.path.name,
+        "source_sha256": file.sha256,
+        "source_format": source_format,
+        "licence": recipe.licence,
+        "url": recipe.url,
+        "converted_by": f"xdlm-image {own_version}",
+        "notes": notes,
+    }
+
+
+def write_folder(recipe: ConversionRecipe, content: dict[str, Any], save: Callable[[Path], object]) -> Path:
+    """Call `save(new folder)`, add `provenance.json`, and move the whole to `recipe.output`."""
+    output = Path(recipe.output).absolute()
+    partial = output.with_name(f".{output.name}-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        save(partial)
+        write_json(partial / PROVENANCE_FILE, content)
+        replace_folder(partial, output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return Path(recipe.output)
