@@ -212,7 +212,8 @@ class XDLMScheduler(SchedulerMixin, ConfigMixin):
         takes_uniform = (u >= end_model) & (u < end_uniform)
         moves = u < end_move
         if process.k == 0.0:
-            rows = moves & takes_model & is_mask  # visible codes stay
+            # visible codes stay; definition B: at the end, ids that are no codes are drawn anew as the mask is
+            rows = moves & takes_model & (z >= process.num_codes if last else is_mask)
         else:
             rows = moves & (takes_model | ~is_mask)
 
