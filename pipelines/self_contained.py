@@ -18,6 +18,7 @@ from typing import Any
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from huggingface_hub import CommitInfo, HfApi, ModelCard, ModelCardData, snapshot_download
 
+from .index_check import check_index
 from .travelling_code import REMOTE, VERSIONED, add_code
 
 PACKAGE = __name__.partition(".")[0]
@@ -27,7 +28,9 @@ PICTURE = "samples.png"
 STALE_CODE = "*_" + "[0-9a-f]" * 8 + ".py"  # what an upload replaces: code files of earlier uploads
 TAGS = ["discrete-diffusion", "xdlm", "class-conditional", "custom_code", "arxiv:2602.01362"]
 PIPELINE_TAG = "unconditional-image-generation"  # the hub's name for generation without a prompt text
-HOW_TO_LOAD = """\
+# no line of this file may begin with an import of the package, not even in a text: diffusers would ask for it
+HOW_TO_LOAD = (
+    """\
 ## How to load
 
 The code stands beside the weights; read it before you let it run. From a hub, name the commit you have read by its
@@ -48,11 +51,14 @@ images = pipe({example}num_steps=8).images
 this folder need run:
 
 ```python
-from xdlm_image import XDLMPipeline
+"""
+    "from xdlm_image import XDLMPipeline"
+    """
 
 pipe = XDLMPipeline.from_pretrained("{name}")
 ```
 """
+)
 
 
 class SelfContainedPipeline(DiffusionPipeline):
@@ -89,6 +95,8 @@ class SelfContainedPipeline(DiffusionPipeline):
         folder = path if local or theirs or TRAVELS else _download(cls, path, kwargs)
         if Path(folder).is_dir() and not any(Path(folder).rglob("*.bin")):  # never look, or ask, for pickled weights
             kwargs.setdefault("use_safetensors", True)
+        if not theirs and not TRAVELS:
+            check_index(folder, kwargs, PACKAGE, VERSIONED)
         if theirs:
             pipeline = DiffusionPipeline.from_pretrained(folder, **kwargs)
         else:
@@ -214,9 +222,9 @@ class SelfContainedPipeline(DiffusionPipeline):
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch) / "folder"
             api = HfApi(token=token)
-            repo_id = open_repository(api, repo_id, private, revision)
             keep = card is None and not about and api.file_exists(repo_id, CARD, revision=revision)
             text, files = (None, {}) if keep else self.make_card(card, repo_id, Path(scratch), about)
+            repo_id = open_repository(api, repo_id, private, revision)
             write_folder(self, folder, text, files, {"variant": variant, "max_shard_size": max_shard_size})
             return upload(api, folder, repo_id, commit_message, revision, create_pr)
 
@@ -349,7 +357,7 @@ def _name_installed_classes(config: dict[str, Any]) -> None:
 
 
 def open_repository(api: HfApi, repo_id: str, private: bool | None, revision: str | None) -> str:
-    """Make the repository, and the branch, where they are missing: fails before anything is written. Returns its id."""
+    """Make the repository, and the branch, where they are missing: fails before weights are saved. Returns its id."""
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if revision is not None and not revision.startswith("refs/"):
         api.create_branch(repo_id, branch=revision, exist_ok=True)
