@@ -148,5 +148,8 @@ def _write_code(folder: Path, code: Mapping[str, str]) -> None:
         path = folder / f"{name}.py"
         path.write_text(text, encoding="utf-8")
         unknown = [other for other in get_relative_imports(path) if "." not in other and other not in code]
-        if unknown:  # diffusers reads imports by pattern: a line of a docstring can look like one
-            raise ValueError(f"{name}: diffusers would look for {unknown[0]!r}, which it does not import; reword it")
+        imports = re.findall(r"^\s*(?:import\s+([\w.]+)\s*$|from\s+([\w.]+)\s+import)", text, flags=re.MULTILINE)
+        libraries = {("".join(found)).partition(".")[0] for found in imports} - {""}
+        unknown += sorted(libraries - LIBRARIES)
+        if unknown:  # diffusers finds imports by pattern, and asks for what a line of a text may look like
+            raise ValueError(f"{name}: a text in it reads like an import of {unknown[0]!r} to diffusers; reword it")

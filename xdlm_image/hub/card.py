@@ -142,7 +142,7 @@ def _summary(pipeline: XDLMPipeline) -> str:
     if config.num_classes is None:
         classes = "The model is unconditional."
     else:
-        shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
+        shown = "; ".join(names[:12]) + ("; ..." if len(names) > 12 else "")
         classes = f"{len(names)} classes: {shown}."
     parameters = sum(p.numel() for p in pipeline.transformer.parameters())
     return (
@@ -271,10 +271,8 @@ def _licence(sources: Sources, licence: str | None) -> str:
     if sources.recipe:
         lines += ["", "The transformer was trained from random weights by the recipe above."]
     if "tokenizer" not in sources.converted:
-        lines += [
-            "",
-            f"The tokenizer was trained {'with the same package' if sources.tokenizer else 'where is ' + UNKNOWN}.",
-        ]
+        origin = "was trained with the same package" if sources.tokenizer else f"comes from: {UNKNOWN}"
+        lines += ["", f"The tokenizer {origin}."]
     return "\n".join(lines)
 
 
@@ -307,5 +305,5 @@ def _picture(
     rows = min(ROWS, max(1, len(names)))
     ids = [round(i * (len(names) - 1) / max(1, rows - 1)) if names else 0 for i in range(rows)]
     images = class_grid(pipeline, ids, COLUMNS, seed, SamplerSettings(STEPS), BATCH)
-    save_grid(path, images, [names[i].partition(",")[0] for i in ids] if names else None)
+    save_grid(path, images, [names[i] for i in ids] if names else None)
     return {PICTURE: path}, f"Drawn with {STEPS} steps, no guidance, seed {seed}; none was picked out."

@@ -41,7 +41,7 @@ def export(recipe: ExportRecipe) -> Exported:
     Raises:
         FileNotFoundError, ValueError: No such pipeline, evaluation, card or picture, or they do not belong together.
         FileExistsError: The output folder holds something else.
-        OSError: The folder cannot be written, or the hub refuses; before anything is drawn.
+        OSError: The folder cannot be written, or the hub refuses; before weights are saved.
     """
     output = Path(recipe.output).absolute()
     refuse_other_content(output, recipe.overwrite)
@@ -55,15 +55,14 @@ def export(recipe: ExportRecipe) -> Exported:
     if not (folder / "model_index.json").is_file() and (folder / "pipeline" / "model_index.json").is_file():
         folder = folder / "pipeline"
     pipeline = open_pipeline(folder, best_device(recipe.device))
-    api = HfApi()
-    repo_id = None
-    if recipe.push_to is not None:
-        repo_id = open_repository(api, recipe.push_to, recipe.private, recipe.revision)
     about = {name: getattr(recipe, name) for name in ABOUT if getattr(recipe, name) != getattr(ExportRecipe, name)}
     with tempfile.TemporaryDirectory() as scratch:
-        text, files = pipeline.make_card(text, repo_id or output.name, Path(scratch), about)
+        text, files = pipeline.make_card(text, recipe.push_to or output.name, Path(scratch), about)
+        if recipe.push_to is None:
+            write_folder(pipeline, output, text, files, {})
+            return Exported(Path(recipe.output))
+        api = HfApi()
+        repo_id = open_repository(api, recipe.push_to, recipe.private, recipe.revision)
         write_folder(pipeline, output, text, files, {})
-    if repo_id is None:
-        return Exported(Path(recipe.output))
     done = upload(api, output, repo_id, recipe.commit_message, recipe.revision, recipe.create_pr)
     return Exported(Path(recipe.output), f"pushed to {repo_id}, commit {done.oid}")

@@ -1,0 +1,423 @@
+"""Self-contained folders: they load without the package, run no code unasked, keep their code, are pushed whole."""
+
+import importlib
+import json
+import os
+import re
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from evaluation_parts import NUM_CODES, save_pipeline
+from hub_server import HubServer
+from huggingface_hub import HfApi, ModelCard
+from xdlm_image.pipelines import XDLMPipeline
+from xdlm_image.pipelines.travelling_code import code_of
+
+from xdlm_image.cli import main
+from xdlm_image.hub.export import export
+from xdlm_image.recipes import ExportRecipe
+
+LABELS = ["cat", 0, "wasp"]
+CLEAN = """
+import importlib.abc, json, sys
+class Refuse(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name.partition(".")[0] == "xdlm_image":
+            raise ModuleNotFoundError(f"No module named {name!r}")
+sys.meta_path.insert(0, Refuse())
+sys.path.append(SITE)
+try:
+    import xdlm_image
+    sys.exit("xdlm_image can be imported: this proves nothing")
+except ModuleNotFoundError:
+    pass
+"""
+DRAW = """
+import torch
+def codes(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(seed) for seed in (3, 4, 5)]
+    return pipe(LABELS, num_steps=4, guidance_scale=1.5, generator=generators, output_type="latent").images.tolist()
+"""
+
+
+def load(folder: Path) -> XDLMPipeline:
+    return XDLMPipeline.from_pretrained(folder)
+
+
+def codes(pipe) -> list:
+    scope: dict = {"LABELS": LABELS}
+    exec(DRAW, scope)
+    return scope["codes"](pipe)
+
+
+def run(program: str, folder: Path, clean: bool, **environment: str) -> tuple[dict, str]:
+    """Run a program in its own process, without the package if `clean`; what it put into `found`, and its stderr."""
+    head = f"SITE, LABELS = {str(Path(diffusers.__file__).parents[1])!r}, {LABELS!r}\nimport json\nfound = {{}}\n"
+    text = head + (CLEAN if clean else "") + DRAW + program + "\nprint('FOUND', json.dumps(found))"
+    hub = {"HF_HOME": str(folder / "home"), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    done = subprocess.run(
+        [sys.executable, *(["-I", "-S"] if clean else []), "-c", text],
+        env=os.environ | hub | environment, capture_output=True, text=True, cwd=folder,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    line = next(line for line in done.stdout.splitlines() if line.startswith("FOUND"))
+    return json.loads(line.removeprefix("FOUND")), done.stderr
+
+
+def texts(folder: Path) -> dict[str, str]:
+    return {
+        str(p.relative_to(folder)): p.read_text(encoding="utf-8")
+        for p in sorted(folder.rglob("*"))
+        if p.suffix in (".py", ".json", ".md")
+    }
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    return save_pipeline(tmp_path_factory.mktemp("saved") / "pipeline", k=0.3)
+
+
+@pytest.fixture(scope="module")
+def exported(saved, tmp_path_factory) -> Path:
+    return load(saved).save_for_hub(tmp_path_factory.mktemp("hub") / "tiny", card="# A card\n")
+
+
+@pytest.fixture
+def modules(tmp_path, monkeypatch) -> Path:
+    """An own cache of remote code."""
+    monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield tmp_path / "modules"
+    for name in [name for name in sys.modules if name.partition(".")[0] == "diffusers_modules"]:
+        del sys.modules[name]
+
+
+# --- what is written ------------------------------------------------------------------------------
+
+
+def test_the_folder_holds_code_weights_and_card_and_nothing_of_this_machine(saved, exported):
+    names = {str(p.relative_to(exported)) for p in exported.rglob("*") if p.is_file()}
+    versioned = {re.sub(r"_\d\w*?_[0-9a-f]{8}\.py$", ".py", name) for name in names}
+    assert {"README.md", "model_index.json", "pipeline_xdlm.py", "class_labels.py", "self_contained.py"} <= versioned
+    assert {"transformer/transformer_xdlm.py", "scheduler/scheduling_xdlm.py", "scheduler/process_xdlm.py"} <= versioned
+    assert {"transformer/config.json", "transformer/diffusion_pytorch_model.safetensors"} <= names
+    assert not [name for name in names if name.endswith((".bin", ".pt"))]
+    for name, text in texts(exported).items():
+        assert str(saved.parent) not in text and (name.endswith(".py") or "_name_or_path" not in text)
+    index = json.loads((exported / "model_index.json").read_text())
+    assert f"{index['_class_name'][0]}.py" in names and index["_class_name"][1] == "XDLMPipeline"
+    assert f"transformer/{index['transformer'][0]}.py" in names and index["vqvae"] == ["diffusers", "VQModel"]
+    modes = {stat.S_IMODE(p.stat().st_mode) for p in exported.rglob("*") if p.is_file()}
+    assert len(modes) == 1  # safetensors alone would be the owner's only
+
+
+def test_code_names_follow_content(saved, exported, tmp_path):
+    again = load(saved).save_for_hub(tmp_path / "again", card="x")
+    assert {n: t for n, t in texts(again).items() if n != "README.md"} == {
+        n: t for n, t in texts(exported).items() if n != "README.md"
+    }
+
+
+def altered_scheduler(folder: Path, monkeypatch) -> type:
+    """The scheduler from a copy of its files, of which only the sibling is changed."""
+    home = Path(sys.modules["xdlm_image.schedulers.scheduling_xdlm"].__file__).parent
+    (folder / "altered").mkdir()
+    (folder / "altered" / "__init__.py").touch()
+    for name in ("scheduling_xdlm.py", "process_xdlm.py"):
+        shutil.copy(home / name, folder / "altered")
+    with (folder / "altered" / "process_xdlm.py").open("a") as file:
+        file.write("\nXDLMProcess.altered = True\n")
+    monkeypatch.syspath_prepend(folder)
+    return importlib.import_module("altered.scheduling_xdlm").XDLMScheduler
+
+
+def test_exports_of_other_code_live_side_by_side(saved, exported, tmp_path, modules, monkeypatch):
+    pipe = load(saved)
+    pipe.register_modules(scheduler=altered_scheduler(tmp_path, monkeypatch)(k=0.3, num_codes=NUM_CODES))
+    other = pipe.save_for_hub(tmp_path / "other", card="x")
+    loaded = {
+        folder: DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+        for folder in (exported, other, exported)
+    }
+    one, two = loaded[exported].scheduler, loaded[other].scheduler
+    assert not hasattr(one.process, "altered") and two.process.altered
+    assert type(loaded[exported].transformer).__module__ == type(loaded[other].transformer).__module__  # the same code
+    assert codes(loaded[exported]) == codes(loaded[other]) == codes(pipe)
+    copies = [p.name for p in (modules / "diffusers_modules/local").rglob("process_xdlm*.py")]
+    assert len(set(copies)) == 2
+
+
+def test_code_that_cannot_travel_is_refused_and_leaves_nothing(saved, tmp_path, monkeypatch):
+    (tmp_path / "strange").mkdir()
+    source = {
+        "library": ("import yaml\n", "line 1: imports 'yaml'"),
+        "package": ("from xdlm_image.schedulers import XDLMScheduler\n", "imports 'xdlm_image.schedulers'"),
+        "outside": ("from .. import models\n", "cannot travel; write 'from .name import"),
+        "whole": ("from . import library\n", "cannot travel"),
+        "circle": ("from .circle import Own\n", "code in circles"),
+        "text": ('X = """\nfrom .nowhere import thing\n"""\n', "reads like an import of 'nowhere'"),
+    }
+    for name, (text, _) in source.items():
+        (tmp_path / "strange" / f"{name}.py").write_text(text)
+    for name, (_, error) in source.items():
+        module = type(sys)(f"strange.{name}")
+        module.__file__ = str(tmp_path / "strange" / f"{name}.py")
+        monkeypatch.setitem(sys.modules, f"strange.{name}", module)
+        if name != "text":
+            with pytest.raises(ValueError, match=error):
+                code_of(f"strange.{name}")
+            continue
+        pipe = load(saved)
+        pipe.register_modules(scheduler=type("S", (type(pipe.scheduler),), {"__module__": "strange.text"})(k=0.3))
+        with pytest.raises(ValueError, match=error):
+            pipe.save_for_hub(tmp_path / "out", card="x")
+        assert not [p for p in tmp_path.iterdir() if "out" in p.name]
+
+
+def test_other_peoples_folders_are_not_replaced(saved, exported, tmp_path):
+    pipe = load(saved)
+    target = tmp_path / "out"
+    shutil.copytree(exported, target)
+    pipe.save_for_hub(target, card="new")  # an earlier export
+    assert (target / "README.md").read_text() == "new"
+    (target / ".git").mkdir()  # somebody works in it
+    with pytest.raises(FileExistsError, match=r"no export wrote \(\.git\).*overwrite"):
+        pipe.save_for_hub(target, card="newer")
+    with pytest.raises(FileExistsError, match="no export wrote"):
+        pipe.save_for_hub(saved, card="newer")
+    assert (target / "README.md").read_text() == "new" and load(saved)
+    pipe.save_for_hub(target, card="newer", overwrite=True)
+    assert (target / "README.md").read_text() == "newer" and not (target / ".git").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+# --- loading --------------------------------------------------------------------------------------
+
+
+def test_the_package_runs_its_own_code_only(saved, exported, tmp_path, modules):
+    poisoned = tmp_path / "poisoned"
+    shutil.copytree(exported, poisoned)
+    for file in poisoned.rglob("*.py"):
+        file.write_text("raise RuntimeError('code of the folder ran')\n")
+    pipe = load(poisoned)
+    assert type(pipe) is XDLMPipeline and type(pipe.transformer).__module__.startswith("xdlm_image.")
+    assert codes(pipe) == codes(load(saved)) and not modules.exists()
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        DiffusionPipeline.from_pretrained(poisoned)
+    with pytest.raises(RuntimeError, match="code of the folder ran"):
+        XDLMPipeline.from_pretrained(poisoned, trust_remote_code=True)
+    pipe.save_pretrained(tmp_path / "light")  # the package's own form again
+    assert codes(load(tmp_path / "light")) == codes(pipe)
+    assert not list((tmp_path / "light").rglob("*.py"))
+
+
+def test_a_class_that_the_package_lacks_is_named(exported, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(exported, other)
+    index = json.loads((other / "model_index.json").read_text())
+    index["transformer"][1] = "NewTransformer"
+    (other / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="transformer.*NewTransformer"):
+        load(other)
+
+
+@pytest.mark.parametrize("revision", [None, "main", "v1.0", "a1b2c3d", "A" * 40])
+def test_remote_code_needs_a_pinned_revision(revision):
+    with pytest.raises(ValueError, match=f"revision={revision!r}: trust_remote_code=True runs code of 'me/tiny'"):
+        XDLMPipeline.from_pretrained("me/tiny", trust_remote_code=True, revision=revision)
+
+
+def test_other_code_and_no_folder_are_refused(saved):
+    with pytest.raises(ValueError, match="custom_pipeline='me/other'.*runs its own code"):
+        XDLMPipeline.from_pretrained(saved, custom_pipeline="me/other")
+    with pytest.raises(FileNotFoundError, match="no such folder, and no id of a repository"):
+        XDLMPipeline.from_pretrained("runs/not/there/pipeline")
+
+
+def test_loads_draws_and_saves_without_the_package(saved, exported, tmp_path):
+    """From a folder and from a hub, in a process in which the package cannot be imported."""
+    with HubServer() as hub:
+        commit = hub.commit("me/tiny", exported)
+        program = f"""
+from diffusers import DiffusionPipeline
+pipe = DiffusionPipeline.from_pretrained({str(exported)!r}, trust_remote_code=True)
+found["folder"], found["module"] = codes(pipe), type(pipe).__module__
+pipe.save_pretrained("plain")
+pipe.save_for_hub("again")
+found["again"] = codes(type(pipe).from_pretrained("plain", trust_remote_code=True))
+unpinned = lambda: type(pipe).from_pretrained("me/tiny", trust_remote_code=True)
+for call in (lambda: pipe.save_for_hub("x", licence="mit"), unpinned):
+    try:
+        call()
+    except (TypeError, ValueError) as error:
+        found.setdefault("errors", []).append(str(error))
+pipe = DiffusionPipeline.from_pretrained("me/tiny", revision="{commit}", trust_remote_code=True)
+found["hub"] = codes(pipe)
+pipe.save_for_hub("from_hub")
+"""
+        found, stderr = run(program, tmp_path, clean=True, HF_ENDPOINT=hub.url)
+    expected = codes(load(saved))
+    assert found["folder"] == found["again"] == found["hub"] == expected
+    assert found["module"].startswith("diffusers_modules.local.pipeline_xdlm_")
+    assert "might require" not in stderr
+    assert "needs the package xdlm-image" in found["errors"][0] and "full hash of 40 digits" in found["errors"][1]
+    assert texts(tmp_path / "again") == texts(exported)  # its code and its card
+    assert {**texts(tmp_path / "plain"), "README.md": "# A card\n"} == texts(exported)
+    from_hub = texts(tmp_path / "from_hub")
+    assert "licence of the weights: not stated" in from_hub["README.md"]
+    assert ModelCard(from_hub.pop("README.md")).data.library_name == "diffusers"
+    assert from_hub.items() <= texts(exported).items()
+
+
+def test_the_package_loads_from_a_hub_without_its_code(saved, exported, tmp_path):
+    with HubServer() as hub:
+        hub.commit("me/light", saved)
+        commit = hub.commit("me/tiny", exported)
+        program = f"""
+import sys
+from xdlm_image import XDLMPipeline
+for name in ("tiny", "light"):
+    pipe = XDLMPipeline.from_pretrained("me/" + name)
+    found[name] = [codes(pipe), type(pipe).__module__, pipe.name_or_path]
+pipe = XDLMPipeline.from_pretrained("me/tiny", revision="{commit}", trust_remote_code=True)
+found["theirs"] = [codes(pipe), type(pipe).__module__]
+"""
+        found, _ = run(program, tmp_path, clean=False, HF_ENDPOINT=hub.url)
+        asked = hub.asked
+    expected = codes(load(saved))
+    assert found["tiny"] == [expected, "xdlm_image.pipelines.pipeline_xdlm", "me/tiny"]
+    assert found["light"][0] == found["theirs"][0] == expected
+    assert found["theirs"][1].startswith("diffusers_modules.")
+    first_code = next(i for i, path in enumerate(asked) if path.endswith(".py"))
+    assert any(
+        path.startswith("me/light/") for path in asked[:first_code]
+    )  # ours were done before any code was asked for
+
+
+# --- pushing --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub_calls(monkeypatch, tmp_path) -> dict:
+    """What would go to the hub: every call's arguments, and a copy of the uploaded folder."""
+    calls: dict = {"order": [], "has_card": False}
+
+    def note(name, result=lambda **kwargs: None):
+        def call(self, *args, **kwargs):
+            given = dict(zip(("repo_id", "filename"), args)) | kwargs
+            calls["order"].append(name)
+            calls[name] = given | {"token": self.token}
+            return result(**given)
+
+        monkeypatch.setattr(HfApi, name, call)
+
+    def keep(folder_path, **kwargs):
+        shutil.copytree(folder_path, tmp_path / "uploaded", dirs_exist_ok=True)
+        return type("Info", (), {"oid": "c" * 40})()
+
+    note("create_repo", lambda repo_id, **_: type("Url", (), {"repo_id": repo_id})())
+    note("create_branch")
+    note("file_exists", lambda **_: calls["has_card"])
+    note("upload_folder", keep)
+    calls["folder"] = tmp_path / "uploaded"
+    return calls
+
+
+def test_push_uploads_code_and_card(exported, hub_calls):
+    options = {"private": True, "token": "hf_x", "revision": "next", "commit_message": "First", "create_pr": True}
+    info = load(exported).push_to_hub("me/tiny", **options)
+    assert info.oid == "c" * 40
+    assert hub_calls["order"] == ["file_exists", "create_repo", "create_branch", "upload_folder"]
+    assert hub_calls["create_repo"] == {"repo_id": "me/tiny", "private": True, "exist_ok": True, "token": "hf_x"}
+    assert hub_calls["create_branch"]["branch"] == "next"
+    sent = hub_calls["upload_folder"]
+    assert (sent["repo_id"], sent["commit_message"], sent["revision"]) == ("me/tiny", "First", "next")
+    assert sent["create_pr"] is True and sent["token"] == "hf_x"
+    assert texts(hub_calls["folder"]) == texts(exported)  # the folder's own code, and its card
+    stale = re.compile(sent["delete_patterns"][0].replace("*", ".*").replace(".py", r"\.py"))
+    assert all(stale.fullmatch(name) for name in texts(exported) if name.endswith(".py"))
+    assert not stale.fullmatch("my_script.py")
+
+
+def test_push_writes_a_card_and_keeps_an_edited_one(saved, hub_calls):
+    pipe = load(saved)
+    pipe.push_to_hub("me/tiny", licence="mit", picture="none")
+    card = ModelCard((hub_calls["folder"] / "README.md").read_text())
+    assert card.data.license == "mit" and "me/tiny" in card.text and hub_calls["upload_folder"]["revision"] is None
+    shutil.rmtree(hub_calls["folder"])
+    hub_calls["has_card"] = True
+    pipe.push_to_hub("me/tiny")
+    assert not (hub_calls["folder"] / "README.md").exists() and list(hub_calls["folder"].glob("pipeline_xdlm_*.py"))
+
+
+def test_save_pretrained_pushes_too(saved, hub_calls, tmp_path):
+    load(saved).save_pretrained(tmp_path / "tiny", push_to_hub=True, repo_id="me/tiny", token="hf_x", card="# Mine")
+    assert (hub_calls["folder"] / "README.md").read_text() == "# Mine" and hub_calls["create_repo"]["token"] == "hf_x"
+    assert not list((tmp_path / "tiny").rglob("*.py"))
+    with pytest.raises(TypeError, match="repo_id are for push_to_hub=True"):
+        load(saved).save_pretrained(tmp_path / "tiny", repo_id="me/tiny")
+
+
+def test_push_refuses_before_anything_is_saved(saved, hub_calls, monkeypatch):
+    pipe = load(saved)
+    with pytest.raises(ValueError, match="safe_serialization=False: only safetensors"):
+        pipe.push_to_hub("me/tiny", safe_serialization=False)
+    with pytest.raises(TypeError, match="card: it is given, so licence"):
+        pipe.push_to_hub("me/tiny", card="# Mine", licence="mit")
+    assert not hub_calls["order"]  # no repository is made for nothing
+    monkeypatch.setattr(DiffusionPipeline, "save_pretrained", lambda *_, **__: pytest.fail("saved"))
+    monkeypatch.setattr(HfApi, "create_repo", lambda *_, **__: (_ for _ in ()).throw(OSError("no such owner")))
+    with pytest.raises(OSError, match="no such owner"):
+        pipe.push_to_hub("nobody/tiny")
+
+
+# --- the verb -------------------------------------------------------------------------------------
+
+
+def test_the_verb_writes_and_pushes(saved, tmp_path, hub_calls, capsys):
+    arguments = ["export", "--pipeline", str(saved), "--output", str(tmp_path / "out"), "--picture", "none"]
+    assert main([*arguments, "--push_to", "me/tiny", "--private", "true", "--licence", "apache-2.0"]) == 0
+    assert f"{tmp_path / 'out'}\npushed to me/tiny, commit {'c' * 40}" in capsys.readouterr().out
+    assert hub_calls["create_repo"]["private"] is True
+    assert texts(hub_calls["folder"]) == texts(tmp_path / "out")
+    assert codes(load(tmp_path / "out")) == codes(load(saved))
+
+
+@pytest.mark.parametrize(
+    "changes, error",
+    [
+        ({"private": True}, "private=True: it is for push_to"),
+        ({"create_pr": True}, "create_pr=True: it is for push_to"),
+        ({"card": "card.md", "licence": "mit"}, "licence='mit': card is given"),
+        ({"card": "card.md"}, "card='card.md': no such file"),
+        ({"pipeline": "nowhere"}, "pipeline='nowhere': no saved pipeline there"),
+        ({"licence": "Apache 2.0"}, "licence='Apache 2.0': write it as the hub does"),
+        ({"dataset": "my images"}, "dataset='my images'"),
+        ({"row": "xdlm"}, "row='xdlm': it names a row of evaluation"),
+        ({"evaluation": "nowhere.json"}, "evaluation='nowhere.json': no such file"),
+        ({"tokenizer": "nowhere"}, "tokenizer='nowhere': no tokenizer with the weights"),
+        ({"picture": "nowhere.png"}, "picture='nowhere.png': no such file"),
+    ],
+)
+def test_the_verb_refuses(saved, tmp_path, changes, error):
+    with pytest.raises((ValueError, OSError), match=re.escape(error)):
+        export(ExportRecipe(**{"pipeline": str(saved), "output": str(tmp_path / "out"), **changes}))
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_verb_takes_a_run_folder_and_an_own_card(saved, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "card.md").write_text("# Mine\n")
+    done = export(ExportRecipe(pipeline=str(saved.parent), output="out", card="card.md"))
+    assert str(done) == "out" and (tmp_path / "out" / "README.md").read_text() == "# Mine\n"
+    export(ExportRecipe(pipeline="out", output="copy"))  # what the folder says of itself is kept
+    assert texts(tmp_path / "copy") == texts(tmp_path / "out")
+    assert torch.equal(load(tmp_path / "copy").transformer.proj_out.weight, load(saved).transformer.proj_out.weight)
