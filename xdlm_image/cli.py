@@ -58,6 +58,11 @@ VERBS: dict[str, tuple[type, str, str]] = {
         "xdlm_image.evaluation.sweep:evaluate",
         "FID of several pipelines over step counts: JSON with the protocol, table, plot, grids; resumes by itself.",
     ),
+    "demo": (
+        recipes.DemoRecipe,
+        "xdlm_image.evaluation.demo:demo",
+        "Draw and judge the models that come with a checkout: grids at 8 steps and FID over step counts, in minutes.",
+    ),
     "export": (
         recipes.ExportRecipe,
         "xdlm_image.hub.export:export",

@@ -44,10 +44,10 @@ def markdown(content: Content) -> str:
         lines += [f"> **Warning:** {warning}", ""]
     for layer in extractor["fid_layers"]:
         lines += [f"## Features `{layer}`, against the real images", ""]
-        lines += _table(content, lambda cell: cell["fid"][layer])  # noqa: B023  (called at once)
+        lines += metric_table(content, "fid", layer)
         lines += ["", "Floors: " + "; ".join(_floors(content, layer)) + ".", ""]
         lines += [f"## Features `{layer}`, against reconstructions of the real images", ""]
-        lines += _table(content, lambda cell: (cell["fid_against_reconstructions"] or {}).get(layer))  # noqa: B023
+        lines += metric_table(content, "fid_against_reconstructions", layer)
         lines += [
             "",
             "The tokenizer's own error is out of this table. Floors: "
@@ -122,6 +122,17 @@ def _floors(content: Content, layer: str) -> list[str]:
             f"{train['num_images']} {_floor_images(content)} against the reference {number(train['fid'][layer])}"
         )
     return texts
+
+
+def metric_table(content: Content, metric: str, layer: str) -> list[str]:
+    """Lines of one Markdown table: a row a pipeline, a column a step count, mean and spread over seeds.
+
+    Args:
+        content: Of a `fid.json`.
+        metric: `fid` or `fid_against_reconstructions`.
+        layer: Feature layer.
+    """
+    return _table(content, lambda cell: (cell[metric] or {}).get(layer))
 
 
 def _table(content: Content, value: Callable[[Content], float | None]) -> list[str]:

@@ -8,7 +8,7 @@ the rooms (`data`, `tokenizer`, `training`, `evaluation`, `cli`) read them.
 from .conversion import ConversionRecipe, ConvertXDLMRecipe
 from .data import DataOptions, EncodeRecipe
 from .publishing import ExportRecipe
-from .sampling import EvaluateRecipe, ReferenceRecipe, SampleRecipe
+from .sampling import DemoRecipe, EvaluateRecipe, ReferenceRecipe, SampleRecipe
 from .tokenizer import ExtractorRecipe, TokenizerModelOptions, TokenizerRecipe
 from .training import ProcessOptions, TrainRecipe, TransformerOptions
 
@@ -16,6 +16,7 @@ __all__ = [
     "ConversionRecipe",
     "ConvertXDLMRecipe",
     "DataOptions",
+    "DemoRecipe",
     "EncodeRecipe",
     "EvaluateRecipe",
     "ExportRecipe",

@@ -1,4 +1,4 @@
-"""Recipes of what draws and judges images: the verbs `sample`, `reference` and `evaluate`."""
+"""Recipes of what draws and judges images: the verbs `sample`, `reference`, `evaluate` and `demo`."""
 
 from __future__ import annotations
 
@@ -152,3 +152,26 @@ class EvaluateRecipe:
         )
         require(self.batch_size >= 1, "batch_size", self.batch_size, "must be at least 1")
         require(self.temperature > 0, "temperature", self.temperature, "must be positive")
+
+
+@dataclass
+class DemoRecipe:
+    """Draw and judge the models that come with a checkout: grids at 8 steps, and a table over step counts.
+
+    Attributes:
+        models: Folder of shipped models; None takes the checkout's `shipped/fashion_mnist`.
+        output_dir: Folder for grids, table, plot and JSON; a killed demo goes on from there.
+        full: The whole protocol, as in the committed table (5,000 images, three seeds, 1 to 64 steps; hours on a
+            CPU), instead of the quick one (1,000 images, one seed, 1 to 16 steps; minutes).
+        batch_size: Images drawn at once.
+        device: torch device; None picks the best there is.
+    """
+
+    models: str | None = None
+    output_dir: str = "demo"
+    full: bool = False
+    batch_size: int = 250
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        require(self.batch_size >= 1, "batch_size", self.batch_size, "must be at least 1")

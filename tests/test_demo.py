@@ -1,0 +1,59 @@
+"""The demo on a tiny folder of models, laid out as the shipped one."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from evaluation_parts import build_parts, one_thread, save_pipeline  # noqa: F401
+
+from xdlm_image.cli import main
+from xdlm_image.evaluation import demo as demo_module
+from xdlm_image.evaluation import sweep
+from xdlm_image.evaluation.demo import models_folder, shipped_pipelines
+from xdlm_image.evaluation.references import reference
+from xdlm_image.recipes import ReferenceRecipe
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*images are few for the.*:UserWarning")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    root = tmp_path_factory.mktemp("demo")
+    parts, folder = build_parts(root / "parts"), root / "shipped"
+    save_pipeline(folder / "pipelines" / "udlm", k=1.0)
+    shutil.copytree(parts.pipelines["mdlm"], folder / "pipelines" / "mdlm")
+    shutil.copytree(parts.extractor, folder / "extractor")
+    tokenizers = [str(folder / "pipelines" / "udlm" / "vqvae")]
+    settings = {"tokenizers": tokenizers, "num_samples": [6], "device": "cpu"}
+    reference(ReferenceRecipe(str(folder / "reference"), parts.data, str(folder / "extractor"), **settings))
+    return folder
+
+
+def test_the_demo_prints_tables_and_says_where_everything_is(models, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo_module, "QUICK", {"num_samples": 6, "num_steps": [1, 2], "seeds": [0]})
+    monkeypatch.setattr(sweep, "GRID_IMAGES", 1)
+    arguments = ["demo", "--models", str(models), "--output_dir", str(tmp_path / "demo"), "--device", "cpu"]
+    assert main(arguments) == 0
+    first = capsys.readouterr().out
+    assert "6 images a cell (indicative)" in first and "Committed" not in first
+    assert re.search(r"\| mdlm \| \d+\.\d+ \| \d+\.\d+ \|\n\| udlm \| \d+\.\d+", first)  # by rising k
+    for path in re.findall(r"\S+\.(?:png|md|json)(?=\s|$)", first):
+        assert (tmp_path / "demo").as_posix() in path and Path(path).stat().st_size > 100
+    assert first.count("grid_") == 2
+    (models / "evaluation").mkdir()
+    shutil.copyfile(tmp_path / "demo" / "fid.json", models / "evaluation" / "fid.json")
+    assert main(arguments) == 0  # goes on from its cells
+    again = capsys.readouterr().out
+    assert "Committed table, 6 images a cell, 1 sampling seeds" in again and again.count("| udlm |") == 2
+    shutil.rmtree(models / "evaluation")
+
+
+def test_without_models_it_says_where_they_are(tmp_path, capsys):
+    assert main(["demo", "--models", str(tmp_path)]) == 2
+    assert "clone the repository" in capsys.readouterr().err
+    with pytest.raises(FileNotFoundError, match="carries no weights"):
+        models_folder(str(tmp_path / "none"))
+    (tmp_path / "pipelines").mkdir()
+    with pytest.raises(FileNotFoundError, match="no pipeline"):
+        shipped_pipelines(tmp_path)

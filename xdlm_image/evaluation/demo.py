@@ -1,0 +1,96 @@
+"""The verb `demo`: the models that come with a checkout, drawn and judged on this machine.
+
+This file owns where shipped models lie and what a visitor reads at the end; drawing and judging are `sweep`'s. A folder
+of shipped models holds
+
+    pipelines/NAME/      saved pipelines that differ in k
+    extractor/           the judge
+    reference/           what the judge saw of the real images (`xdlm-image reference`): no data set is needed
+    evaluation/fid.json  the whole protocol, run once, to compare with
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from xdlm_image.evaluation.report import metric_table
+from xdlm_image.evaluation.sweep import evaluate
+from xdlm_image.recipes import DemoRecipe, EvaluateRecipe
+
+QUICK = {"num_samples": 1000, "num_steps": [1, 2, 4, 8, 16], "seeds": [0]}
+FULL = {"num_samples": 5000, "num_steps": [1, 2, 4, 8, 16, 32, 64], "seeds": [0, 1, 2]}
+
+
+def demo(recipe: DemoRecipe) -> str:
+    """Draw and judge every shipped pipeline.
+
+    Returns:
+        The table, the committed one beside it, and where the files are.
+
+    Raises:
+        FileNotFoundError: There are no shipped models; the error says where to get them.
+    """
+    folder = models_folder(recipe.models)
+    pipelines = shipped_pipelines(folder)
+    protocol: dict[str, Any] = FULL if recipe.full else QUICK
+    path = evaluate(
+        EvaluateRecipe(
+            pipelines={name: str(place) for name, place in pipelines.items()},
+            output_dir=recipe.output_dir,
+            reference=str(folder / "reference"),
+            extractor=str(folder / "extractor"),
+            batch_size=recipe.batch_size,
+            device=recipe.device,
+            **protocol,
+        )
+    )
+    return "\n".join(_summary(path, folder, recipe.full))
+
+
+def models_folder(models: str | None) -> Path:
+    """The folder of shipped models.
+
+    Args:
+        models: The folder, if the user named one.
+
+    Raises:
+        FileNotFoundError: It is not there, as where the package was installed without a checkout.
+    """
+    folder = Path(models) if models else Path(__file__).parents[2] / "shipped" / "fashion_mnist"
+    if not (folder / "reference" / "reference.json").is_file():
+        raise FileNotFoundError(
+            f"models={str(folder)!r}: no shipped models there. An installed package carries no weights: clone the "
+            "repository (its folder shipped/fashion_mnist holds them) and name that folder with --models"
+        )
+    return folder
+
+
+def shipped_pipelines(folder: Path) -> dict[str, Path]:
+    """Name -> folder of every pipeline, by rising k."""
+    found = {}
+    for index in folder.glob("pipelines/*/model_index.json"):
+        scheduler = json.loads((index.parent / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+        found[index.parent.name] = (float(scheduler["k"]), index.parent)
+    if not found:
+        raise FileNotFoundError(f"models={str(folder)!r}: no pipeline in its folder pipelines/; clone it again")
+    return {name: place for name, (_, place) in sorted(found.items(), key=lambda item: item[1][0])}
+
+
+def _summary(path: Path, folder: Path, full: bool) -> list[str]:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    layer = content["protocol"]["extractor"]["fid_layers"][0]
+    lines = ["", content["metric"] + ".", ""]
+    lines += [f"This machine, {content['protocol']['num_samples']} images a cell" + ("" if full else " (indicative)")]
+    lines += ["", *metric_table(content, "fid", layer), ""]
+    committed = folder / "evaluation" / "fid.json"
+    if committed.is_file():
+        theirs = json.loads(committed.read_text(encoding="utf-8"))
+        seeds = len(theirs["protocol"]["seeds"])
+        lines += [f"Committed table, {theirs['protocol']['num_samples']} images a cell, {seeds} sampling seeds", ""]
+        lines += [*metric_table(theirs, "fid", layer), ""]
+    output = path.parent
+    lines += [f"{output / 'fid.md'}    every table, floors, protocol", f"{output / 'fid.png'}   plot"]
+    lines += [f"{output / f'grid_{name}.png'}   a row of images a class" for name in content["protocol"]["pipelines"]]
+    return [*lines, str(path)]
