@@ -28,10 +28,12 @@ CPU_CAN_STAND_IN = (
     "TestTransformer::test_sharded_checkpoints_with_variant",
     "TestTransformerMemory::test_layerwise_casting_memory",
     "TestTransformerTraining",
+    "TestPipelineMemory::test_layerwise_casting_inference",
+)
+SLOW_ON_A_CPU = (  # minutes of a C++ compiler: with --slow
     "TestTransformerCompile::test_torch_compile_recompilation_and_graph_break",
     "TestTransformerCompile::test_torch_compile_repeated_blocks",
     "TestTransformerCompile::test_compile_works_with_aot",
-    "TestPipelineMemory::test_layerwise_casting_inference",
 )
 
 
@@ -97,7 +99,8 @@ def test_diffusers_own_testers(pytestconfig, tmp_path, record_property) -> None:
     outcomes = run_testers(repository, tmp_path)
     stand_in: dict = {}
     if not torch.accelerator.is_available():
-        stand_in = run_testers(repository, tmp_path, CPU_CAN_STAND_IN, device="cpu:0")
+        tests = CPU_CAN_STAND_IN + (SLOW_ON_A_CPU if pytestconfig.getoption("--slow") else ())
+        stand_in = run_testers(repository, tmp_path, tests, device="cpu:0")
     headline = f"testers of diffusers {version} on diffusers {diffusers.__version__}"
     record_property("terminal summary", table(outcomes, stand_in, headline))
 

@@ -300,16 +300,6 @@ def test_a_vqvae_that_decodes_vectors_only_gives_the_same_images(pipe):
     assert other.config.lookup_from_codebook is False  # components are not changed
 
 
-def test_half_precision(pipe):
-    exact = draw(pipe, [0, 1], output_type="np", num_steps=1, latents=torch.zeros(2, 3, 5, dtype=torch.int64))
-    for dtype in (torch.bfloat16, torch.float16):
-        pipe.to(dtype=dtype)
-        images = draw(pipe, [0, 1], output_type="np")
-        assert images.dtype == np.float32 and np.isfinite(images).all()
-        pipe.to(dtype=torch.float32)
-    assert exact.shape == images.shape
-
-
 def test_masks_are_never_decoded(pipe):
     def stop(pipe, i, t, kwargs):
         pipe._interrupt = True

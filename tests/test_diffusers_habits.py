@@ -1,0 +1,284 @@
+"""What users of diffusers do with any pipeline, done with ours: precision, files, parts, compilation, memory."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import VQModel
+from diffusers.models.attention_dispatch import attention_backend
+from torch._dynamo.testing import CompileCounter
+
+from xdlm_image import XDLMPipeline, XDLMScheduler, XDLMTransformer2DModel
+
+CODES, CLASSES = 16, 5
+
+
+def make_pipe(time_conditioning: str = "time", **pipeline) -> XDLMPipeline:
+    """A pipeline on a 3 x 4 grid of 16 codes whose every weight is drawn, so that nothing hides behind a zero."""
+    torch.manual_seed(0)
+    transformer = XDLMTransformer2DModel(
+        sample_size=[3, 4],
+        num_embeds=CODES + 1,
+        out_channels=CODES,
+        num_classes=CLASSES,
+        num_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        time_conditioning=time_conditioning,
+    )
+    for parameter in (parameter for parameter in transformer.parameters() if parameter.ndim > 1):
+        torch.nn.init.normal_(parameter, std=0.3)
+    torch.nn.init.normal_(transformer.token_embed.weight)  # codes must matter
+    vqvae = VQModel(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        latent_channels=4,
+        vq_embed_dim=4,
+        num_vq_embeddings=CODES,
+        lookup_from_codebook=True,
+    )
+    pipeline.setdefault("id2label", {i: f"class {i}" for i in range(CLASSES)})
+    pipe = XDLMPipeline(transformer.eval(), XDLMScheduler(k=0.3, num_codes=CODES), vqvae.eval(), **pipeline)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def pipe() -> XDLMPipeline:
+    return make_pipe()
+
+
+def draw(pipe: XDLMPipeline, labels=(0, 3), **kwargs):
+    """Codes of two images, the same in every call."""
+    arguments = {"generator": torch.Generator().manual_seed(0), "output_type": "latent", "num_inference_steps": 4}
+    return pipe(list(labels), **(arguments | kwargs)).images
+
+
+def network_input(batch: int = 2) -> dict:
+    generator = torch.Generator().manual_seed(1)
+    return {
+        "hidden_states": torch.randint(CODES + 1, (batch, 12), generator=generator),
+        "timestep": torch.rand(batch, generator=generator),
+        "class_labels": torch.randint(CLASSES + 1, (batch,), generator=generator),
+    }
+
+
+# --- precision ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.bfloat16, 0.03), (torch.float16, 0.004)], ids=str)
+def test_half_precision_predicts_the_same(pipe, tmp_path, dtype, bound):
+    """Total variation between what the float32 network and the half one predict, however the half one came to be."""
+    expected = pipe.transformer(**network_input()).sample.softmax(-1)
+    pipe.save_pretrained(tmp_path)
+    loaded = XDLMPipeline.from_pretrained(tmp_path, torch_dtype=dtype)
+    for half in (loaded, pipe.to(dtype)):
+        assert {part.dtype for part in (half.transformer, half.vqvae)} == {dtype}
+        logits = half.transformer(**network_input()).sample
+        assert logits.dtype == dtype
+        distance = (logits.float().softmax(-1) - expected).abs().sum(-1) / 2  # (B, L)
+        assert distance.mean() < bound
+        images = draw(half, output_type="np", guidance_scale=2.0)
+        assert images.dtype == np.float32 and np.isfinite(images).all() and images.std() > 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_step_reads_half_precision_logits_in_float32(dtype):
+    """Temperature and softmax act in float32: rounding the logits is all that half precision costs."""
+    scheduler = XDLMScheduler(k=0.3, num_codes=CODES)
+    scheduler.set_timesteps(3)
+    z = scheduler.prior((64, 12), torch.Generator().manual_seed(0))
+    logits = (5 * torch.randn(64, 12, CODES, generator=torch.Generator().manual_seed(1))).to(dtype)
+    step = lambda logits: scheduler.step(logits, 1.0, z, torch.Generator().manual_seed(2), temperature=0.7).prev_sample
+    assert torch.equal(step(logits), step(logits.float()))
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def test_variant_and_shards(pipe, tmp_path):
+    pipe.to(torch.float16).save_pretrained(tmp_path, variant="fp16", max_shard_size="10KB")
+    files = {file.name for file in (tmp_path / "transformer").glob("*.safetensors")}
+    assert len(files) > 2 and all(".fp16-0" in name for name in files)
+    loaded = XDLMPipeline.from_pretrained(tmp_path, variant="fp16", torch_dtype=torch.float16)
+    assert torch.equal(draw(loaded), draw(pipe))
+    with pytest.raises((OSError, ValueError), match="variant|diffusion_pytorch_model"):
+        XDLMPipeline.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("options", [{"device_map": "cpu"}, {"low_cpu_mem_usage": False}], ids=str)
+def test_every_way_to_load_gives_the_same_codes(pipe, tmp_path, options):
+    pipe.save_pretrained(tmp_path)
+    assert torch.equal(draw(XDLMPipeline.from_pretrained(tmp_path, **options)), draw(pipe))
+
+
+# --- exchange of parts ----------------------------------------------------------------------------
+
+
+def test_swapping_the_scheduler(pipe):
+    before, times = draw(pipe), []
+    pipe.scheduler = XDLMScheduler.from_config(pipe.scheduler.config, time_grid="cosine")
+    note = lambda pipe, i, t, kwargs: times.append(float(t)) or kwargs
+    after = draw(pipe, callback_on_step_end=note)
+    assert pipe.scheduler.process.k == 0.3 and not torch.equal(before, after)
+    np.testing.assert_allclose(times, np.cos(np.pi / 2 * np.arange(4) / 4))
+
+
+def test_another_pipeline_of_the_same_parts(pipe):
+    pipe.register_to_config(supports_guidance=False)
+    for other in (XDLMPipeline.from_pipe(pipe), XDLMPipeline(**pipe.components)):
+        other.set_progress_bar_config(disable=True)
+        assert other.transformer is pipe.transformer and torch.equal(draw(other), draw(pipe))
+    derived = XDLMPipeline.from_pipe(pipe)
+    assert derived.id2label == pipe.id2label and derived.config.supports_guidance is False
+
+
+def test_a_part_given_when_loading_is_used(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    loaded = XDLMPipeline.from_pretrained(tmp_path, transformer=pipe.transformer)
+    assert loaded.transformer is pipe.transformer
+
+
+# --- callbacks ------------------------------------------------------------------------------------
+
+
+def test_a_callback_can_hold_codes(pipe):
+    """The top row is set back after every step: it comes out so, and the rest is drawn to fit it."""
+
+    def hold(pipe, i, t, kwargs):
+        kwargs["latents"][:, 0] = 7
+        return kwargs
+
+    many = {"num_images_per_prompt": 8}
+    free, held = draw(pipe, **many), draw(pipe, callback_on_step_end=hold, **many)
+    assert held.shape == (16, 3, 4) and (held[:, 0] == 7).all()
+    assert not torch.equal(held[:, 1:], free[:, 1:])
+
+
+# --- compilation ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("time_conditioning, guidance_scale", [("none", 1.0), ("time", 1.0), ("time", 2.0)])
+def test_compiles_once_for_all_steps_and_calls(fresh_dynamo, time_conditioning, guidance_scale):
+    pipe = make_pipe(time_conditioning)
+    expected = draw(pipe, guidance_scale=guidance_scale)
+    backend = CompileCounter()
+    pipe.transformer.compile(fullgraph=True, backend=backend)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        assert torch.equal(draw(pipe, guidance_scale=guidance_scale), expected)
+        draw(pipe, labels=(4, 1), guidance_scale=guidance_scale, num_inference_steps=6, temperature=0.9)
+    assert backend.frame_count == 1
+
+
+def test_guidance_switched_on_between_steps_compiles_each_batch_once(fresh_dynamo, pipe):
+    def guide_late(pipe, i, t, kwargs):
+        pipe._guidance_scale = 2.0 if i % 2 else 1.0
+        return kwargs
+
+    backend = CompileCounter()
+    pipe.transformer.compile(fullgraph=True, backend=backend, dynamic=False)
+    draw(pipe, callback_on_step_end=guide_late, num_inference_steps=6)
+    assert backend.frame_count == 2  # a batch of 2 and one of 4
+
+
+def test_repeated_blocks_compile_once(fresh_dynamo, pipe):
+    expected, backend = draw(pipe), CompileCounter()
+    pipe.transformer.compile_repeated_blocks(fullgraph=True, backend=backend)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        assert torch.equal(draw(pipe), expected)
+    assert backend.frame_count == 1  # two blocks, four steps, one graph
+
+
+def test_a_compiled_module_as_a_part(fresh_dynamo, pipe, tmp_path):
+    expected = draw(pipe)
+    pipe.transformer = torch.compile(pipe.transformer, fullgraph=True, backend="eager")
+    assert torch.equal(draw(pipe), expected)
+    pipe.save_pretrained(tmp_path)
+    assert torch.equal(draw(XDLMPipeline.from_pretrained(tmp_path)), expected)
+
+
+@pytest.mark.slow
+def test_inductor(fresh_dynamo, pipe):
+    expected = pipe.transformer(**network_input()).sample
+    pipe.transformer.compile(fullgraph=True)
+    with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
+        torch.testing.assert_close(pipe.transformer(**network_input()).sample, expected, rtol=1e-4, atol=1e-4)
+        draw(pipe)
+
+
+# --- attention, memory ----------------------------------------------------------------------------
+
+
+def test_attention_backends_agree(pipe):
+    expected = pipe.transformer(**network_input()).sample
+    with attention_backend("_native_math"):
+        torch.testing.assert_close(pipe.transformer(**network_input()).sample, expected)
+    for name in ("_native_math", "native"):
+        pipe.transformer.set_attention_backend(name)
+        try:
+            torch.testing.assert_close(pipe.transformer(**network_input()).sample, expected)
+        finally:
+            pipe.transformer.reset_attention_backend()
+    with pytest.raises(ValueError, match="no_such_backend"):
+        pipe.transformer.set_attention_backend("no_such_backend")
+
+
+def test_layerwise_casting(pipe):
+    expected = pipe.transformer(**network_input()).sample.softmax(-1)
+    pipe.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    stored = {parameter.dtype for parameter in pipe.transformer.parameters()}
+    assert stored == {torch.float8_e4m3fn, torch.float32}  # embeddings, norms and modulation keep their precision
+    distance = (pipe.transformer(**network_input()).sample.softmax(-1) - expected).abs().sum(-1) / 2
+    assert 0 < distance.mean() < 0.1
+    assert draw(pipe).max() < CODES
+
+
+@pytest.mark.parametrize("offload_type", ["block_level", "leaf_level"])
+def test_group_offload(pipe, offload_type):
+    """The hooks and the grouping; that memory moves needs another device."""
+    expected = draw(pipe)
+    blocks = {"num_blocks_per_group": 1} if offload_type == "block_level" else {}
+    pipe.transformer.enable_group_offload(onload_device=torch.device("cpu"), offload_type=offload_type, **blocks)
+    assert torch.equal(draw(pipe), expected)
+
+
+def test_offload_says_what_it_needs(pipe):
+    if torch.accelerator.is_available():
+        pytest.skip("this machine has an accelerator: see the next test")
+    for enable in (pipe.enable_model_cpu_offload, pipe.enable_sequential_cpu_offload):
+        with pytest.raises(RuntimeError, match="requires accelerator"):
+            enable()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lookup", [True, False])
+@pytest.mark.parametrize("kind", ["model", "sequential"])
+def test_offload(kind, lookup):
+    pipe = make_pipe()
+    pipe.vqvae.register_to_config(lookup_from_codebook=lookup)
+    expected = draw(pipe, output_type="np")
+    getattr(pipe, f"enable_{kind}_cpu_offload")()
+    for _ in range(2):
+        np.testing.assert_allclose(draw(pipe, output_type="np"), expected, atol=1e-4)
+    assert pipe.transformer.device.type == ("cpu" if kind == "model" else "meta")
+
+
+def test_quantised_weights(pipe, tmp_path):
+    pytest.importorskip("torchao", reason="quantisation needs the package torchao")
+    from diffusers import TorchAoConfig
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    pipe.transformer.save_pretrained(tmp_path)
+    config = TorchAoConfig(Int8WeightOnlyConfig())
+    quantised = XDLMTransformer2DModel.from_pretrained(tmp_path, quantization_config=config)
+    expected = pipe.transformer(**network_input()).sample.softmax(-1)
+    distance = (quantised(**network_input()).sample.softmax(-1) - expected).abs().sum(-1) / 2
+    assert 0 < distance.mean() < 0.05
