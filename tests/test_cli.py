@@ -114,3 +114,16 @@ def test_nearest_option() -> None:
     assert nearest_option("leraning_rate", options) == "learning_rate"
     assert nearest_option("num_layers", options) == "model.num_layers"
     assert nearest_option("zebra", options) is None
+
+
+@pytest.mark.parametrize(
+    ("verb", "arguments", "field", "value"),
+    [
+        ("demo", ["--full"], "full", True),
+        ("demo", ["--full", "false"], "full", False),
+        ("sample", ["--trace", "--pipeline=p", "--output=o.png"], "trace", "strip"),
+        ("sample", ["--pipeline=p", "--output=o.png", "--trace", "gif"], "trace", "gif"),
+    ],
+)
+def test_options_that_may_stand_alone(verb, arguments, field, value):
+    assert getattr(parse(verb, arguments), field) == value

@@ -13,7 +13,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
+from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -131,11 +131,23 @@ def parse(verb: str, arguments: Sequence[str]) -> Any:
     parser.add_class_arguments(recipe_class, None)
     try:
         free = {field.name for field in fields(recipe_class) if str(field.type).startswith("dict")}
-        settings = parser.parse_args([*_spelled(arguments, free)])
+        bare = {f"--{f.name}": f.metadata.get("bare", "true") for f in fields(recipe_class) if _may_be_bare(f)}
+        settings = parser.parse_args([*_with_values([*_spelled(arguments, free)], bare)])
         recipe = parser.instantiate(settings)
         return recipe_class(**{key: value for key, value in vars(recipe).items() if key != "config"})
     except ValueError as error:
         parser.error(str(error))
+
+
+def _may_be_bare(field: Field) -> bool:
+    return str(field.type) == "bool" or "bare" in field.metadata
+
+
+def _with_values(arguments: Sequence[str], bare: dict[str, str]) -> Iterator[str]:
+    """Options typed without a value, `--full` or `--trace`, get the value that they then stand for."""
+    for i, argument in enumerate(arguments):
+        alone = i + 1 == len(arguments) or arguments[i + 1].startswith("--")
+        yield f"{argument}={bare[argument]}" if alone and argument in bare else argument
 
 
 def _spelled(arguments: Sequence[str], free: set[str]) -> Iterator[str]:

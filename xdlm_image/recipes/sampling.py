@@ -31,7 +31,8 @@ class SampleRecipe:
             begins at noise.
         strength: How far the picture is noised, above 0 to 1, which keeps nothing of it; all num_steps lead back.
         trace: Also write beside `output` how images came about, one of these or a list: `strip` (`.trace.png`, every
-            state and what changed), `gif` (`.trace.gif`, the same animated), `codes` (`.trace.npz`, for research).
+            state and what changed; also what a bare `--trace` writes), `gif` (`.trace.gif`, the same animated), `codes`
+            (`.trace.npz`, for research).
         trace_images: Images of each class in the trace, the first of its row; at most 32 in all.
         trace_shows: `states`, or `predictions`: what the network took each state for.
         trace_frame_ms: Milliseconds a state in the animation; the result is held six times as long.
@@ -50,7 +51,7 @@ class SampleRecipe:
     device: str | None = None
     image: str | None = None
     strength: float = 0.6
-    trace: list[TraceKind] | TraceKind | None = None
+    trace: list[TraceKind] | TraceKind | None = field(default=None, metadata={"bare": "strip"})
     trace_images: int = 1
     trace_shows: Literal["states", "predictions"] = "states"
     trace_frame_ms: int = 500
