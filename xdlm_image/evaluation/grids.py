@@ -135,6 +135,7 @@ def sample(recipe: SampleRecipe) -> Path:
                 index = row * recipe.images_per_class + column
                 picture = to_picture(images[row, column])
                 save_picture(Path(recipe.images_dir) / f"{index:05d}_class{label:04d}.png", picture)
-    write_trace(recipe, pipeline, ids, settings)
+    for path in write_trace(recipe, pipeline, ids, settings):
+        print(path)
     names = class_names(pipeline)
     return save_grid(recipe.output, images, [names[i] for i in ids] if names else None)
