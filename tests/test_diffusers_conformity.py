@@ -27,7 +27,6 @@ CPU_CAN_STAND_IN = (
     "TestTransformer::test_sharded_checkpoints",
     "TestTransformer::test_sharded_checkpoints_with_variant",
     "TestTransformerMemory::test_layerwise_casting_memory",
-    "TestTransformerTraining",
     "TestPipelineMemory::test_layerwise_casting_inference",
 )
 SLOW_ON_A_CPU = (  # minutes of a C++ compiler: with --slow
