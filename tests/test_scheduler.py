@@ -206,6 +206,6 @@ def test_step_refuses_wrong_widths_and_temperatures() -> None:
     with pytest.raises(ValueError, match=r"sample: ids run from 9 to 9, must lie in \[0, 9\)"):
         scheduler.step(torch.zeros(1, 3, 8), 1.0, z + 9)
     with pytest.raises(ValueError, match="model_output: holds NaN"):
-        scheduler.step(torch.full((1, 3, 8), torch.nan), 1.0, z + 8)
+        scheduler.step(torch.full((1, 64, 8), torch.nan), 1.0, torch.full((1, 64), 8))  # half of them draw
     with pytest.raises(ValueError, match="x: ids run from 8 to 8"):
         scheduler.add_noise(z + 8, torch.tensor([0.5]))
