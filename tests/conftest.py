@@ -31,7 +31,7 @@ def pytest_collection_modifyitems(config, items) -> None:
         if "slow" in item.keywords and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
         if "diffusers_testers" in item.keywords and config.getoption("--diffusers-repository") is None:
-            item.add_marker(pytest.mark.skip(reason="diffusers_testers: run with --diffusers-repository PATH"))
+            item.add_marker(pytest.mark.skip(reason="diffusers_testers: run with --diffusers-repository=PATH"))
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="gpu: no CUDA device"))
 

@@ -3,7 +3,9 @@
 Needs a checkout of diffusers' repository (its wheel has no tests), by preference of the tag that is installed:
 
     git clone --depth 1 --branch v0.42.1 https://github.com/huggingface/diffusers
-    pytest tests/test_diffusers_conformity.py --diffusers-repository diffusers
+    pytest tests/test_diffusers_conformity.py --diffusers-repository=diffusers
+
+Write the `=`: of a path that stands alone pytest would load the conftest, which puts the checkout's own diffusers first.
 
 Owns how they are run and reported; what they are given stands in `diffusers_testers.py`.
 """
@@ -12,10 +14,10 @@ import os
 import re
 import subprocess
 import sys
+from importlib.metadata import version as installed_version
 from pathlib import Path
 from xml.etree import ElementTree
 
-import diffusers
 import pytest
 import torch
 
@@ -94,19 +96,19 @@ def table(outcomes: dict, stand_in: dict, headline: str) -> str:
 @pytest.mark.diffusers_testers
 def test_diffusers_own_testers(pytestconfig, tmp_path, record_property) -> None:
     repository = pytestconfig.getoption("--diffusers-repository").expanduser().resolve()
-    version = checkout_version(repository)
+    version, installed = checkout_version(repository), installed_version("diffusers")
     outcomes = run_testers(repository, tmp_path)
     stand_in: dict = {}
     if not torch.accelerator.is_available():
         tests = CPU_CAN_STAND_IN + (SLOW_ON_A_CPU if pytestconfig.getoption("--slow") else ())
         stand_in = run_testers(repository, tmp_path, tests, device="cpu:0")
-    headline = f"testers of diffusers {version} on diffusers {diffusers.__version__}"
+    headline = f"testers of diffusers {version} on diffusers {installed}"
     record_property("terminal summary", table(outcomes, stand_in, headline))
 
     failed = []
     for run in (outcomes, stand_in):
         failed += [f"{name}\n{text}" for name, (outcome, text) in run.items() if outcome == "failed"]
-    if failed and version != diffusers.__version__:
-        headline += f" (the tag v{diffusers.__version__} would compare like with like)"
+    if failed and version != installed:
+        headline += f" (the tag v{installed} would compare like with like)"
     assert not failed, f"{headline}:\n" + "\n".join(failed)
     assert sum(outcome == "passed" for outcome, _ in outcomes.values()) >= 30  # not an empty run
