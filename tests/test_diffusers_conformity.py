@@ -5,7 +5,7 @@ Needs a checkout of diffusers' repository (its wheel has no tests), by preferenc
     git clone --depth 1 --branch v0.42.1 https://github.com/huggingface/diffusers
     pytest tests/test_diffusers_conformity.py --diffusers-repository=diffusers
 
-Write the `=`: of a path that stands alone pytest would load the conftest, which puts the checkout's own diffusers first.
+Write the `=`: of a path that stands alone pytest loads the conftest, which puts the checkout's own diffusers first.
 
 Owns how they are run and reported; what they are given stands in `diffusers_testers.py`.
 """
