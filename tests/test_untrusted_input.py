@@ -136,6 +136,25 @@ def test_a_hostile_recipe_is_refused_by_name_and_nothing_runs(tmp_path, monkeypa
     assert not Path("marker").exists()
 
 
+@pytest.mark.parametrize(
+    "content",
+    ["process: {class_path: trap.Popen}", "process: trap.Popen", "x: &x {class_path: trap.Popen}\nprocess: {<<: *x}",
+     "<<: {process: trap.Popen}", "process.class_path: trap.Popen", "process: {k: {class_path: trap.Popen}}",
+     "process: sub.yaml", "config: sub.yaml", "? [1]\n: 2"],
+)  # fmt: skip
+def test_a_recipe_imports_nothing_and_opens_no_other_file(tmp_path, monkeypatch, capsys, content):
+    (tmp_path / "trap.py").write_text("open('marker', 'w')\nclass Popen: pass\n")
+    (tmp_path / "sub.yaml").write_text("{process: {class_path: trap.Popen}, class_path: trap.Popen}\n")
+    (tmp_path / "bad.yaml").write_text(content)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--config", "bad.yaml"])
+    assert stop.value.code == 2 and not Path("marker").exists() and "trap" not in sys.modules
+    error = capsys.readouterr().err
+    assert "Traceback" not in error and "bad.yaml" in error
+
+
 def test_a_folder_is_no_recipe(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["train", "--config", str(tmp_path)])

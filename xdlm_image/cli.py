@@ -13,7 +13,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import Field, fields
+from dataclasses import Field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -132,7 +132,8 @@ def parse(verb: str, arguments: Sequence[str]) -> Any:
     try:
         free = {field.name for field in fields(recipe_class) if str(field.type).startswith("dict")}
         bare = {f"--{f.name}": f.metadata.get("bare", "true") for f in fields(recipe_class) if _may_be_bare(f)}
-        settings = parser.parse_args([*_with_values([*_spelled(arguments, free)], bare)])
+        groups = {field.name for field in fields(recipe_class) if is_dataclass(field.default_factory)}
+        settings = parser.parse_args([*_with_values([*_spelled(arguments, free, groups)], bare)])
         recipe = parser.instantiate(settings)
         return recipe_class(**{key: value for key, value in vars(recipe).items() if key != "config"})
     except ValueError as error:
@@ -150,12 +151,13 @@ def _with_values(arguments: Sequence[str], bare: dict[str, str]) -> Iterator[str
         yield f"{argument}={bare[argument]}" if alone and argument in bare else argument
 
 
-def _spelled(arguments: Sequence[str], free: set[str]) -> Iterator[str]:
+def _spelled(arguments: Sequence[str], free: set[str], groups: set[str]) -> Iterator[str]:
     """`--output-dir` is `--output_dir`; the name of a shipped recipe is its file.
 
     Args:
         arguments: As typed.
         free: Options whose keys are the user's own words (`--pipelines.my-run`), which stay as they are.
+        groups: Options that hold options, for `check_recipe_file`.
     """
     is_config = False
     for argument in arguments:
@@ -165,11 +167,11 @@ def _spelled(arguments: Sequence[str], free: set[str]) -> Iterator[str]:
             head = head.replace("-", "_")
             name = "--" + head + dot + (key if head in free else key.replace("-", "_"))
             if name == "--config" and equals:
-                value = _recipe_file(value)
+                value = _recipe_file(value, groups)
             yield name + equals + value
             is_config = name == "--config" and not equals
         else:
-            yield _recipe_file(argument) if is_config else argument
+            yield _recipe_file(argument, groups) if is_config else argument
             is_config = False
 
 
@@ -183,9 +185,9 @@ def shipped_recipes() -> list[str]:
     return sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
 
 
-def _recipe_file(name: str) -> str:
+def _recipe_file(name: str, groups: set[str]) -> str:
     if Path(name).exists():
-        check_recipe_file(name)
+        check_recipe_file(name, groups)
         return name
     shipped = _shipped_folder() / f"{name}.yaml"
     return str(shipped) if shipped.exists() else name

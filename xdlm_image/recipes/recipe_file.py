@@ -1,13 +1,15 @@
 """What a recipe file may be: looked at before it is parsed, so that a file from elsewhere can neither run nor fill
 anything.
 
-This file owns the limits and their errors; what the options mean is told by the recipes. It never builds a value of
-the file: PyYAML's nodes are enough.
+This file owns the limits and their errors; what the options mean is told by the recipes. Values are built only when
+PyYAML's nodes have shown that they are plain and few.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -18,12 +20,18 @@ PLAIN = "tag:yaml.org,2002:"
 TAGS = {PLAIN + name for name in ("map", "seq", "str", "int", "float", "bool", "null", "merge", "timestamp")}
 
 
-def check_recipe_file(path: str | Path) -> None:
+def check_recipe_file(path: str | Path, groups: Collection[str] = ()) -> None:
     """Refuse what cannot be a recipe.
+
+    Args:
+        path: The file.
+        groups: Options that hold options themselves. jsonargparse imports a class that stands in their place, and
+            opens a file that does.
 
     Raises:
         ValueError: No plain file, too large, no text, no YAML, tags that would build Python objects, aliases that
-            multiply beyond measure, or something else than options with values. The message names the file.
+            multiply beyond measure, something else than options with values, or names of classes or files where
+            options belong. The message names the file.
     """
     name = f"--config {str(path)!r}"
     if not Path(path).is_file():
@@ -47,6 +55,23 @@ def check_recipe_file(path: str | Path) -> None:
     _count(root, name, {})
     if not isinstance(root, yaml.MappingNode):
         raise ValueError(f"{name} holds no options: write them one a line, as in max_steps: 1000")
+    try:
+        options = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError) as error:  # a key that is a list, a date that is none
+        raise ValueError(f"{name} cannot be read: {error}") from error
+    for option, value in options.items():
+        if option == "config":
+            raise ValueError(f"{name} names another recipe: nothing was read; write its options here")
+        if option in groups and not isinstance(value, dict):
+            raise ValueError(f"{name}: {option} is {str(value)[:80]!r}; write its options below it, one a line")
+        _refuse_classes(option, value, name)
+
+
+def _refuse_classes(option: Any, value: Any, name: str) -> None:
+    if str(option).rpartition(".")[2] in ("class_path", "init_args"):
+        raise ValueError(f"{name} has {option}: recipes name no Python classes; nothing was imported, take it out")
+    for key, child in value.items() if isinstance(value, dict) else ():
+        _refuse_classes(key, child, name)
 
 
 def _count(node: yaml.Node, name: str, known: dict[int, int]) -> int:
