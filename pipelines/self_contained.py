@@ -247,9 +247,9 @@ class SelfContainedPipeline(DiffusionPipeline):
             raise TypeError(f"{', '.join(about)}: writing a card needs the package xdlm-image; give card instead")
         came_from = getattr(self.transformer.config, "_name_or_path", None)
         folder = Path(came_from).parent if came_from else None
-        if not about and folder and part_classes(folder) and (folder / CARD).is_file():  # what it said of itself
-            picture = folder / PICTURE
-            return (folder / CARD).read_text(encoding="utf-8"), {PICTURE: picture} if picture.is_file() else {}
+        if not about and folder and part_classes(folder) and own_file(folder, CARD):  # what it said of itself
+            files = {PICTURE: folder / PICTURE} if own_file(folder, PICTURE) else {}
+            return (folder / CARD).read_text(encoding="utf-8"), files
         if TRAVELS:
             return _plain_card(self, name), {}
         hub_card = importlib.import_module(f"{PACKAGE}.hub.card")
@@ -279,9 +279,9 @@ def write_folder(
         allowed = (partial / "model_index.json").stat().st_mode  # by the umask; safetensors lets only the owner read
         for path in partial.rglob("*"):
             path.chmod(path.stat().st_mode | (allowed if path.is_file() else 0))
-        if folder.is_dir():
+        if folder.is_dir() and not folder.is_symlink():
             os.replace(folder, old)
-        else:
+        else:  # of a link the link alone goes, what it leads to stays
             folder.unlink(missing_ok=True)
         os.replace(partial, folder)
     finally:
@@ -305,6 +305,16 @@ def refuse_other_content(folder: Path, overwrite: bool) -> None:
             f"{str(folder)!r} holds something that no export wrote ({', '.join(strange[:3])}); name another folder, "
             "or say overwrite to replace it"
         )
+
+
+def own_file(folder: Path, name: str) -> bool:
+    """Whether a file is there and lies in the folder, or where the hub's cache keeps what its folders link to.
+
+    A folder from elsewhere may hold links to anything of this machine, which no export may carry on.
+    """
+    path, folder = (folder / name).resolve(), folder.resolve()
+    homes = {folder, *(above / "blobs" for above in folder.parents[1:2])}  # snapshots/<commit>/name -> blobs/<hash>
+    return path.is_file() and path.parent in homes
 
 
 def part_classes(folder: str | Path) -> dict[str, list[str]]:

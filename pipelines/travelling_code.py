@@ -136,11 +136,13 @@ def add_code(pipeline: DiffusionPipeline, folder: Path) -> None:
     index["_class_name"] = [next(iter(code)), type(pipeline).__name__]
     for part, name in parts.items():
         index[part][0] = name
+    index.pop("_name_or_path", None)
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    for path in folder.rglob("*.json"):
-        config = json.loads(path.read_text(encoding="utf-8"))
-        if config.pop("_name_or_path", None) is not None:
-            path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    for part in pipeline.components:  # and no other file: the folder may hold other people's too
+        for path in (folder / part).glob("*config.json"):
+            config = json.loads(path.read_text(encoding="utf-8"))
+            if config.pop("_name_or_path", None) is not None:
+                path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_code(folder: Path, code: Mapping[str, str]) -> None:

@@ -197,6 +197,39 @@ def test_other_peoples_folders_are_not_replaced(saved, exported, tmp_path):
     pipe.save_for_hub(target, card="newer", overwrite=True)
     assert (target / "README.md").read_text() == "newer" and not (target / ".git").exists()
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    (tmp_path / "link").symlink_to(target, target_is_directory=True)
+    pipe.save_for_hub(tmp_path / "link", card="newest")
+    assert (tmp_path / "link" / "README.md").read_text() == "newest" and not (tmp_path / "link").is_symlink()
+    assert (target / "README.md").read_text() == "newer"  # what the link led to
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "out"]
+
+
+def test_links_of_a_folder_from_elsewhere_carry_nothing_of_this_machine(exported, tmp_path):
+    (tmp_path / "key").write_text("a secret of this machine")
+    theirs = shutil.copytree(exported, tmp_path / "theirs")
+    (theirs / "README.md").unlink()
+    for name in ("README.md", "samples.png"):
+        (theirs / name).symlink_to("../key")
+    text, files = load(theirs).make_card(None, "name", tmp_path, {})
+    assert "secret" not in text and "secret" not in str([p.read_bytes()[:99] for p in files.values()])
+    cache = tmp_path / "models--me--tiny"  # the hub's own links are followed
+    (cache / "blobs").mkdir(parents=True)
+    snapshot = shutil.copytree(exported, cache / "snapshots" / "1234")
+    (snapshot / "README.md").rename(cache / "blobs" / "ab")
+    (snapshot / "README.md").symlink_to("../../blobs/ab")
+    assert load(snapshot).make_card(None, "name", tmp_path, {}) == ("# A card\n", {})
+
+
+def test_saving_code_leaves_other_peoples_files_alone(exported, tmp_path, modules):
+    pipe = DiffusionPipeline.from_pretrained(str(exported), trust_remote_code=True)
+    (tmp_path / "models" / "other").mkdir(parents=True)
+    theirs = {"list.json": "[1]", "other/config.json": '{"_name_or_path": "kept"}', "no.json": "{"}
+    for name, text in theirs.items():
+        (tmp_path / "models" / name).write_text(text)
+    pipe.save_pretrained(tmp_path / "models")
+    assert {name: (tmp_path / "models" / name).read_text() for name in theirs} == theirs
+    own = texts(tmp_path / "models").items() - theirs.items()
+    assert {"README.md": "# A card\n", **dict(own)} == texts(exported)
 
 
 # --- loading --------------------------------------------------------------------------------------

@@ -35,11 +35,16 @@ def write_atomic(path: str | Path, write: Callable[[Path], object]) -> Path:
 
 
 def replace_folder(partial: Path, final: Path) -> None:
-    """Move the whole new folder `partial` to `final`; what was there goes only when the new one stands."""
+    """Move the whole new folder `partial` to `final`; what was there goes only when the new one stands.
+
+    Of a link the link alone goes; the folder it leads to stays.
+    """
     share_permissions(partial)
     old = final.with_name(f".{final.name}.{os.getpid()}.old")
     shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
+    if final.is_symlink():
+        final.unlink()
+    elif final.exists():
         os.replace(final, old)
     os.replace(partial, final)
     shutil.rmtree(old, ignore_errors=True)
