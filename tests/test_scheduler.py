@@ -142,6 +142,16 @@ def test_temperature_sharpens() -> None:
     assert_drawn_from(z, torch.softmax(2 * logits.double(), -1))
 
 
+@pytest.mark.parametrize("k", [0.0, 0.3, 1.0])
+def test_the_last_codes_are_codes_where_all_of_them_underflow_beside_another_id(k: float) -> None:
+    scheduler = XDLMScheduler(k=k, num_codes=3, definition="B", vocab_size=6, mask_id=3)
+    scheduler.set_timesteps(1)
+    logits = torch.tensor([-201.0, -200.0, -400.0, 0.0, 0.0, 0.0])  # e^-200 is 0 in float32
+    z = torch.full((1, DRAWS), 3)
+    z = scheduler.step(logits.expand(1, DRAWS, -1), 1.0, z, torch.Generator().manual_seed(0)).prev_sample
+    assert_drawn_from(z, torch.softmax(logits[:3].double(), -1))
+
+
 @pytest.mark.parametrize("grid", ["linear", "cosine", "arccos"])
 def test_time_grids_fall_from_one(grid: str) -> None:
     scheduler = XDLMScheduler(time_grid=grid)

@@ -235,7 +235,9 @@ class XDLMScheduler(SchedulerMixin, ConfigMixin):
         c = float(process.signal_ratio(alpha_t, beta_t))
         accepted = mask_rows | (left_of_u * (1.0 + c * p_z) < 1.0)
         if last and process.num_ids > process.num_codes + 1:
-            p = p[:, : process.num_codes]  # definition B: the last draw is from the codes only, and so is the result
+            # definition B: the last draw is from the codes only, and so is the result; normalised among them, as all of
+            # their p may have underflowed beside an id that is no code
+            p = torch.softmax(scores[:, : process.num_codes], dim=-1)
             accepted |= z_rows >= process.num_codes
         moved = torch.where(
             u_rows < end_model,
