@@ -13,6 +13,7 @@ import yaml
 from evaluation_parts import CLASSES, build_parts, save_pipeline
 from huggingface_hub import ModelCard
 from PIL import Image
+from test_untrusted_input import png_that_claims
 from xdlm_image.pipelines import XDLMPipeline
 
 from xdlm_image.data.code_cache import Manifest
@@ -148,6 +149,33 @@ def test_a_given_picture_keeps_its_pixels_only(root, tmp_path):
     assert (
         Image.open(tmp_path / "out/samples.png").size == (4, 4) and "none was picked" not in read(tmp_path / "out").text
     )
+
+
+def test_damaged_recipes_and_pictures_are_named(tmp_path):
+    folder = save_pipeline(tmp_path / "run" / "pipeline")
+    bomb = "a0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i} {{x: *a{i - 1}, y: *a{i - 1}}}\n" for i in range(1, 30))
+    for text in ("a: [", "- 1\n", "", bomb, "a: !!python/name:os.system ''"):
+        (tmp_path / "run/recipe.yaml").write_text(text)
+        with pytest.raises(ValueError, match=r"run/recipe\.yaml: cannot be read as the run's recipe"):
+            export(ExportRecipe(str(folder), str(tmp_path / "out"), picture="none"))
+    (tmp_path / "run/recipe.yaml").unlink()
+    picture = png_that_claims(tmp_path / "bomb.png", 60_000, 60_000)
+    with pytest.raises(ValueError, match=r"picture='.*bomb\.png': .*decompression bomb"):
+        export(ExportRecipe(str(folder), str(tmp_path / "out"), picture=str(picture)))
+    assert not (tmp_path / "out").exists()
+
+
+def test_names_of_others_stay_in_their_line(tmp_path):
+    folder = save_pipeline(tmp_path / "pipeline")
+    index = json.loads((folder / "model_index.json").read_text())
+    index["id2label"]["1"] = "cat\n# A heading\n<script>"
+    (folder / "model_index.json").write_text(json.dumps(index))
+    origin = {"url": "here\n\n# A heading", "licence": "mit\n---\n<img src=x>", "notes": ["a\n# A heading"]}
+    (folder / "provenance.json").write_text(json.dumps(origin))
+    export(ExportRecipe(str(folder), str(tmp_path / "out"), picture="none"))
+    found = read(tmp_path / "out")
+    assert found.text.count("# A heading") == 3 and found.data.license is None
+    assert not re.search(r"^# A heading|<script|<img", found.text, flags=re.MULTILINE)
 
 
 def test_what_is_not_known_is_called_so(tmp_path):

@@ -6,11 +6,14 @@ import shutil
 
 import pytest
 from evaluation_parts import build_parts, extractor_recipe, one_thread, save_pipeline  # noqa: F401
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from xdlm_image.evaluation import sweep
 from xdlm_image.evaluation.extractor_training import train_extractor
 from xdlm_image.evaluation.references import reference
 from xdlm_image.evaluation.sweep import evaluate
+from xdlm_image.files import sha256_of_file
 from xdlm_image.recipes import DataOptions, ReferenceRecipe
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*images are few for the.*:UserWarning")
@@ -98,6 +101,17 @@ def test_folders_that_do_not_fit_are_refused(parts, folder, tmp_path):
     stranger = train_extractor(extractor_recipe(parts.data, tmp_path / "stranger", seed=5, epochs=1))
     with pytest.raises(ValueError, match="numbers of two extractors do not compare"):
         evaluate(_recipe(parts, out, folder, extractor=str(stranger)))
+    changed = shutil.copytree(folder, tmp_path / "changed")
+    for about in (changed / "statistics").rglob("about.json"):  # whole in itself, but not what was measured
+        file = about.parent / "pooled.safetensors"
+        tensors = load_file(file)
+        with safe_open(file, "pt") as opened:
+            save_file({name: tensor + 1 for name, tensor in tensors.items()}, file, opened.metadata())
+        content = json.loads(about.read_text())
+        content["statistics_sha256"]["pooled"] = sha256_of_file(file)
+        about.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"other statistics than reference\.json tells of"):
+        evaluate(_recipe(parts, out, changed))
     damaged = shutil.copytree(folder, tmp_path / "damaged")
     file = next((damaged / "statistics").rglob("pooled.safetensors"))
     file.write_bytes(file.read_bytes()[:-8])

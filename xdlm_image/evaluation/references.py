@@ -230,7 +230,11 @@ def open_reference(folder: str | Path, extractor: FeatureExtractor) -> Reference
             )
             for tokenizer, floor in about["reconstructions"].items()
         }
-    except (ValueError, KeyError, TypeError) as error:
+        told = [about["statistics"], *(floor["statistics"] for floor in about["reconstructions"].values())]
+        for measured, statistics in zip([images, *reconstructions.values()], told):
+            if measured.hashes != statistics["sha256"]:
+                raise ValueError(f"{statistics['folder']} holds other statistics than reference.json tells of")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"reference={str(folder)!r}: cannot be used ({error}); make it again") from error
     return Reference(about, images, reconstructions)
 

@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from xdlm_image.data.images import read_image
 from xdlm_image.evaluation.drawing import SamplerSettings, class_names
 from xdlm_image.evaluation.grids import class_grid, save_grid
 from xdlm_image.evaluation.report import markdown
@@ -142,7 +143,7 @@ def _summary(pipeline: XDLMPipeline) -> str:
     if config.num_classes is None:
         classes = "The model is unconditional."
     else:
-        shown = "; ".join(names[:12]) + ("; ..." if len(names) > 12 else "")
+        shown = "; ".join(map(one_line, names[:12])) + ("; ..." if len(names) > 12 else "")
         classes = f"{len(names)} classes: {shown}."
     parameters = sum(p.numel() for p in pipeline.transformer.parameters())
     return (
@@ -261,12 +262,17 @@ def _licence(sources: Sources, licence: str | None) -> str:
             "",
             f"The weights of the {what} were converted, not trained here:",
             "",
-            f"- from `{about.get('source_file', UNKNOWN)}`, SHA-256 `{about.get('source_sha256', UNKNOWN)}`, format "
-            f"{about.get('source_format', UNKNOWN)}",
-            f"- published at: {about.get('url') or UNKNOWN}",
-            f"- licence, as given at the conversion: {about.get('licence') or 'not stated'}",
-            f"- converted by {about.get('converted_by', UNKNOWN)}",
-            *(f"- {note}" for note in _notes(about)),
+            *(
+                f"- {one_line(line)}"
+                for line in (
+                    f"from `{about.get('source_file', UNKNOWN)}`, SHA-256 `{about.get('source_sha256', UNKNOWN)}`, "
+                    f"format {about.get('source_format', UNKNOWN)}",
+                    f"published at: {about.get('url') or UNKNOWN}",
+                    f"licence, as given at the conversion: {about.get('licence') or 'not stated'}",
+                    f"converted by {about.get('converted_by', UNKNOWN)}",
+                    *_notes(about),
+                )
+            ),
         ]
     if sources.recipe:
         lines += ["", "The transformer was trained from random weights by the recipe above."]
@@ -274,6 +280,11 @@ def _licence(sources: Sources, licence: str | None) -> str:
         origin = "was trained with the same package" if sources.tokenizer else f"comes from: {UNKNOWN}"
         lines += ["", f"The tokenizer {origin}."]
     return "\n".join(lines)
+
+
+def one_line(text: str) -> str:
+    """A text of somebody else's (a class name, a note) as it may stand in a line of the card: no HTML, no new line."""
+    return " ".join(text.split()).replace("<", "&lt;")
 
 
 def _notes(origin: Mapping[str, Any]) -> list[str]:
@@ -292,13 +303,12 @@ def _picture(
     if picture == NO_PICTURE:
         return {}, ""
     if picture is not None:
+        if not Path(picture).is_file():
+            raise FileNotFoundError(f"picture={str(picture)!r}: no such file")
         try:
-            with Image.open(picture) as image:
-                pixels = np.asarray(image.convert("RGB"))  # the pixels alone: no camera, no place, no author
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"picture={str(picture)!r}: no such file") from error
-        except (UnidentifiedImageError, OSError) as error:
-            raise ValueError(f"picture={str(picture)!r}: cannot be read as an image ({error})") from error
+            pixels = np.asarray(read_image(picture, 3))  # the pixels alone: no camera, no place, no author
+        except ValueError as error:
+            raise ValueError(f"picture={str(picture)!r}: {error}") from error
         Image.fromarray(pixels).save(path, format="PNG")
         return {PICTURE: path}, ""
     names = class_names(pipeline)

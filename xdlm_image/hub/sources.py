@@ -18,6 +18,7 @@ from diffusers import VQModel
 from xdlm_image.evaluation.drawing import pipeline_hash
 from xdlm_image.evaluation.report import markdown
 from xdlm_image.pipelines import XDLMPipeline
+from xdlm_image.recipes.recipe_file import check_recipe_file
 from xdlm_image.tokenizer.codes import tokenizer_hash
 
 
@@ -60,7 +61,7 @@ def read_sources(
             sources.converted["pipeline"] = _json(folder / "provenance.json")
         run = folder.parent
         if folder.name == "pipeline" and (run / "recipe.yaml").is_file():
-            sources.recipe = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8")) or {}
+            sources.recipe = _recipe(run / "recipe.yaml")
             sources.curve = _last_values(run / "metrics.jsonl")
             sources.codes = _json(_found(run, sources.recipe, "codes") / "manifest.json", missing={})
             if tokenizer is None:
@@ -73,6 +74,15 @@ def read_sources(
     if evaluation is not None:
         _read_evaluation(sources, pipeline, folder, Path(evaluation), row)
     return sources
+
+
+def _recipe(path: Path) -> dict[str, Any]:
+    """A run's resolved recipe; ValueError where it is damaged, or holds what no recipe holds."""
+    try:
+        check_recipe_file(path)
+    except ValueError as error:
+        raise ValueError(f"{path}: cannot be read as the run's recipe ({error}); restore it, or remove it") from error
+    return dict(yaml.safe_load(path.read_text(encoding="utf-8-sig")))
 
 
 def _json(path: Path, missing: dict[str, Any] | None = None) -> dict[str, Any]:
