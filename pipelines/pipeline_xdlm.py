@@ -66,15 +66,23 @@ class XDLMPipeline(SelfContainedPipeline):
 
     @classmethod
     def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
-        """A pipeline of this class that shares the parts and the labels of another, in their dtype.
+        """A pipeline of this class that shares the parts and the labels of another; the parts stay as they are.
 
-        diffusers alone would share a part only if its class were the very one of the annotation, which files that
-        travel cannot import, and would turn what is shared into float32.
+        diffusers' own would share a part only if its class were the very one of the annotation, which files that
+        travel cannot import, and would cast what is shared to one dtype, under the hands of the other pipeline.
+
+        Args:
+            pipeline: Whose parts and labels are taken.
+            **kwargs: Of `__init__`, instead of the other's; `dtype` (or `torch_dtype`) casts the shared parts too.
         """
+        dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
+        labels = {name: pipeline.config.get(name) for name in ("id2label", "id2synset", "supports_guidance")}
+        known = {name: value for name, value in labels.items() if value is not None}
         parts = {name: part for name, part in pipeline.components.items() if name in cls.PARTS}
-        if "torch_dtype" not in kwargs:
-            kwargs.setdefault("dtype", pipeline.dtype)
-        return super().from_pipe(pipeline, **{**parts, **kwargs})
+        shared = cls(**{**known, **parts, **kwargs})
+        if "_name_or_path" in pipeline.config:
+            shared.register_to_config(_name_or_path=pipeline.config["_name_or_path"])
+        return shared if dtype is None else shared.to(dtype=dtype)
 
     # --- properties -------------------------------------------------------------------------------
 

@@ -234,6 +234,10 @@ def test_it_loads_the_same_folder(pipe, tmp_path):
 def test_sharing_keeps_the_dtype(pipe):
     half = make_pipe(channels=3).to(torch.bfloat16)
     assert XDLMImg2ImgPipeline.from_pipe(half).transformer.dtype == half.transformer.dtype == torch.bfloat16
+    half.vqvae.float()  # pictures in full precision from a network in half
+    shared = XDLMImg2ImgPipeline.from_pipe(half)
+    assert shared.vqvae is half.vqvae and half.vqvae.dtype == torch.float32 and half.transformer.dtype == torch.bfloat16
+    assert XDLMImg2ImgPipeline.from_pipe(half, torch_dtype=torch.float32).transformer.dtype == torch.float32
 
 
 # --- the verb -------------------------------------------------------------------------------------
