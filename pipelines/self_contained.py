@@ -6,7 +6,6 @@ and travels beside the weights: a pipeline that was loaded without the package c
 """
 
 import importlib
-import json
 import os
 import re
 import shutil
@@ -16,49 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from huggingface_hub import CommitInfo, HfApi, ModelCard, ModelCardData, snapshot_download
+from huggingface_hub import CommitInfo, HfApi, ModelCard, snapshot_download
 
-from .index_check import check_index
+from .folder_check import CARD, PICTURE, check_all_loaded, check_index, own_file, part_classes, refuse_other_content
+from .plain_card import plain_card
 from .travelling_code import REMOTE, VERSIONED, add_code
 
 PACKAGE = __name__.partition(".")[0]
 TRAVELS = PACKAGE == REMOTE  # whether this very file was loaded as remote code
-CARD = "README.md"
-PICTURE = "samples.png"
 STALE_CODE = "*_" + "[0-9a-f]" * 8 + ".py"  # what an upload replaces: code files of earlier uploads
-TAGS = ["discrete-diffusion", "xdlm", "class-conditional", "custom_code", "arxiv:2602.01362"]
-PIPELINE_TAG = "unconditional-image-generation"  # the hub's name for generation without a prompt text
-# no line of this file may begin with an import of the package, not even in a text: diffusers would ask for it
-HOW_TO_LOAD = (
-    """\
-## How to load
-
-The code stands beside the weights; read it before you let it run. From a hub, name the commit you have read by its
-full hash, so that the code that runs is the code you have read:
-
-```python
-from diffusers import DiffusionPipeline
-
-pipe = DiffusionPipeline.from_pretrained(
-    "{name}",
-    revision="<full hash of the commit>",
-    trust_remote_code=True,
-)
-images = pipe({example}num_steps=8).images
-```
-
-{stands_for}A folder on your own machine needs no `revision`. Where the package `xdlm-image` is installed, no code of
-this folder need run:
-
-```python
-"""
-    "from xdlm_image import XDLMPipeline"
-    """
-
-pipe = XDLMPipeline.from_pretrained("{name}")
-```
-"""
-)
 
 
 class SelfContainedPipeline(DiffusionPipeline):
@@ -96,7 +61,7 @@ class SelfContainedPipeline(DiffusionPipeline):
         if Path(folder).is_dir() and not any(Path(folder).rglob("*.bin")):  # never look, or ask, for pickled weights
             kwargs.setdefault("use_safetensors", True)
         if not theirs and not TRAVELS:
-            check_index(folder, kwargs, PACKAGE, VERSIONED)
+            check_index(folder, kwargs, PACKAGE)
         if theirs:
             pipeline = DiffusionPipeline.from_pretrained(folder, **kwargs)
         else:
@@ -104,7 +69,7 @@ class SelfContainedPipeline(DiffusionPipeline):
         pipeline.register_to_config(_name_or_path=str(path))
         for name in ("transformer", "vqvae"):
             if name not in kwargs:  # given modules are the caller's
-                _check_all_loaded(name, getattr(pipeline, name))
+                check_all_loaded(name, getattr(pipeline, name))
         return pipeline
 
     @classmethod
@@ -251,7 +216,7 @@ class SelfContainedPipeline(DiffusionPipeline):
             files = {PICTURE: folder / PICTURE} if own_file(folder, PICTURE) else {}
             return (folder / CARD).read_text(encoding="utf-8"), files
         if TRAVELS:
-            return _plain_card(self, name), {}
+            return plain_card(self, name), {}
         hub_card = importlib.import_module(f"{PACKAGE}.hub.card")
         return hub_card.write_card(self, name, scratch, **about)
 
@@ -287,60 +252,6 @@ def write_folder(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
-
-
-def refuse_other_content(folder: Path, overwrite: bool) -> None:
-    """Raise FileExistsError if `folder` holds anything but an earlier self-contained folder, unless `overwrite`."""
-    if overwrite or not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return
-    parts = part_classes(folder)
-    known = {"model_index.json", CARD, PICTURE, *parts}
-    strange = sorted(
-        path.name
-        for path in (folder.iterdir() if parts else [folder])
-        if path.name not in known and not (path.suffix == ".py" and VERSIONED.fullmatch(path.stem))
-    )
-    if strange:
-        raise FileExistsError(
-            f"{str(folder)!r} holds something that no export wrote ({', '.join(strange[:3])}); name another folder, "
-            "or say overwrite to replace it"
-        )
-
-
-def own_file(folder: Path, name: str) -> bool:
-    """Whether a file is there and lies in the folder, or where the hub's cache keeps what its folders link to.
-
-    A folder from elsewhere may hold links to anything of this machine, which no export may carry on.
-    """
-    path, folder = (folder / name).resolve(), folder.resolve()
-    homes = {folder, *(above / "blobs" for above in folder.parents[1:2])}  # snapshots/<commit>/name -> blobs/<hash>
-    return path.is_file() and path.parent in homes
-
-
-def part_classes(folder: str | Path) -> dict[str, list[str]]:
-    """What a self-contained folder says of its parts, part -> [module, class]; empty where it is no such folder."""
-    try:
-        index = json.loads((Path(folder) / "model_index.json").read_text(encoding="utf-8"))
-        if isinstance(index["_class_name"], str) or not (Path(folder) / f"{index['_class_name'][0]}.py").is_file():
-            return {}
-        return {part: value for part, value in index.items() if isinstance(value, list) and part != "_class_name"}
-    except (OSError, ValueError, LookupError, TypeError):
-        return {}
-
-
-def _check_all_loaded(name: str, module: Any) -> None:
-    """Raise if a tensor of the module is in none of the safetensors files of the folder it came from."""
-    folder = Path(getattr(module.config, "_name_or_path", None) or "")
-    saved: set[str] = set()
-    files = sorted(folder.glob("diffusion_pytorch_model*.safetensors"))
-    for file in files:
-        with file.open("rb") as stream:  # the header: its length in 8 bytes, then JSON by tensor name
-            saved |= set(json.loads(stream.read(int.from_bytes(stream.read(8), "little"))))
-    missing = sorted(set(module.state_dict()) - saved) if files else []
-    if missing:
-        raise ValueError(
-            f"{name}: {len(missing)} tensors are not in {folder}, such as {missing[:3]}; save or download it anew"
-        )
 
 
 def _name_installed_classes(config: dict[str, Any]) -> None:
@@ -412,27 +323,3 @@ def _download(cls: type[DiffusionPipeline], path: Any, kwargs: Mapping[str, Any]
         ],
         **{name: kwargs[name] for name in names if kwargs.get(name) is not None},
     )
-
-
-# --- card -----------------------------------------------------------------------------------------
-
-
-def _plain_card(pipeline: DiffusionPipeline, name: str) -> str:
-    """A card that says what is not known."""
-    data = ModelCardData(library_name="diffusers", pipeline_tag=PIPELINE_TAG, tags=TAGS)
-    text = (
-        f"# {name}\n\nImage generation in few steps by discrete diffusion on VQ codes (XDLM, arXiv 2602.01362).\n\n"
-        "Data, training, quality and licence of the weights: not stated.\n\n"
-    )
-    return f"---\n{data.to_yaml()}\n---\n\n{text}{how_to_load(pipeline, name)}"
-
-
-def how_to_load(pipeline: DiffusionPipeline, name: str) -> str:
-    """The section of a card that shows the two ways to load."""
-    labels = dict(pipeline.config.get("id2label") or {})
-    first = json.dumps(next(iter(labels.values())).partition(",")[0], ensure_ascii=False) if labels else "0"
-    conditional = pipeline.components["transformer"].config.num_classes is not None
-    example = first + ", " if conditional else ""
-    repository = name if "/" in name else f"OWNER/{name}"
-    stands_for = "" if "/" in name else f"`{repository}` stands for the repository, or the folder. "
-    return HOW_TO_LOAD.format(name=repository, example=example, stands_for=stands_for)

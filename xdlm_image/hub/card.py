@@ -24,7 +24,8 @@ from xdlm_image.evaluation.grids import class_grid, save_grid
 from xdlm_image.evaluation.report import markdown
 from xdlm_image.hub.sources import Sources, read_sources
 from xdlm_image.pipelines import XDLMPipeline
-from xdlm_image.pipelines.self_contained import PICTURE, PIPELINE_TAG, TAGS, how_to_load
+from xdlm_image.pipelines.folder_check import PICTURE
+from xdlm_image.pipelines.plain_card import PIPELINE_TAG, TAGS, how_to_load
 
 STEPS, ROWS, COLUMNS = 8, 10, 8  # of the picture that is drawn where none is given
 BATCH = 80

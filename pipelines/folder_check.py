@@ -1,0 +1,111 @@
+"""What a pipeline's folder holds: whether it may be loaded, whether its files are whole, whether it may be replaced.
+
+diffusers looks up `[library, class]` of every part among the modules that are imported, `subprocess` and `Popen`
+included, and refuses late and obscurely what has no way of loading. This file owns the refusals beforehand, and never
+writes. It imports only the standard library and its sibling, and travels beside the weights.
+"""
+
+import json
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from .travelling_code import VERSIONED
+
+CARD = "README.md"
+PICTURE = "samples.png"
+CLASSES = {"transformer": "XDLMTransformer2DModel", "scheduler": "XDLMScheduler", "vqvae": "VQModel"}
+
+
+def check_index(folder: str | Path, given: Collection[str], package: str) -> None:
+    """Refuse an index that names other parts than the pipeline's own.
+
+    Args:
+        folder: Of the pipeline.
+        given: Arguments of the call; a part among them is the caller's, and what the index says of it is not used.
+        package: Name of the installed package whose classes the parts are, code beside the weights or not; `VQModel`
+            is diffusers'.
+
+    Raises:
+        ValueError: Names the file, the part, what stands there and what should.
+    """
+    file = Path(folder) / "model_index.json"
+    try:
+        index = json.loads(file.read_text(encoding="utf-8"))
+    except OSError:
+        return  # diffusers says what is missing
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({error}): save or download the pipeline anew") from error
+    if not isinstance(index, dict):
+        raise ValueError(f"{file} holds a {type(index).__name__}: save or download the pipeline anew")
+    for part, name in CLASSES.items():
+        if part in given:
+            continue
+        value = index.get(part)
+        library, found = value if isinstance(value, list) and len(value) == 2 else (None, None)
+        if part == "vqvae":
+            known = library == "diffusers"
+        else:
+            known = isinstance(library, str) and (
+                library.split(".")[0] == package or VERSIONED.fullmatch(library) is not None
+            )
+        if found != name or not known:
+            home = "diffusers" if part == "vqvae" else package
+            raise ValueError(
+                f"{file}: {part} is {str(value)[:80]}, must be {name} of {home}; "
+                f"nothing was imported. Pass your own as from_pretrained(..., {part}=...) if that is meant"
+            )
+
+
+def part_classes(folder: str | Path) -> dict[str, list[str]]:
+    """What a self-contained folder says of its parts, part -> [module, class]; empty where it is no such folder."""
+    try:
+        index = json.loads((Path(folder) / "model_index.json").read_text(encoding="utf-8"))
+        if isinstance(index["_class_name"], str) or not (Path(folder) / f"{index['_class_name'][0]}.py").is_file():
+            return {}
+        return {part: value for part, value in index.items() if isinstance(value, list) and part != "_class_name"}
+    except (OSError, ValueError, LookupError, TypeError):
+        return {}
+
+
+def check_all_loaded(name: str, module: Any) -> None:
+    """Raise if a tensor of the module is in none of the safetensors files of the folder it came from."""
+    folder = Path(getattr(module.config, "_name_or_path", None) or "")
+    saved: set[str] = set()
+    files = sorted(folder.glob("diffusion_pytorch_model*.safetensors"))
+    for file in files:
+        with file.open("rb") as stream:  # the header: its length in 8 bytes, then JSON by tensor name
+            saved |= set(json.loads(stream.read(int.from_bytes(stream.read(8), "little"))))
+    missing = sorted(set(module.state_dict()) - saved) if files else []
+    if missing:
+        raise ValueError(
+            f"{name}: {len(missing)} tensors are not in {folder}, such as {missing[:3]}; save or download it anew"
+        )
+
+
+def refuse_other_content(folder: Path, overwrite: bool) -> None:
+    """Raise FileExistsError if `folder` holds anything but an earlier self-contained folder, unless `overwrite`."""
+    if overwrite or not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    parts = part_classes(folder)
+    known = {"model_index.json", CARD, PICTURE, *parts}
+    strange = sorted(
+        path.name
+        for path in (folder.iterdir() if parts else [folder])
+        if path.name not in known and not (path.suffix == ".py" and VERSIONED.fullmatch(path.stem))
+    )
+    if strange:
+        raise FileExistsError(
+            f"{str(folder)!r} holds something that no export wrote ({', '.join(strange[:3])}); name another folder, "
+            "or say overwrite to replace it"
+        )
+
+
+def own_file(folder: Path, name: str) -> bool:
+    """Whether a file is there and lies in the folder, or where the hub's cache keeps what its folders link to.
+
+    A folder from elsewhere may hold links to anything of this machine, which no export may carry on.
+    """
+    path, folder = (folder / name).resolve(), folder.resolve()
+    homes = {folder, *(above / "blobs" for above in folder.parents[1:2])}  # snapshots/<commit>/name -> blobs/<hash>
+    return path.is_file() and path.parent in homes
