@@ -140,7 +140,8 @@ class _Names:
             return int(text)
         if not self.exact:
             raise ValueError(
-                f"class_labels={_short(label)}: this pipeline has no id2label; pass the class id as an int"
+                f"class_labels={_short(label)}: this pipeline has no id2label; pass the class id as an int, "
+                "or id2label= where the pipeline is built"
             )
         raise ValueError(f"class_labels={_short(label)} is no class of this pipeline; {self._hint(text.casefold())}")
 

@@ -6,6 +6,7 @@ the standard library and its siblings, so that it can travel beside the weights.
 """
 
 from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -97,6 +98,13 @@ class XDLMPipeline(SelfContainedPipeline):
         return dict(self.config.id2synset or {})
 
     @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the images in pixels."""
+        rows, columns = self.transformer.grid
+        factor = 2 ** (len(self.vqvae.config.block_out_channels) - 1)
+        return rows * factor, columns * factor
+
+    @property
     def guidance_scale(self) -> float:
         """Guidance of the call that runs; read anew at every step."""
         return self._guidance_scale
@@ -145,7 +153,14 @@ class XDLMPipeline(SelfContainedPipeline):
         Raises:
             ValueError: Names the argument, its value and the remedy.
         """
-        process, config = self.scheduler.process, self.transformer.config
+        process = getattr(self.scheduler, "process", None)
+        if process is None:
+            raise ValueError(
+                f"scheduler is a {type(self.scheduler).__name__}: must be an XDLMScheduler, which knows the noise"
+            )
+        config: Any = getattr(self.transformer, "config", None)
+        if not hasattr(config, "num_embeds"):
+            raise ValueError(f"transformer is a {type(self.transformer).__name__}: must be an XDLMTransformer2DModel")
         if config.num_embeds != process.num_ids or config.out_channels != process.logits_width:
             raise ValueError(
                 f"transformer takes {config.num_embeds} ids and gives {config.out_channels} logits, "
@@ -156,9 +171,9 @@ class XDLMPipeline(SelfContainedPipeline):
                 f"scheduler draws from {process.num_codes} codes, vqvae has "
                 f"{self.vqvae.config.num_vq_embeddings}: they do not belong together"
             )
-        if not isinstance(num_images_per_prompt, int) or num_images_per_prompt < 1:
-            raise ValueError(f"num_images_per_prompt={num_images_per_prompt!r}: must be at least 1")
-        if not (isinstance(guidance_scale, int | float) and abs(guidance_scale) < float("inf")):
+        if not _is_count(num_images_per_prompt):
+            raise ValueError(f"num_images_per_prompt={num_images_per_prompt!r}: must be a whole number, at least 1")
+        if not (isinstance(guidance_scale, Real) and abs(guidance_scale) < float("inf")):
             raise ValueError(f"guidance_scale={guidance_scale!r}: must be a finite number")
         if guidance_scale != 1 and config.num_classes is None:
             raise ValueError(f"guidance_scale={guidance_scale}: an unconditional model takes 1 only")
@@ -167,8 +182,8 @@ class XDLMPipeline(SelfContainedPipeline):
                 f"guidance_scale={guidance_scale}: this model was trained without its null class "
                 "(class dropout 0), which guidance needs; use 1"
             )
-        if not (isinstance(temperature, int | float) and 0 < temperature < float("inf")):
-            raise ValueError(f"temperature={temperature!r}: must be a positive number")
+        if not (isinstance(temperature, Real) and 1e-6 <= temperature < float("inf")):
+            raise ValueError(f"temperature={temperature!r}: must be a number from 1e-6, which is the argmax, upwards")
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type={output_type!r}: must be one of {', '.join(OUTPUT_TYPES)}")
         unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
@@ -199,6 +214,11 @@ class XDLMPipeline(SelfContainedPipeline):
             ValueError: If `latents` has the wrong shape, dtype or range, or generators the wrong number.
         """
         shape = (batch_size, *self.transformer.grid)
+        for one in generator if isinstance(generator, list | tuple) else [generator]:
+            if one is not None and not isinstance(one, torch.Generator):
+                raise ValueError(
+                    f"generator holds {one!r}: give torch.Generator().manual_seed(...), one, or a list of one an image"
+                )
         if isinstance(generator, list | tuple) and len(generator) != batch_size:
             raise ValueError(
                 f"generator is a list of {len(generator)} for {batch_size} images: give one an image, or one"
@@ -209,6 +229,8 @@ class XDLMPipeline(SelfContainedPipeline):
         return latents.to(device)  # (B, h, w)
 
     def _check_latents(self, latents: torch.Tensor, shape: tuple[int, ...]) -> None:
+        if not isinstance(latents, torch.Tensor):
+            raise ValueError(f"latents is a {type(latents).__name__}: give a tensor {shape}, int64")
         if latents.shape != shape or latents.dtype != torch.int64:
             raise ValueError(
                 f"latents has shape {tuple(latents.shape)} and dtype {latents.dtype}: expected {shape}, int64"
@@ -218,6 +240,7 @@ class XDLMPipeline(SelfContainedPipeline):
         if lowest < 0 or highest >= num_ids:
             raise ValueError(f"latents holds ids from {lowest} to {highest}: they must lie in [0, {num_ids})")
 
+    @torch.no_grad()
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """Images of clean codes.
 
@@ -346,7 +369,12 @@ class XDLMPipeline(SelfContainedPipeline):
 
                 if callback_on_step_end is not None:
                     given = {"latents": latents} if "latents" in callback_on_step_end_tensor_inputs else {}
-                    changed = callback_on_step_end(self, i, t, given).pop("latents", latents)
+                    returned = callback_on_step_end(self, i, t, given)
+                    if not isinstance(returned, dict):
+                        raise ValueError(
+                            f"callback_on_step_end returned a {type(returned).__name__}: return the dict it was given"
+                        )
+                    changed = returned.pop("latents", latents)
                     if changed is not latents:
                         self._check_latents(changed, tuple(latents.shape))
                     latents = changed.to(device)
@@ -364,6 +392,10 @@ class XDLMPipeline(SelfContainedPipeline):
         if not return_dict:
             return (images,)
         return ImagePipelineOutput(images=images)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def same_steps(num_steps: int | None, num_inference_steps: int | None, timesteps: Sequence[float] | None) -> int | None:

@@ -5,6 +5,7 @@ be `init_images`'. It imports only torch, diffusers, the standard library and it
 """
 
 from collections.abc import Callable
+from numbers import Real
 from typing import Any
 
 import torch
@@ -23,13 +24,6 @@ class XDLMImg2ImgPipeline(XDLMPipeline):
     The same parts and files as `XDLMPipeline`: `from_pretrained` loads the same folder, and
     `XDLMImg2ImgPipeline.from_pipe(pipe)` shares the parts of one that is loaded.
     """
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        """Height and width in pixels that pictures are brought to, and come out with."""
-        rows, columns = self.transformer.grid
-        factor = 2 ** (len(self.vqvae.config.block_out_channels) - 1)
-        return rows * factor, columns * factor
 
     @torch.no_grad()
     def encode_images(self, image: InitImages) -> torch.Tensor:
@@ -139,7 +133,7 @@ class XDLMImg2ImgPipeline(XDLMPipeline):
 
     def _times(self, strength: float, num_steps: int | None, num_inference_steps: int | None) -> list[float]:
         """The times of the steps, falling from `strength`."""
-        if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 <= strength <= 1:
+        if isinstance(strength, bool) or not isinstance(strength, Real) or not 0 <= strength <= 1:
             raise ValueError(f"strength={strength!r}: must be a number in (0, 1]")
         if strength < 1e-6:
             raise ValueError(

@@ -49,6 +49,10 @@ class SelfContainedPipeline(DiffusionPipeline):
                 given.
         """
         path, local = pretrained_model_name_or_path, Path(pretrained_model_name_or_path).is_dir()
+        if local and not (Path(path) / "model_index.json").is_file() and (Path(path) / "pipeline").is_dir():
+            raise FileNotFoundError(
+                f"{str(path)!r} is the folder of a training run: name {str(Path(path) / 'pipeline')!r}"
+            )
         if kwargs.get("custom_pipeline") is not None:
             raise ValueError(
                 f"custom_pipeline={kwargs['custom_pipeline']!r}: {cls.__name__} runs its own code; use diffusers' "

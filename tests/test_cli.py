@@ -127,3 +127,26 @@ def test_nearest_option() -> None:
 )
 def test_options_that_may_stand_alone(verb, arguments, field, value):
     assert getattr(parse(verb, arguments), field) == value
+
+
+def test_names_of_recipes_are_offered_where_they_fit(tmp_path, capsys):
+    for arguments, words in (
+        (["train", "--config", "fashion_mnist/xdml"], "did you mean 'fashion_mnist/xdlm'?"),
+        (["train", "--config", "process: {k: 1}"], "no such file, and no shipped recipe; shipped recipes: "),
+        (["train", "--process", "file.yaml"], "--process: name one of its options, as in --process.NAME VALUE"),
+        (["sample", "--num_step", "3", "--pipeline=p", "--output=o.png"], "did you mean 'num_steps'?"),
+    ):
+        with pytest.raises(SystemExit):
+            main(arguments)
+        assert words in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert (
+        "fashion_mnist/mdlm, fashion_mnist/udlm, fashion_mnist/xdlm." in shown and "fashion_mnist/encode" not in shown
+    )
+    twice = tmp_path / "twice.yaml"
+    twice.write_text("max_steps: 3\nmax_steps: 4\n")
+    with pytest.raises(SystemExit):
+        main(["train", "--config", str(twice)])
+    assert "has max_steps twice" in capsys.readouterr().err

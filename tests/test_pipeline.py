@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline, VQModel
+from diffusers import DDIMScheduler, DiffusionPipeline, VQModel
 from safetensors.torch import load_file, save_file
 
 import xdlm_image
@@ -417,3 +417,26 @@ def test_a_saved_pipeline_loads_in_a_fresh_process(tmp_path) -> None:
     program = f"from xdlm_image import XDLMPipeline; XDLMPipeline.from_pretrained({str(tmp_path)!r})"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_parts_and_arguments_of_other_kinds_are_named(pipe):
+    def refuses(message, **arguments):
+        with pytest.raises(ValueError, match=message):
+            pipe(0, num_steps=1, **arguments)
+
+    refuses("generator holds 42: give torch.Generator", generator=42)
+    refuses("generator holds 1: give torch.Generator", generator=[1])
+    refuses("callback_on_step_end returned a NoneType", callback_on_step_end=lambda *_: None)
+    refuses("num_images_per_prompt=True: must be a whole number", num_images_per_prompt=True)
+    refuses("latents is a list: give a tensor", latents=[1])
+    refuses("temperature=1e-40: must be a number from 1e-6", temperature=1e-40)
+    assert len(pipe(0, num_steps=1, temperature=np.float32(0.5)).images) == 1
+    for part, message in (("scheduler", "must be an XDLMScheduler"), ("transformer", "must be an XDLMTransformer2D")):
+        own = getattr(pipe, part)
+        try:
+            setattr(pipe, part, DDIMScheduler() if part == "scheduler" else torch.nn.Linear(1, 1))
+            refuses(message)
+        finally:
+            setattr(pipe, part, own)
+    with pytest.raises(ValueError, match="k='x': must be a number"):
+        XDLMScheduler(k="x")

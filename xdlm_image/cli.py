@@ -17,6 +17,7 @@ from dataclasses import Field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+import yaml
 from jsonargparse import ArgumentParser
 
 from . import recipes
@@ -120,14 +121,15 @@ def nearest_option(name: str, options: list[str]) -> str | None:
 def parse(verb: str, arguments: Sequence[str]) -> Any:
     """The recipe of a verb from its arguments; exits with a message if they are wrong."""
     recipe_class, _, description = VERBS[verb]
+    names = shipped_recipes({field.name for field in fields(recipe_class)})
     parser = RecipeParser(
         prog=f"xdlm-image {verb}",
-        description=f"{description} Recipes: {', '.join(shipped_recipes())}.",
+        description=description,
         epilog="Options on the command line win over the recipe file, which wins over the defaults shown.",
+        allow_abbrev=False,
     )
-    parser.add_argument(
-        "--config", action="config", help="Recipe: a YAML file, or the name of a shipped one, as in fashion_mnist/mdlm."
-    )
+    shipped = f", or the name of a shipped one: {', '.join(names)}" if names else " of yours; none is shipped for this"
+    parser.add_argument("--config", action="config", help=f"Recipe: a YAML file{shipped}.")
     parser.add_class_arguments(recipe_class, None)
     try:
         free = {field.name for field in fields(recipe_class) if str(field.type).startswith("dict")}
@@ -166,6 +168,8 @@ def _spelled(arguments: Sequence[str], free: set[str], groups: set[str]) -> Iter
             head, dot, key = name[2:].partition(".")
             head = head.replace("-", "_")
             name = "--" + head + dot + (key if head in free else key.replace("-", "_"))
+            if name[2:] in groups:
+                raise ValueError(f"{name}: name one of its options, as in {name}.NAME VALUE")
             if name == "--config" and equals:
                 value = _recipe_file(value, groups)
             yield name + equals + value
@@ -179,10 +183,14 @@ def _shipped_folder() -> Path:
     return Path(str(importlib.resources.files("xdlm_image.configs")))
 
 
-def shipped_recipes() -> list[str]:
-    """Names that `--config` takes besides files."""
+def shipped_recipes(options: set[str] | None = None) -> list[str]:
+    """Names that `--config` takes besides files; with `options`, those whose every option is among them."""
     folder = _shipped_folder()
-    return sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
+    return sorted(
+        str(path.relative_to(folder).with_suffix(""))
+        for path in folder.rglob("*.yaml")
+        if options is None or set(yaml.safe_load(path.read_text(encoding="utf-8"))) <= options
+    )
 
 
 def _recipe_file(name: str, groups: set[str]) -> str:
@@ -190,7 +198,11 @@ def _recipe_file(name: str, groups: set[str]) -> str:
         check_recipe_file(name, groups)
         return name
     shipped = _shipped_folder() / f"{name}.yaml"
-    return str(shipped) if shipped.exists() else name
+    if shipped.exists():
+        return str(shipped)
+    near = difflib.get_close_matches(name, shipped_recipes(), n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}?" if near else f"shipped recipes: {', '.join(shipped_recipes())}"
+    raise ValueError(f"--config {name!r}: no such file, and no shipped recipe; {hint}")
 
 
 def usage() -> str:

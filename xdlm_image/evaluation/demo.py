@@ -61,8 +61,8 @@ def models_folder(models: str | None) -> Path:
     folder = Path(models) if models else Path(__file__).parents[2] / "shipped" / "fashion_mnist"
     if not (folder / "reference" / "reference.json").is_file():
         raise FileNotFoundError(
-            f"models={str(folder)!r}: no shipped models there. An installed package carries no weights: clone the "
-            "repository (its folder shipped/fashion_mnist holds them) and name that folder with --models"
+            f"models={str(folder)!r}: no models there (pipelines/NAME/, extractor/, reference/). An installed package "
+            "carries no weights: clone the repository, or name with --models a folder that holds trained ones"
         )
     return folder
 

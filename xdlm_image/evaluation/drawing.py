@@ -61,8 +61,12 @@ def open_pipeline(folder: str | Path, device: torch.device, argument: str = "pip
     path = Path(folder)
     if not (path / "model_index.json").is_file():
         raise FileNotFoundError(
-            f"{argument}={str(folder)!r}: no saved pipeline there (no model_index.json); train one with "
-            "`xdlm-image train`, or check the path"
+            f"{argument}={str(folder)!r}: no saved pipeline there (no model_index.json); "
+            + (
+                f"name the run's {str(path / 'pipeline')!r}"
+                if (path / "pipeline" / "model_index.json").is_file()
+                else "train one with `xdlm-image train`, or check the path"
+            )
         )
     try:
         pipeline = XDLMPipeline.from_pretrained(str(path), local_files_only=True)
@@ -93,10 +97,10 @@ def _config_json(component: object) -> str:
 
 def image_shape(pipeline: XDLMPipeline) -> tuple[int, int]:
     """(channels, side in pixels) of the pipeline's square images. Raises ValueError where they are not square."""
-    rows, columns = pipeline.transformer.grid
-    if rows != columns:
-        raise ValueError(f"the pipeline draws a grid of {rows} x {columns} codes: only square images are evaluated")
-    return int(pipeline.vqvae.config.out_channels), rows * 2 ** (len(pipeline.vqvae.config.block_out_channels) - 1)
+    height, width = pipeline.image_size
+    if height != width:
+        raise ValueError(f"the pipeline draws images of {height} x {width} pixels: only square ones are evaluated")
+    return int(pipeline.vqvae.config.out_channels), height
 
 
 def class_names(pipeline: XDLMPipeline) -> list[str]:

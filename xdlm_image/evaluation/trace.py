@@ -153,7 +153,7 @@ def record(pipeline: XDLMPipeline, *args: Any, **kwargs: Any) -> Trace:
 
     hook = pipeline.transformer.register_forward_hook(see, with_kwargs=True)
     try:
-        pipeline(*args, **kwargs, output_type="latent", callback_on_step_end=keep)
+        pipeline(*args, **kwargs, output_type="latent", return_dict=True, callback_on_step_end=keep)
     finally:
         hook.remove()
     labels = seen["labels"]

@@ -30,8 +30,8 @@ def check_recipe_file(path: str | Path, groups: Collection[str] = ()) -> None:
 
     Raises:
         ValueError: No plain file, too large, no text, no YAML, tags that would build Python objects, aliases that
-            multiply beyond measure, something else than options with values, or names of classes or files where
-            options belong. The message names the file.
+            multiply beyond measure, something else than options with values, an option twice, or names of classes or
+            files where options belong. The message names the file.
     """
     name = f"--config {str(path)!r}"
     if not Path(path).is_file():
@@ -88,6 +88,10 @@ def _count(node: yaml.Node, name: str, known: dict[int, int]) -> int:
         )
     children: list[yaml.Node] = []
     if isinstance(node, yaml.MappingNode):
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.tag != PLAIN + "merge"]
+        twice = next((key for i, key in enumerate(keys) if key in keys[:i]), None)
+        if twice is not None:
+            raise ValueError(f"{name} has {twice} twice below line {node.start_mark.line + 1}: keep one")
         children = [part for pair in node.value for part in pair]
     elif isinstance(node, yaml.SequenceNode):
         children = node.value

@@ -160,7 +160,8 @@ class DemoRecipe:
     """Draw and judge the models that come with a checkout: grids at 8 steps, and a table over step counts.
 
     Attributes:
-        models: Folder of shipped models; None takes the checkout's `shipped/fashion_mnist`.
+        models: Folder with pipelines/NAME/ (saved pipelines), extractor/ and reference/ (of the verb `reference`);
+            None takes the checkout's `shipped/fashion_mnist`.
         output_dir: Folder for grids, table, plot and JSON; a killed demo goes on from there.
         full: The whole protocol, as in the committed table (5,000 images, three seeds, 1 to 64 steps; hours on a
             CPU), instead of the quick one (1,000 images, one seed, 1 to 16 steps; minutes).

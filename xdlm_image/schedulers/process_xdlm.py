@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -58,6 +59,8 @@ class XDLMProcess:
     mask_id: int | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.k, bool) or not isinstance(self.k, Real):
+            raise ValueError(f"k={self.k!r}: must be a number in [0, 1]")
         if not 0.0 <= self.k <= 1.0:  # also refuses NaN
             raise ValueError(f"k={self.k!r}: must lie in [0, 1] (0 is MDLM, 1 is UDLM)")
         if 0.0 < self.k < 1e-20:

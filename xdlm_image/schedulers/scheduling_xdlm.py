@@ -162,7 +162,7 @@ class XDLMScheduler(SchedulerMixin, ConfigMixin):
             timestep: t, one of `self.timesteps`.
             sample: z_t, int64 (B, ...).
             generator: None, one generator, or one per image.
-            temperature: Above 0. Acts on the network's (leave-one-out) prediction.
+            temperature: At least 1e-6. Acts on the network's (leave-one-out) prediction.
             return_dict: False returns a tuple.
 
         Raises:
@@ -173,8 +173,8 @@ class XDLMScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(
                 f"model_output: shape {tuple(model_output.shape)}, expected {(*sample.shape, process.logits_width)}"
             )
-        if not temperature > 0.0:
-            raise ValueError(f"temperature={temperature!r}: must be above 0")
+        if not 1e-6 <= temperature < math.inf:
+            raise ValueError(f"temperature={temperature!r}: must be at least 1e-6, which is the argmax")
         process.check_ids("sample", sample, process.num_ids)
         s = self.next_timestep(timestep)
         times = torch.tensor([float(timestep), s], dtype=torch.float64)
