@@ -210,8 +210,11 @@ def test_inductor(fresh_dynamo, pipe):
     expected = pipe.transformer(**network_input()).sample
     pipe.transformer.compile(fullgraph=True)
     with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
+        codes = draw(pipe)  # one graph for all steps ...
+        assert torch.equal(draw(pipe), codes)  # ... and calls
+    torch._dynamo.reset()  # a time an image is another graph
+    with torch.no_grad():
         torch.testing.assert_close(pipe.transformer(**network_input()).sample, expected, rtol=1e-4, atol=1e-4)
-        draw(pipe)
 
 
 # --- attention, memory ----------------------------------------------------------------------------
