@@ -85,6 +85,8 @@ class TrainRecipe:
         class_dropout: Share of labels replaced by the null class, for guidance.
         t_min: Training draws t from [t_min, 1]; the loss at t has weight 1/t.
         mixed_precision: accelerate's precision.
+        compile: Train through torch.compile: the first step takes about a minute longer, and on a CPU a C++ compiler
+            is needed. Validation and sample grids stay uncompiled.
         log_every: Steps between log lines.
         validate_every: Steps between validations; 0 only at the end.
         validation_samples: Largest number of images a validation.
@@ -117,6 +119,7 @@ class TrainRecipe:
     class_dropout: float = 0.1
     t_min: float = 1e-3
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    compile: bool = False
     log_every: int = 20
     validate_every: int = 500
     validation_samples: int = 2000

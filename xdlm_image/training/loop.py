@@ -147,6 +147,8 @@ class TrainingRun:
         )
         self.ema = EMAModel(transformer.parameters(), decay=recipe.ema_decay, foreach=True)
         self.ema.to(self.accelerator.device)
+        if recipe.compile:
+            transformer.compile(fullgraph=True)
         self.model, self.optimizer = self.accelerator.prepare(XDLMLoss(transformer, self.process), optimizer)
         self.schedule = get_scheduler(
             {"constant": "constant_with_warmup"}.get(recipe.lr_schedule, recipe.lr_schedule),
@@ -304,7 +306,8 @@ class TrainingRun:
         self.ema.copy_to(parameters)
         self.transformer.eval()
         try:
-            yield
+            with torch.compiler.set_stance("force_eager"):  # other batches, without gradients: not worth their graphs
+                yield
         finally:
             self.ema.restore(parameters)
             self.transformer.train()
