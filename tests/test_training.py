@@ -305,22 +305,12 @@ def test_cache_codes_outside_the_codebook_are_found(world: Path) -> None:
 
 @pytest.mark.slow  # minutes of a C++ compiler
 def test_a_compiled_run_learns_the_same_and_resumes(world: Path) -> None:
-    changes = {"validate_every": 4, "log_every": 1}
-    train(
-        recipe_in(
-            world,
-            "eager",
-            model=TransformerOptions(num_layers=1, num_attention_heads=2, attention_head_dim=8),
-            **changes,
-        )
-    )
-    recipe = recipe_in(
-        world,
-        "compiled",
-        model=TransformerOptions(num_layers=1, num_attention_heads=2, attention_head_dim=8),
-        compile=True,
-        **changes,
-    )
+    model = TransformerOptions(
+        num_layers=1, num_attention_heads=2, attention_head_dim=8
+    )  # no dropout: its draws differ
+    changes = {"model": model, "validate_every": 4, "log_every": 1}
+    train(recipe_in(world, "eager", **changes))
+    recipe = recipe_in(world, "compiled", compile=True, **changes)
     train(dataclasses.replace(recipe, stop_after=6))
     train(recipe)
     for key in ("train/loss", "validation/bits_per_token"):

@@ -86,7 +86,7 @@ class TrainRecipe:
         t_min: Training draws t from [t_min, 1]; the loss at t has weight 1/t.
         mixed_precision: accelerate's precision.
         compile: Train through torch.compile: the first step takes about a minute longer, and on a CPU a C++ compiler
-            is needed. Validation and sample grids stay uncompiled.
+            is needed. Validation and sample grids stay uncompiled. See benchmarks/compiled_training.py.
         log_every: Steps between log lines.
         validate_every: Steps between validations; 0 only at the end.
         validation_samples: Largest number of images a validation.
