@@ -240,6 +240,20 @@ class XDLMPipeline(SelfContainedPipeline):
         if lowest < 0 or highest >= num_ids:
             raise ValueError(f"latents holds ids from {lowest} to {highest}: they must lie in [0, {num_ids})")
 
+    def guide(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits of a step from the network's: uncond + s (cond - uncond), float32, where the call is guided.
+
+        Args:
+            logits: (B, L, V), of a guided call (2B, L, V), the labelled half first.
+
+        Returns:
+            (B, L, V).
+        """
+        if not self.do_classifier_free_guidance:
+            return logits
+        cond, uncond = logits.float().chunk(2)  # 2 x (B, L, V)
+        return uncond + self.guidance_scale * (cond - uncond)
+
     @torch.no_grad()
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """Images of clean codes.
@@ -359,9 +373,7 @@ class XDLMPipeline(SelfContainedPipeline):
                     class_labels=labels_and_null if guided else labels,
                     return_dict=False,
                 )[0]  # (B, L, V), guided (2B, L, V)
-                if guided:
-                    cond, uncond = logits.float().chunk(2)  # 2 x (B, L, V)
-                    logits = uncond + self.guidance_scale * (cond - uncond)  # (B, L, V)
+                logits = self.guide(logits)  # (B, L, V)
                 codes = self.scheduler.step(
                     logits, t, codes, generator=generator, temperature=temperature, return_dict=False
                 )[0]  # (B, L)

@@ -19,7 +19,7 @@ from torch.nn.functional import normalize
 
 from xdlm_image.files import write_json
 from xdlm_image.recipes.conversion import ConversionRecipe
-from xdlm_image.tokenizer.codes import INFO_FILE, tokenizer_hash
+from xdlm_image.tokenizer.codes import INFO_FILE, grid_of, tokenizer_hash
 
 from .checkpoint_file import CheckpointFile, is_state_dict, read_checkpoint, weight
 from .folder import Conversion, provenance, refuse_taken, write_folder
@@ -243,8 +243,8 @@ def convert_tokenizer(recipe: ConversionRecipe, family: Family) -> Conversion:
 
     def save(folder: Path) -> None:
         model.save_pretrained(folder)
-        side = TRAINED_AT // 2 ** (len(config.block_out_channels) - 1)
-        info = {"image_size": TRAINED_AT, "channels": config.in_channels, "grid": [side, side]}
+        grid = list(grid_of(model, TRAINED_AT))
+        info = {"image_size": TRAINED_AT, "channels": config.in_channels, "grid": grid}
         info |= {"num_codes": config.num_vq_embeddings, "tokenizer_hash": tokenizer_hash(model)}
         write_json(folder / INFO_FILE, info)
 

@@ -85,6 +85,11 @@ def check(recipe: EvaluateRecipe) -> Plan:
     if recipe.reference is not None:
         reference = open_reference(recipe.reference, extractor)
         about = reference.about["images"]
+        if recipe.reference_split != about["split"]:
+            raise ValueError(
+                f"reference_split={recipe.reference_split!r}: the images of reference={recipe.reference!r} are of the "
+                f"split {about['split']!r}; say so, or leave the folder out"
+            )
         names, shape, size = about["class_names"], (about["channels"], about["image_size"]), about["num_images"]
     else:
         images = open_reference_images(recipe.data, recipe.reference_split)

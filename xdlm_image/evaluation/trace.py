@@ -144,10 +144,7 @@ def record(pipeline: XDLMPipeline, *args: Any, **kwargs: Any) -> Trace:
             times.append(float(t))
         states.append(after.cpu())
         times.append(pipe.scheduler.next_timestep(t))
-        logits = seen["logits"].float()
-        if pipe.do_classifier_free_guidance:
-            cond, uncond = logits.chunk(2)
-            logits = uncond + pipe.guidance_scale * (cond - uncond)
+        logits = pipe.guide(seen["logits"]).float()
         predictions.append(most_probable(pipe, logits, before, float(t)).reshape(after.shape).cpu())
         return tensors
 

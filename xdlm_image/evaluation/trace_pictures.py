@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from matplotlib import font_manager
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
@@ -39,7 +38,7 @@ MAP_SIDE = 112  # about; a map's cells are whole pixels and no larger than the p
 GAP = 6
 MAX_COLUMNS = 17  # of a strip
 MAX_IMAGES = 32  # of a trace that `sample` writes
-FONT = ImageFont.truetype(font_manager.findfont("DejaVu Sans"), 13)
+FONT = ImageFont.load_default(13)
 LINE = 18
 
 

@@ -139,7 +139,7 @@ def _summary(pipeline: XDLMPipeline) -> str:
     process, config = pipeline.scheduler.process, pipeline.transformer.config
     kind = {0.0: " (k = 0: MDLM)", 1.0: " (k = 1: UDLM)"}.get(process.k, "")
     rows, columns = pipeline.transformer.grid
-    factor = 2 ** (len(pipeline.vqvae.config.block_out_channels) - 1)
+    height, width = pipeline.image_size
     names = class_names(pipeline)
     if config.num_classes is None:
         classes = "The model is unconditional."
@@ -150,7 +150,7 @@ def _summary(pipeline: XDLMPipeline) -> str:
     return (
         "Images in few steps by discrete diffusion on VQ codes: XDLM, "
         "[arXiv 2602.01362](https://arxiv.org/abs/2602.01362).\n\n"
-        f"- images of {rows * factor} x {columns * factor} pixels, {pipeline.vqvae.config.out_channels} channel(s)\n"
+        f"- images of {height} x {width} pixels, {pipeline.vqvae.config.out_channels} channel(s)\n"
         f"- {rows} x {columns} codes out of {process.num_codes}\n"
         f"- noise: k = {process.k:g}{kind}, definition {process.definition}\n"
         f"- transformer: {parameters:,} parameters, {config.num_layers} blocks; guidance "

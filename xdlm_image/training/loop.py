@@ -13,7 +13,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -306,7 +306,8 @@ class TrainingRun:
         self.ema.copy_to(parameters)
         self.transformer.eval()
         try:
-            with torch.compiler.set_stance("force_eager"):  # other batches, without gradients: not worth their graphs
+            # other batches, without gradients, are not worth graphs; asking loads the compiler: only if it is used
+            with torch.compiler.set_stance("force_eager") if self.recipe.compile else nullcontext():
                 yield
         finally:
             self.ema.restore(parameters)
