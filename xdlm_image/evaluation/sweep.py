@@ -32,6 +32,7 @@ from xdlm_image.evaluation.statistics import rank_and_world
 from xdlm_image.files import refuse_unwritable, write_json
 from xdlm_image.processes import process_state
 from xdlm_image.recipes import EvaluateRecipe
+from xdlm_image.tokenizer.codes import load_tokenizer
 
 CELL_VERSION = 2  # raise it when what a cell means changes: older cells are then measured anew
 GRID_STEPS = 8
@@ -94,11 +95,8 @@ def evaluate(recipe: EvaluateRecipe) -> Path:
 def _measured_reference(plan: Plan, output: Path) -> Reference:
     """The reference images measured, with the reconstructions of every tokenizer among the pipelines."""
     assert plan.images is not None
-    tokenizers = {}
-    for name, about in plan.pipelines.items():
-        if about["tokenizer_hash"] not in tokenizers:
-            pipeline = open_pipeline(about["folder"], plan.device, f"pipelines.{name}")
-            tokenizers[about["tokenizer_hash"]] = pipeline.vqvae
+    folders = {about["tokenizer_hash"]: Path(about["folder"]) / "vqvae" for about in plan.pipelines.values()}
+    tokenizers = {tokenizer: load_tokenizer(folder, plan.device) for tokenizer, folder in folders.items()}
     recipe = plan.recipe
     return make_reference(
         output / "reference",
@@ -132,7 +130,7 @@ def _cell(
         "seed": seed,
         "seed_rule": SEED_RULE,
         "num_samples": recipe.num_samples,
-        "reference": reference.about["images"]["fingerprint"],
+        "reference": reference.about["images"],
         "reconstructions": reconstructions is not None,
         "extractor": plan.extractor.weights_hash,
         "class_accuracy": plan.extractor.logits_layer is not None,
