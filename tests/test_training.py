@@ -303,6 +303,16 @@ def test_cache_codes_outside_the_codebook_are_found(world: Path) -> None:
         train(recipe_in(world))
 
 
+def test_another_attention_backend_learns_the_same_and_a_wrong_one_is_refused(world: Path) -> None:
+    train(recipe_in(world, "default"))
+    train(recipe_in(world, "math", attention_backend="_native_math"))
+    whole, other = (list(logged(world / name, "train/loss").values()) for name in ("default", "math"))
+    assert whole == pytest.approx(other, rel=1e-4) and len(whole) > 1
+    with pytest.raises(ValueError, match="(?s)attention_backend='fast'.*native"):
+        train(recipe_in(world, "wrong", attention_backend="fast"))
+    assert not (world / "wrong").exists()
+
+
 @pytest.mark.slow  # minutes of a C++ compiler
 def test_a_compiled_run_learns_the_same_and_resumes(world: Path) -> None:
     model = TransformerOptions(

@@ -67,6 +67,9 @@ class TokenizerRecipe:
         weight_decay: AdamW weight decay.
         l1_weight: Weight of |x - x'| beside the squared error of weight 1 (pixels in [-1, 1]).
         edge_weight: Weight of the L1 error of horizontal and vertical differences, which keeps edges and texture.
+        perceptual: Folder of a small classifier (from `train-extractor`, with another seed than the judge's) in whose
+            features images are compared too (LPIPS, arXiv 1801.03924); None leaves that out.
+        perceptual_weight: Weight of that distance.
         commitment_weight: Weight of the encoder's commitment to its codes.
         revive_after: Steps without use after which a code is replaced by a current latent (0: never).
         ema_decay: Decay of the weight average that is saved.
@@ -74,6 +77,8 @@ class TokenizerRecipe:
         horizontal_flip: Mirror half of the training images.
         extractor: Extractor folder (from `train-extractor`) for rFID in the report; None leaves rFID out.
         mixed_precision: accelerate's precision.
+        compile: Train encoder and decoder through torch.compile: the first step takes minutes longer, and on a CPU a
+            C++ compiler is needed.
         num_workers: Data loading processes.
         log_every: Steps between log lines; 0 only at the end.
         checkpoint_every: Steps between checkpoints; 0 only at the end. The newest is resumed.
@@ -92,6 +97,8 @@ class TokenizerRecipe:
     weight_decay: float = 0.0
     l1_weight: float = 1.0
     edge_weight: float = 1.0
+    perceptual: str | None = None
+    perceptual_weight: float = 1.0
     commitment_weight: float = 0.25
     revive_after: int = 200
     ema_decay: float = 0.995
@@ -99,6 +106,7 @@ class TokenizerRecipe:
     horizontal_flip: bool = True
     extractor: str | None = None
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    compile: bool = False
     num_workers: int = 0
     log_every: int = 50
     checkpoint_every: int = 500
@@ -113,6 +121,7 @@ class TokenizerRecipe:
             "weight_decay",
             "l1_weight",
             "edge_weight",
+            "perceptual_weight",
             "commitment_weight",
             "revive_after",
             "gradient_clip",

@@ -85,6 +85,8 @@ class TrainRecipe:
         class_dropout: Share of labels replaced by the null class, for guidance.
         t_min: Training draws t from [t_min, 1]; the loss at t has weight 1/t.
         mixed_precision: accelerate's precision.
+        attention_backend: Name of one of diffusers' attention backends (`native`, `_native_math`, `flash`, ...); None
+            is PyTorch's choice. For bf16 on a CPU take `_native_math`: the backward of PyTorch's own is slow there.
         compile: Train through torch.compile: the first step takes about a minute longer, and on a CPU a C++ compiler
             is needed. Validation and sample grids stay uncompiled. See benchmarks/compiled_training.py.
         log_every: Steps between log lines.
@@ -119,6 +121,7 @@ class TrainRecipe:
     class_dropout: float = 0.1
     t_min: float = 1e-3
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    attention_backend: str | None = None
     compile: bool = False
     log_every: int = 20
     validate_every: int = 500

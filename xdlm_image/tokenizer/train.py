@@ -1,7 +1,7 @@
 """The verb `train-tokenizer`: train diffusers' `VQModel` on images, resumably, and save tokenizer and report.
 
-This file owns the order of things: views of the data, loss, step, checkpoint, end. It never measures a finished
-tokenizer (`measure`) nor calls one (`codes`); the care of the codebook is in `codebook`.
+This file owns the order of things: views of the data, step, checkpoint, end. It never measures a finished tokenizer
+(`measure`) nor calls one (`codes`); the losses are in `losses`, the care of the codebook in `codebook`.
 """
 
 from __future__ import annotations
@@ -23,10 +23,12 @@ from tqdm import tqdm
 
 from xdlm_image.data.image_check import check_images
 from xdlm_image.data.images import ImageSet, normalise, open_images
+from xdlm_image.devices import uncompiled
 from xdlm_image.files import share_permissions, write_json
 from xdlm_image.recipes import TokenizerRecipe
 from xdlm_image.tokenizer.codebook import draw_badly_served, kmeans, nearest
 from xdlm_image.tokenizer.codes import INFO_FILE, grid_of, tokenizer_hash
+from xdlm_image.tokenizer.losses import PerceptualLoss, reconstruction_loss
 from xdlm_image.tokenizer.measure import measure_tokenizer, save_reconstructions
 from xdlm_image.training.batches import batch_indices, step_seed
 from xdlm_image.training.checkpoints import Checkpoint, CheckpointFolder, MetricLines, refuse_other_recipe
@@ -96,17 +98,6 @@ class Autoencoder(nn.Module):
         return sample.float(), loss, flat, codes
 
 
-def reconstruction_loss(recipe: TokenizerRecipe, sample: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-    """|d|^2 + l1 |d| + edge (|dx d| + |dy d|) / 2 with d = sample - images, each averaged; both (B, C, S, S)."""
-    error = sample - images
-    loss = error.square().mean() + recipe.l1_weight * error.abs().mean()
-    if recipe.edge_weight:
-        across = (error[..., :, 1:] - error[..., :, :-1]).abs().mean()
-        down = (error[..., 1:, :] - error[..., :-1, :]).abs().mean()
-        loss = loss + recipe.edge_weight * (across + down) / 2
-    return loss
-
-
 def learning_rate_at(recipe: TokenizerRecipe, step: int) -> float:
     """Linear warm-up, then cosine decay to 0 at max_steps."""
     warm = min(1.0, (step + 1) / max(recipe.warmup_steps, 1))
@@ -159,6 +150,10 @@ class TokenizerTraining:
 
             self.extractor = load_extractor(recipe.extractor, self.device)
             self.extractor.check_images(recipe.data.channels, recipe.data.image_size)
+        self.perceptual = None
+        if recipe.perceptual is not None:
+            perceptual = PerceptualLoss(recipe.perceptual, recipe.data.channels, recipe.data.image_size)
+            self.perceptual = perceptual.to(self.device)
         set_seed(recipe.seed)
         vqvae = build_vqvae(recipe)
         self.grid = grid_of(vqvae, recipe.data.image_size)
@@ -169,6 +164,9 @@ class TokenizerTraining:
         optimizer = torch.optim.AdamW(
             vqvae.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=recipe.weight_decay
         )
+        if recipe.compile:  # not the quantizer, which is a lookup
+            vqvae.encoder.compile()
+            vqvae.decoder.compile()
         self.network, self.optimizer = self.accelerator.prepare(Autoencoder(vqvae), optimizer)
         self.vqvae: VQModel = self.accelerator.unwrap_model(self.network).vqvae
         self.ema = EMAModel(self.vqvae.parameters(), decay=recipe.ema_decay, foreach=True)
@@ -188,7 +186,8 @@ class TokenizerTraining:
             group["lr"] = learning_rate_at(recipe, self.step)
         with self.accelerator.autocast():
             sample, codebook_loss, latents, codes = self.network(images, quantise)
-        loss = reconstruction_loss(recipe, sample, images) + codebook_loss
+            perceptual = 0.0 if self.perceptual is None else self.perceptual(sample, images)
+        loss = reconstruction_loss(recipe, sample, images) + codebook_loss + recipe.perceptual_weight * perceptual
         self.accelerator.backward(loss)
         norm = self.accelerator.clip_grad_norm_(self.network.parameters(), recipe.gradient_clip or math.inf)
         self.optimizer.step()
@@ -235,7 +234,8 @@ class TokenizerTraining:
         for first in range(0, number, self.recipe.batch_size):
             positions = range(first, min(first + self.recipe.batch_size, number))
             batch = torch.stack([views[p] for p in positions]).to(self.device)
-            latents.append(self.vqvae.encode(batch).latents.permute(0, 2, 3, 1).flatten(0, 2))
+            with uncompiled(self.recipe.compile):
+                latents.append(self.vqvae.encode(batch).latents.permute(0, 2, 3, 1).flatten(0, 2))
         generator = torch.Generator().manual_seed(self.recipe.seed)
         self._set_rows(torch.arange(size, device=self.device), kmeans(torch.cat(latents).float(), size, generator))
 
@@ -284,6 +284,7 @@ class TokenizerTraining:
         options["data"] = {k: v for k, v in options["data"].items() if k not in ("root", "download")}
         return options | {
             "images": self.images.fingerprint,
+            "perceptual": None if self.perceptual is None else self.perceptual.weights_hash,
             "number of processes": self.accelerator.num_processes,
         }
 

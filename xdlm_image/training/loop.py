@@ -13,7 +13,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 
 from ..data.code_cache import CodeCache
 from ..data.labels import labels_of_folders
+from ..devices import uncompiled
 from ..evaluation.drawing import SamplerSettings, class_names
 from ..evaluation.grids import class_grid, save_grid
 from ..files import replace_folder, write_text
@@ -138,6 +139,11 @@ class TrainingRun:
             num_classes=self.num_classes,
             **dataclasses.asdict(recipe.model),
         )
+        if recipe.attention_backend is not None:
+            try:
+                transformer.set_attention_backend(recipe.attention_backend)
+            except (ValueError, RuntimeError, ImportError) as error:
+                raise ValueError(f"attention_backend={recipe.attention_backend!r}: {error}") from error
         optimizer = create_optimizer_v2(
             transformer,
             opt="adamw",
@@ -306,8 +312,7 @@ class TrainingRun:
         self.ema.copy_to(parameters)
         self.transformer.eval()
         try:
-            # other batches, without gradients, are not worth graphs; asking loads the compiler: only if it is used
-            with torch.compiler.set_stance("force_eager") if self.recipe.compile else nullcontext():
+            with uncompiled(self.recipe.compile):
                 yield
         finally:
             self.ema.restore(parameters)
