@@ -1,33 +1,27 @@
-"""Statistics and FID against numpy and torch-fidelity, and sweeps end to end on tiny pipelines."""
+"""Pairs of codes, seeds, drawing, and sweeps end to end on tiny pipelines."""
 
 import copy
 import json
 import re
 import shutil
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from evaluation_parts import CLASSES, NUM_CODES, build_parts, one_thread, save_pipeline, write_images  # noqa: F401
-from evaluation_rank import features, reduce_on_rank
-from PIL import Image
-from torch_fidelity import calculate_metrics
+from evaluation_parts import CLASSES, NUM_CODES, build_parts, one_thread, save_pipeline  # noqa: F401
 
 from xdlm_image.data.images import normalise, open_images
 from xdlm_image.evaluation import references, sweep
 from xdlm_image.evaluation.batches import Uint8Images, real_batches, reconstructed_batches
 from xdlm_image.evaluation.code_pairs import PairFrequencies
 from xdlm_image.evaluation.drawing import SamplerSettings, draw, draw_all, open_pipeline
-from xdlm_image.evaluation.extractor import SMALL_CLASSIFIER, load_extractor
-from xdlm_image.evaluation.fid import fid_from_statistics, fid_of_images, statistics_of_images
+from xdlm_image.evaluation.extractor import load_extractor
+from xdlm_image.evaluation.fid import fid_of_images
 from xdlm_image.evaluation.measuring import cached_measure
 from xdlm_image.evaluation.report import markdown, mean_and_spread
 from xdlm_image.evaluation.seeds import MAX_IMAGES, MAX_SEED, image_generators, image_seed
-from xdlm_image.evaluation.statistics import StreamedStatistics
 from xdlm_image.evaluation.sweep import evaluate
-from xdlm_image.files import write_atomic
 from xdlm_image.tokenizer.codes import decode_codes, encode_images
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*images are few for the.*:UserWarning")
@@ -44,141 +38,6 @@ def finished(parts, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sweep, "GRID_IMAGES", 2)
         return evaluate(parts.recipe(tmp_path_factory.mktemp("sweep"))).parent
-
-
-# ---------------------------------------------------------------------------------------------- statistics
-
-
-def test_streamed_statistics_equal_numpy_however_they_are_cut():
-    x = features(101, 7)
-    whole, left, right = StreamedStatistics(7), StreamedStatistics(7), StreamedStatistics(7)
-    for batch in x.split(13):
-        whole.update(batch)
-    left.update(x[:1])
-    left.update(x[1:1])  # an empty batch changes nothing
-    right.update(x[1:])
-    left.merge(right)
-    for statistics in (whole, left):
-        fid = statistics.to_fid()
-        assert statistics.count == 101 and fid["mu"].dtype == fid["sigma"].dtype == np.float64
-        np.testing.assert_allclose(fid["mu"], x.mean(0), rtol=1e-12, atol=1e-12)
-        np.testing.assert_allclose(fid["sigma"], np.cov(x.numpy(), rowvar=False), rtol=1e-11, atol=1e-12)
-
-
-def test_streamed_statistics_survive_a_large_mean():
-    x = features(500, 3)
-    shifted = StreamedStatistics(3)
-    for batch in (x + 1e6).split(50):
-        shifted.update(batch)
-    # sums of squares would lose 12 of 16 digits here
-    np.testing.assert_allclose(shifted.to_fid()["sigma"], np.cov(x.numpy(), rowvar=False), rtol=1e-8)
-
-
-def test_statistics_refuse_what_they_cannot_hold():
-    statistics = StreamedStatistics(3)
-    with pytest.raises(ValueError, match=r"\(2, 4\).*\(B, 3\)"):
-        statistics.update(torch.zeros(2, 4))
-    with pytest.raises(ValueError, match="NaN"):
-        statistics.update(torch.tensor([[0.0, float("nan"), 0.0]]))
-    with pytest.raises(ValueError, match="expected 3"):
-        statistics.merge(StreamedStatistics(4))
-    statistics.update(torch.zeros(1, 3))
-    with pytest.raises(ValueError, match="1 images.*at least 2"):
-        statistics.to_fid()
-
-
-def test_statistics_files_come_back_and_damage_is_seen(tmp_path):
-    statistics = StreamedStatistics(4)
-    statistics.update(features(9, 4))
-    path = statistics.save(tmp_path / "deep" / "a.safetensors", {"layer": "pooled"})
-    back = StreamedStatistics.load(path, {"layer": "pooled"})
-    assert back.count == 9 and torch.equal(back.mean, statistics.mean) and torch.equal(back.scatter, statistics.scatter)
-    with pytest.raises(ValueError, match=r"they are of .*pooled.*expected .*spatial"):
-        StreamedStatistics.load(path, {"layer": "spatial"})
-    path.write_bytes(path.read_bytes()[:-8])
-    with pytest.raises(ValueError, match="damaged"):
-        StreamedStatistics.load(path)
-    with pytest.raises(FileNotFoundError):
-        StreamedStatistics.load(tmp_path / "none.safetensors")
-
-
-def test_ranks_agree_on_the_whole(tmp_path):
-    torch.multiprocessing.spawn(reduce_on_rank, (str(tmp_path),), nprocs=2)  # its module imports little
-    whole = StreamedStatistics(5)
-    whole.update(features(20, 5))
-    for rank in range(2):
-        part = StreamedStatistics.load(tmp_path / f"{rank}.safetensors")
-        assert part.count == 20
-        torch.testing.assert_close(part.mean, whole.mean)
-        torch.testing.assert_close(part.scatter, whole.scatter)
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path):
-    path = tmp_path / "a.json"
-    path.write_text("old")
-
-    def fail(temporary):
-        temporary.write_text("half")
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        write_atomic(path, fail)
-    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
-
-
-# ---------------------------------------------------------------------------------------------- FID
-
-
-def _gaussian(mean, covariance, count=1000):
-    statistics = StreamedStatistics(len(mean))
-    statistics.count = count
-    statistics.mean = torch.tensor(mean, dtype=torch.float64)
-    statistics.scatter = torch.tensor(covariance, dtype=torch.float64) * (count - 1)
-    return statistics
-
-
-def test_fid_of_gaussians_in_closed_form():
-    a = _gaussian([0.0, 1.0, 2.0], np.diag([1.0, 4.0, 9.0]))
-    b = _gaussian([1.0, 1.0, 0.0], np.diag([4.0, 4.0, 1.0]))
-    # |mu|^2 = 1 + 0 + 4; commuting covariances: sum of (sd_a - sd_b)^2 = 1 + 0 + 4
-    assert fid_from_statistics(a, b) == pytest.approx(10.0, rel=1e-12)
-    assert fid_from_statistics(a, a) == pytest.approx(0.0, abs=1e-9)
-    rotation = np.linalg.qr(np.random.default_rng(0).normal(size=(3, 3)))[0]
-    turned = [_gaussian(rotation @ s.mean.numpy(), rotation @ s.to_fid()["sigma"] @ rotation.T) for s in (a, b)]
-    assert fid_from_statistics(*turned) == pytest.approx(10.0, rel=1e-9)
-    with pytest.raises(ValueError, match="widths 3 and 2"):
-        fid_from_statistics(a, _gaussian([0.0, 0.0], np.eye(2)))
-
-
-def test_fid_equals_torch_fidelity_on_the_same_folders(parts, tmp_path):
-    other = write_images(tmp_path / "other", {"train": 25, "val": 1}, seed=5)
-    for file in list(Path(other.root).rglob("*.png"))[::2]:  # make the two sets differ
-        Image.open(file).rotate(90).save(file)
-    sets = [open_images(parts.data, "train"), open_images(other, "train")]
-    extractor = load_extractor(parts.extractor, "cpu")
-    batches = [torch.stack([item[0] for item in Uint8Images(images)]) for images in sets]
-    ours = fid_of_images(extractor, *batches)
-    for index, images in enumerate(batches):
-        folder = tmp_path / str(index)
-        folder.mkdir()
-        for i, image in enumerate(images):
-            Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{i:04d}.png")
-    for layer in ("pooled", "spatial"):
-        theirs = calculate_metrics(
-            input1=str(tmp_path / "0"),
-            input2=str(tmp_path / "1"),
-            feature_extractor=SMALL_CLASSIFIER,
-            feature_extractor_weights_path=str(parts.extractor),
-            feature_layer_fid=layer,
-            fid=True,
-            cuda=False,
-            cache=False,
-            save_cpu_ram=True,
-            verbose=False,
-            batch_size=250,
-        )["frechet_inception_distance"]
-        assert theirs > 0.01
-        assert ours[layer] == pytest.approx(theirs, rel=1e-6)
 
 
 # ---------------------------------------------------------------------------------------------- pairs of codes
@@ -385,6 +244,32 @@ def test_numbers_do_not_depend_on_the_batch_size(parts, finished, tmp_path):
         assert cell["class_accuracy"] == other["class_accuracy"]
 
 
+def test_a_network_in_bfloat16_draws_almost_the_same_and_is_told_of(parts, finished, tmp_path, monkeypatch):
+    dtypes, original = [], sweep.measure
+
+    def notes_dtypes(extractor, batches, num_codes, progress):
+        dtypes.append((batches.pipeline.transformer.dtype, batches.pipeline.vqvae.dtype))
+        return original(extractor, batches, num_codes, progress)
+
+    monkeypatch.setattr(sweep, "measure", notes_dtypes)
+    evaluate(parts.recipe(tmp_path, dtype="bfloat16", pipelines={"mdlm": parts.pipelines["mdlm"]}, seeds=[0]))
+    assert dtypes == [(torch.bfloat16, torch.float32)] * 2
+    assert json.loads((tmp_path / "fid.json").read_text())["protocol"]["sampler"]["dtype"] == "bfloat16"
+    assert "network in bfloat16;" in (tmp_path / "fid.md").read_text()
+    assert "network in float32;" in (finished / "fid.md").read_text()
+    exact = [c for c in _numbers(finished) if c["pipeline"] == "mdlm" and c["seed"] == 0]
+    for cell, other in zip(_numbers(tmp_path), exact, strict=True):
+        assert 0.5 < cell["fid"]["pooled"] / other["fid"]["pooled"] < 2
+
+
+@pytest.mark.slow  # a minute of a C++ compiler
+def test_a_compiled_network_draws_the_same(parts, finished, tmp_path):
+    evaluate(parts.recipe(tmp_path, compile=True, batch_size=9, pipelines={"mdlm": parts.pipelines["mdlm"]}, seeds=[0]))
+    expected = [c for c in _numbers(finished) if c["pipeline"] == "mdlm" and c["seed"] == 0]
+    for cell, other in zip(_numbers(tmp_path), expected, strict=True):
+        assert cell["fid"]["pooled"] == pytest.approx(other["fid"]["pooled"], rel=1e-3)
+
+
 def test_wrong_recipes_are_refused_before_anything_is_drawn(parts, tmp_path, monkeypatch):
     def never(*args, **kwargs):
         raise AssertionError("drawn or measured")
@@ -475,12 +360,3 @@ def test_few_samples_are_warned_of(parts, tmp_path):
         sweep.check(parts.recipe(tmp_path, num_samples=33))
     texts = [str(w.message) for w in caught if "images are few" in str(w.message)]
     assert len(texts) == 1 and "33 images are few for the 64 features of 'spatial'" in texts[0]
-
-
-def test_statistics_of_images_take_tensors_and_batches_alike(parts):
-    images = torch.stack([item[0] for item in Uint8Images(open_images(parts.data, "test"))])
-    extractor = load_extractor(parts.extractor, "cpu")
-    a, b = statistics_of_images(extractor, images), statistics_of_images(extractor, iter(images.split(5)))
-    for layer in ("pooled", "spatial"):
-        assert a[layer].count == b[layer].count == 36
-        torch.testing.assert_close(a[layer].scatter, b[layer].scatter, rtol=1e-4, atol=1e-4)

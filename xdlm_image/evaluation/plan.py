@@ -192,6 +192,8 @@ def protocol(plan: Plan, reference: Reference) -> dict[str, Any]:
             "guidance_scale": recipe.guidance_scale,
             "temperature": recipe.temperature,
             "nfe_per_step": SamplerSettings(1, recipe.guidance_scale).nfe,
+            "dtype": recipe.dtype,
+            "compile": recipe.compile,
         },
         "pipelines": plan.pipelines,
         "device": device_name(plan.device),

@@ -81,7 +81,8 @@ def markdown(content: Content) -> str:
         "",
         f"{protocol['num_samples']} images a cell, {protocol['samples_per_class']} a class; "
         f"seeds {', '.join(map(str, protocol['seeds']))}; guidance {sampler['guidance_scale']:g}, "
-        f"temperature {sampler['temperature']:g}; NFE = steps x {sampler['nfe_per_step']}; "
+        f"temperature {sampler['temperature']:g}; NFE = steps x {sampler['nfe_per_step']}; network in "
+        f"{sampler['dtype']}{' (compiled)' if sampler['compile'] else ''}; "
         f"reference: {reference['num_images']} images, split {reference['split']} of {reference['name']}, "
         f"{reference['channels']} x {reference['image_size']} x {reference['image_size']}, fingerprint "
         f"{reference['fingerprint'][:12]}; extractor {extractor['name']} "

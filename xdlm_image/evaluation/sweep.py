@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 from xdlm_image.data.labels import labels_of_folders
+from xdlm_image.devices import uncompiled
 from xdlm_image.evaluation.drawing import (
     DrawnBatches,
     SamplerSettings,
@@ -75,6 +76,9 @@ def evaluate(recipe: EvaluateRecipe) -> Path:
     with tqdm(total=cells, desc="cells", unit="cell", disable=not main) as progress:
         for name in recipe.pipelines:
             pipeline = open_pipeline(plan.pipelines[name]["folder"], plan.device, f"pipelines.{name}")
+            pipeline.transformer.to(getattr(torch, recipe.dtype))
+            if recipe.compile:
+                pipeline.transformer.compile(fullgraph=True)
             for num_steps in recipe.num_steps:
                 settings = SamplerSettings(num_steps, recipe.guidance_scale, recipe.temperature)
                 for seed in recipe.seeds:
@@ -84,7 +88,8 @@ def evaluate(recipe: EvaluateRecipe) -> Path:
                         write_report(output, content)
                     progress.update()
             if main:
-                _pictures(plan, pipeline, name, output)
+                with uncompiled(recipe.compile):
+                    _pictures(plan, pipeline, name, output)
     if main:
         write_report(output, content)
         write_plot(output, content)
@@ -127,6 +132,8 @@ def _cell(
         "num_steps": settings.num_steps,
         "guidance_scale": settings.guidance_scale,
         "temperature": settings.temperature,
+        "dtype": recipe.dtype,
+        "compile": recipe.compile,
         "seed": seed,
         "seed_rule": SEED_RULE,
         "num_samples": recipe.num_samples,

@@ -119,6 +119,9 @@ class EvaluateRecipe:
         guidance_scale: 1 is no guidance.
         temperature: Divides the logits.
         seeds: Sampling seeds; each gives its own set of images, and the table shows their mean and spread.
+        dtype: What the network computes in; softmax, draws and the tokenizer stay in float32.
+        compile: Draw through torch.compile; the first cell takes about a minute longer, and on a CPU a C++ compiler is
+            needed. Images of a seed then differ in rounding.
         batch_size: Images drawn at once.
         device: torch device; None picks the best there is.
     """
@@ -134,6 +137,8 @@ class EvaluateRecipe:
     guidance_scale: float = 1.0
     temperature: float = 1.0
     seeds: list[int] = field(default_factory=lambda: [0])
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    compile: bool = False
     batch_size: int = 250
     device: str | None = None
 

@@ -1,0 +1,167 @@
+"""Streamed statistics against numpy, and FID against closed forms and torch-fidelity."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from evaluation_parts import build_parts, one_thread, write_images  # noqa: F401
+from evaluation_rank import features, reduce_on_rank
+from PIL import Image
+from torch_fidelity import calculate_metrics
+
+from xdlm_image.data.images import open_images
+from xdlm_image.evaluation.batches import Uint8Images
+from xdlm_image.evaluation.extractor import SMALL_CLASSIFIER, load_extractor
+from xdlm_image.evaluation.fid import fid_from_statistics, fid_of_images, statistics_of_images
+from xdlm_image.evaluation.statistics import StreamedStatistics
+from xdlm_image.files import write_atomic
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    return build_parts(tmp_path_factory.mktemp("parts"))
+
+
+# ---------------------------------------------------------------------------------------------- statistics
+
+
+def test_streamed_statistics_equal_numpy_however_they_are_cut():
+    x = features(101, 7)
+    whole, left, right = StreamedStatistics(7), StreamedStatistics(7), StreamedStatistics(7)
+    for batch in x.split(13):
+        whole.update(batch)
+    left.update(x[:1])
+    left.update(x[1:1])  # an empty batch changes nothing
+    right.update(x[1:])
+    left.merge(right)
+    for statistics in (whole, left):
+        fid = statistics.to_fid()
+        assert statistics.count == 101 and fid["mu"].dtype == fid["sigma"].dtype == np.float64
+        np.testing.assert_allclose(fid["mu"], x.mean(0), rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(fid["sigma"], np.cov(x.numpy(), rowvar=False), rtol=1e-11, atol=1e-12)
+
+
+def test_streamed_statistics_survive_a_large_mean():
+    x = features(500, 3)
+    shifted = StreamedStatistics(3)
+    for batch in (x + 1e6).split(50):
+        shifted.update(batch)
+    # sums of squares would lose 12 of 16 digits here
+    np.testing.assert_allclose(shifted.to_fid()["sigma"], np.cov(x.numpy(), rowvar=False), rtol=1e-8)
+
+
+def test_statistics_refuse_what_they_cannot_hold():
+    statistics = StreamedStatistics(3)
+    with pytest.raises(ValueError, match=r"\(2, 4\).*\(B, 3\)"):
+        statistics.update(torch.zeros(2, 4))
+    with pytest.raises(ValueError, match="NaN"):
+        statistics.update(torch.tensor([[0.0, float("nan"), 0.0]]))
+    with pytest.raises(ValueError, match="expected 3"):
+        statistics.merge(StreamedStatistics(4))
+    statistics.update(torch.zeros(1, 3))
+    with pytest.raises(ValueError, match="1 images.*at least 2"):
+        statistics.to_fid()
+
+
+def test_statistics_files_come_back_and_damage_is_seen(tmp_path):
+    statistics = StreamedStatistics(4)
+    statistics.update(features(9, 4))
+    path = statistics.save(tmp_path / "deep" / "a.safetensors", {"layer": "pooled"})
+    back = StreamedStatistics.load(path, {"layer": "pooled"})
+    assert back.count == 9 and torch.equal(back.mean, statistics.mean) and torch.equal(back.scatter, statistics.scatter)
+    with pytest.raises(ValueError, match=r"they are of .*pooled.*expected .*spatial"):
+        StreamedStatistics.load(path, {"layer": "spatial"})
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(ValueError, match="damaged"):
+        StreamedStatistics.load(path)
+    with pytest.raises(FileNotFoundError):
+        StreamedStatistics.load(tmp_path / "none.safetensors")
+
+
+def test_ranks_agree_on_the_whole(tmp_path):
+    torch.multiprocessing.spawn(reduce_on_rank, (str(tmp_path),), nprocs=2)  # its module imports little
+    whole = StreamedStatistics(5)
+    whole.update(features(20, 5))
+    for rank in range(2):
+        part = StreamedStatistics.load(tmp_path / f"{rank}.safetensors")
+        assert part.count == 20
+        torch.testing.assert_close(part.mean, whole.mean)
+        torch.testing.assert_close(part.scatter, whole.scatter)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text("old")
+
+    def fail(temporary):
+        temporary.write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_atomic(path, fail)
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+# ---------------------------------------------------------------------------------------------- FID
+
+
+def _gaussian(mean, covariance, count=1000):
+    statistics = StreamedStatistics(len(mean))
+    statistics.count = count
+    statistics.mean = torch.tensor(mean, dtype=torch.float64)
+    statistics.scatter = torch.tensor(covariance, dtype=torch.float64) * (count - 1)
+    return statistics
+
+
+def test_fid_of_gaussians_in_closed_form():
+    a = _gaussian([0.0, 1.0, 2.0], np.diag([1.0, 4.0, 9.0]))
+    b = _gaussian([1.0, 1.0, 0.0], np.diag([4.0, 4.0, 1.0]))
+    # |mu|^2 = 1 + 0 + 4; commuting covariances: sum of (sd_a - sd_b)^2 = 1 + 0 + 4
+    assert fid_from_statistics(a, b) == pytest.approx(10.0, rel=1e-12)
+    assert fid_from_statistics(a, a) == pytest.approx(0.0, abs=1e-9)
+    rotation = np.linalg.qr(np.random.default_rng(0).normal(size=(3, 3)))[0]
+    turned = [_gaussian(rotation @ s.mean.numpy(), rotation @ s.to_fid()["sigma"] @ rotation.T) for s in (a, b)]
+    assert fid_from_statistics(*turned) == pytest.approx(10.0, rel=1e-9)
+    with pytest.raises(ValueError, match="widths 3 and 2"):
+        fid_from_statistics(a, _gaussian([0.0, 0.0], np.eye(2)))
+
+
+def test_fid_equals_torch_fidelity_on_the_same_folders(parts, tmp_path):
+    other = write_images(tmp_path / "other", {"train": 25, "val": 1}, seed=5)
+    for file in list(Path(other.root).rglob("*.png"))[::2]:  # make the two sets differ
+        Image.open(file).rotate(90).save(file)
+    sets = [open_images(parts.data, "train"), open_images(other, "train")]
+    extractor = load_extractor(parts.extractor, "cpu")
+    batches = [torch.stack([item[0] for item in Uint8Images(images)]) for images in sets]
+    ours = fid_of_images(extractor, *batches)
+    for index, images in enumerate(batches):
+        folder = tmp_path / str(index)
+        folder.mkdir()
+        for i, image in enumerate(images):
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{i:04d}.png")
+    for layer in ("pooled", "spatial"):
+        theirs = calculate_metrics(
+            input1=str(tmp_path / "0"),
+            input2=str(tmp_path / "1"),
+            feature_extractor=SMALL_CLASSIFIER,
+            feature_extractor_weights_path=str(parts.extractor),
+            feature_layer_fid=layer,
+            fid=True,
+            cuda=False,
+            cache=False,
+            save_cpu_ram=True,
+            verbose=False,
+            batch_size=250,
+        )["frechet_inception_distance"]
+        assert theirs > 0.01
+        assert ours[layer] == pytest.approx(theirs, rel=1e-6)
+
+
+def test_statistics_of_images_take_tensors_and_batches_alike(parts):
+    images = torch.stack([item[0] for item in Uint8Images(open_images(parts.data, "test"))])
+    extractor = load_extractor(parts.extractor, "cpu")
+    a, b = statistics_of_images(extractor, images), statistics_of_images(extractor, iter(images.split(5)))
+    for layer in ("pooled", "spatial"):
+        assert a[layer].count == b[layer].count == 36
+        torch.testing.assert_close(a[layer].scatter, b[layer].scatter, rtol=1e-4, atol=1e-4)
