@@ -1,0 +1,80 @@
+"""Put what `shipped/train.sh` trained into a folder of models, as `xdlm-image demo` takes it.
+
+    python shipped/collect.py RUNS MODELS [--evaluation]
+
+Transformers go in as float16, tokenizers as they are; recipes, curves and reports of every training lie beside them.
+With --evaluation the finished tables are added.
+"""
+
+import argparse
+import json
+import os
+import shutil
+from pathlib import Path
+
+import matplotlib
+import torch
+
+from xdlm_image import XDLMPipeline
+from xdlm_image.files import replace_folder, share_permissions, write_atomic
+
+NAMES = ("mdlm", "xdlm-0.1", "xdlm-0.5", "udlm")
+BITS = "validation/bits_per_token"
+
+
+def collect_models(runs: Path, models: Path) -> None:
+    """Pipelines, and what is known of how they came about."""
+    for name in NAMES:
+        pipeline = XDLMPipeline.from_pretrained(runs / name / "pipeline")
+        pipeline.transformer.to(torch.float16)
+        partial = models / "pipelines" / f".{name}.{os.getpid()}"
+        pipeline.save_pretrained(partial)
+        replace_folder(partial, models / "pipelines" / name)
+        copy(runs / name, models / "training" / name, ("recipe.yaml", "metrics.jsonl"))
+    copy(runs / "tokenizer", models / "training" / "tokenizer", ("report.json", "metrics.jsonl", "reconstructions.png"))
+    plot_curves(runs, models / "training" / "curves.png")
+
+
+def collect_evaluation(runs: Path, models: Path) -> None:
+    """The tables, the grids, and what the independent classifier says."""
+    pictures = [file.name for file in sorted((runs / "evaluation").glob("*.png"))]
+    copy(runs / "evaluation", models / "evaluation", ("fid.json", "fid.md", *pictures))
+    copy(runs / "independent_evaluation", models / "evaluation" / "independent_classifier", ("fid.json", "fid.md"))
+
+
+def copy(source: Path, target: Path, names: tuple[str, ...]) -> None:
+    for name in names:
+        write_atomic(target / name, lambda temporary, name=name: shutil.copyfile(source / name, temporary))
+    share_permissions(target)
+
+
+def plot_curves(runs: Path, path: Path) -> None:
+    """Validation NELBO over training images, one line for each k."""
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    for name in NAMES:
+        lines = [json.loads(line) for line in (runs / name / "metrics.jsonl").read_text().splitlines()]
+        points = [
+            (line["step"], line["validation/bits_per_token"]) for line in lines if "validation/bits_per_token" in line
+        ]
+        axes.plot(*zip(*points), marker="o", markersize=3, label=name)
+    axes.set(xlabel="training step", ylabel="validation NELBO, bits per code", title="Averaged weights, 2,000 images")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    write_atomic(path, lambda temporary: figure.savefig(temporary, dpi=120))
+    pyplot.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path)
+    parser.add_argument("models", type=Path)
+    parser.add_argument("--evaluation", action="store_true", help="add the finished tables")
+    arguments = parser.parse_args()
+    (collect_evaluation if arguments.evaluation else collect_models)(arguments.runs, arguments.models)
+
+
+if __name__ == "__main__":
+    main()
