@@ -12,10 +12,10 @@ import torch
 from evaluation_parts import CLASSES, NUM_CODES, build_parts, one_thread, save_pipeline  # noqa: F401
 
 from xdlm_image.data.images import normalise, open_images
-from xdlm_image.evaluation import references, sweep
+from xdlm_image.evaluation import drawing, references, sweep
 from xdlm_image.evaluation.batches import Uint8Images, real_batches, reconstructed_batches
 from xdlm_image.evaluation.code_pairs import PairFrequencies
-from xdlm_image.evaluation.drawing import SamplerSettings, draw, draw_all, open_pipeline
+from xdlm_image.evaluation.drawing import SamplerSettings, decode, draw_all, draw_codes, open_pipeline
 from xdlm_image.evaluation.extractor import load_extractor
 from xdlm_image.evaluation.fid import fid_of_images
 from xdlm_image.evaluation.measuring import cached_measure
@@ -155,7 +155,8 @@ def test_a_sweep_records_numbers_floors_and_protocol(parts, finished):
     # the floor of real images is far below random pipelines; the numbers are those of the images themselves
     assert floors["train_against_reference"]["fid"]["pooled"] < cell["fid"]["pooled"]
     pipeline = open_pipeline(parts.pipelines["xdlm-0.1"], torch.device("cpu"))
-    images, codes = draw(pipeline, [i % 3 for i in range(18)], range(18), 1, SamplerSettings(3))
+    codes = draw_codes(pipeline, [i % 3 for i in range(18)], range(18), 1, SamplerSettings(3))
+    images = decode(pipeline, codes)
     reference = torch.stack([item[0] for item in Uint8Images(open_images(parts.data, "test"))])
     expected = fid_of_images(load_extractor(parts.extractor, "cpu"), images, reference)
     for layer in ("pooled", "spatial"):
@@ -210,6 +211,30 @@ def test_a_killed_sweep_goes_on_and_gives_the_same_numbers(parts, finished, tmp_
     assert _numbers(tmp_path) == [cell for cell in _numbers(finished) if cell["pipeline"] == "mdlm"]
     evaluate(recipe)
     assert len(measured) == 5  # nothing is measured twice
+
+
+def test_a_sweep_killed_in_every_block_draws_each_image_once(parts, finished, tmp_path, monkeypatch):
+    drawn, original = [], drawing.draw_codes
+
+    def dies_after_each_block(pipeline, labels, indices, seed, settings):
+        if len(drawn) % 2:
+            drawn.append(None)
+            raise KeyboardInterrupt
+        drawn.append(indices)
+        return original(pipeline, labels, indices, seed, settings)
+
+    monkeypatch.setattr(drawing, "draw_codes", dies_after_each_block)
+    monkeypatch.setattr(sweep, "_pictures", lambda *args: None)
+    recipe = parts.recipe(tmp_path, pipelines={"mdlm": parts.pipelines["mdlm"]}, num_steps=[3], seeds=[1])
+    for _ in range(2):  # 18 images are three blocks of 7
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(recipe)
+    evaluate(recipe)
+    blocks = [block for block in drawn if block is not None]
+    assert [block[:2] for block in blocks] == [[0, 1], [7, 8], [14, 15]]
+    assert {len(block) for block in blocks} == {7}  # the last is filled up, and cut off
+    expected = [c for c in _numbers(finished) if (c["pipeline"], c["num_steps"], c["seed"]) == ("mdlm", 3, 1)]
+    assert _numbers(tmp_path) == expected
 
 
 def test_cells_of_another_protocol_are_not_taken_for_this_one(parts, finished, tmp_path, capfd):

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from xdlm_image.data.images import to_uint8
 from xdlm_image.evaluation.batches import LabelledBatch
+from xdlm_image.evaluation.drawn_codes import DrawnCodes
 from xdlm_image.evaluation.seeds import image_generators
 from xdlm_image.evaluation.statistics import rank_and_world
 from xdlm_image.pipelines import XDLMPipeline
@@ -115,7 +116,7 @@ def class_names(pipeline: XDLMPipeline) -> list[str]:
 def call_arguments(
     pipeline: XDLMPipeline, labels: Sequence[int], indices: Sequence[int], seed: int, settings: SamplerSettings
 ) -> dict[str, Any]:
-    """What the pipeline is called with for these images, see `draw`."""
+    """What the pipeline is called with for these images, see `draw_codes`."""
     conditional = pipeline.transformer.config.num_classes is not None
     return {
         "class_labels": list(labels) if conditional else None,
@@ -128,10 +129,10 @@ def call_arguments(
     }
 
 
-def draw(
+def draw_codes(
     pipeline: XDLMPipeline, labels: Sequence[int], indices: Sequence[int], seed: int, settings: SamplerSettings
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw one image for each label.
+) -> torch.Tensor:
+    """Draw the codes of one image for each label.
 
     Args:
         pipeline: From `open_pipeline`.
@@ -141,19 +142,26 @@ def draw(
         settings: How the pipeline is called.
 
     Returns:
-        uint8 images (B, C, S, S), rounded to nearest, and their codes (B, h, w); on the CPU.
+        (B, h, w) int64, on the pipeline's device.
     """
-    call = call_arguments(pipeline, labels, indices, seed, settings)
-    codes = pipeline(**call, output_type="latent").images  # (B, h, w)
-    with torch.no_grad():
-        images = pipeline.decode_latents(codes)  # (B, C, S, S), about [-1, 1]
-    return to_uint8(images.cpu()), codes.cpu()
+    return pipeline(**call_arguments(pipeline, labels, indices, seed, settings), output_type="latent").images
+
+
+@torch.no_grad()
+def decode(pipeline: XDLMPipeline, codes: torch.Tensor) -> torch.Tensor:
+    """Codes (B, h, w) -> uint8 images (B, C, S, S), rounded to nearest, on the CPU."""
+    return to_uint8(pipeline.decode_latents(codes.to(pipeline.vqvae.device)).cpu())
 
 
 class DrawnBatches:
     """This rank's share of a balanced set: image i of `num_samples` has class i mod num_classes.
 
-    An iterable of (uint8 images, labels, codes), with `seconds` spent drawing so far.
+    An iterable of (uint8 images, labels, codes). The set is cut into blocks of `batch_size` consecutive images, which
+    the ranks take in turn; the last block is filled up with images that are then dropped. So a block is always drawn
+    alike, however many processes there are; what `store` has of an earlier start is not drawn again.
+
+    Attributes:
+        seconds: What this rank spent decoding so far.
     """
 
     def __init__(
@@ -164,6 +172,7 @@ class DrawnBatches:
         seed: int,
         settings: SamplerSettings,
         batch_size: int,
+        store: DrawnCodes,
     ) -> None:
         self.pipeline = pipeline
         self.num_samples = num_samples
@@ -171,18 +180,24 @@ class DrawnBatches:
         self.seed = seed
         self.settings = settings
         self.batch_size = batch_size
+        self.store = store
         self.seconds = 0.0
 
     def __iter__(self) -> Iterator[LabelledBatch]:
         rank, world = rank_and_world()
-        mine = range(rank, self.num_samples, world)
-        for start in range(0, len(mine), self.batch_size):
-            indices = mine[start : start + self.batch_size]
+        for start in range(rank * self.batch_size, self.num_samples, world * self.batch_size):
+            stop = min(start + self.batch_size, self.num_samples)
+            indices = [i if i < stop else start for i in range(start, start + self.batch_size)]
             labels = [index % self.num_classes for index in indices]
+            if not self.store.is_drawn(start, stop):
+                began = time.perf_counter()
+                drawn = draw_codes(self.pipeline, labels, indices, self.seed, self.settings)[: stop - start]
+                self.store.write(start, drawn, time.perf_counter() - began)
+            codes = self.store.read(start, stop)
             began = time.perf_counter()
-            images, codes = draw(self.pipeline, labels, indices, self.seed, self.settings)
+            images = decode(self.pipeline, codes)
             self.seconds += time.perf_counter() - began
-            yield images, torch.tensor(labels), codes
+            yield images, torch.tensor(labels[: stop - start]), codes
 
 
 def draw_all(
@@ -198,6 +213,7 @@ def draw_all(
     with tqdm(total=len(labels), desc=description, unit="image", leave=False) as progress:
         for start in range(0, len(labels), batch_size):
             indices = range(start, min(start + batch_size, len(labels)))
-            parts.append(draw(pipeline, labels[start : indices.stop], indices, seed, settings)[0])
+            codes = draw_codes(pipeline, labels[start : indices.stop], indices, seed, settings)
+            parts.append(decode(pipeline, codes))
             progress.update(len(indices))
     return torch.cat(parts)

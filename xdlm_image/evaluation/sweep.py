@@ -23,8 +23,9 @@ from xdlm_image.evaluation.drawing import (
     draw_all,
     open_pipeline,
 )
+from xdlm_image.evaluation.drawn_codes import DrawnCodes
 from xdlm_image.evaluation.grids import class_grid, save_grid
-from xdlm_image.evaluation.measuring import Measured, barrier, measure, short_hash
+from xdlm_image.evaluation.measuring import Measured, barrier, measure, short_hash, sum_over_ranks
 from xdlm_image.evaluation.plan import Plan, check, device_name, metric_name, protocol, versions
 from xdlm_image.evaluation.references import Reference, fids, make_reference
 from xdlm_image.evaluation.report import write_plot, write_report
@@ -44,9 +45,10 @@ GRID_IMAGES = 8
 def evaluate(recipe: EvaluateRecipe) -> Path:
     """Measure every pipeline at every step count and seed; write `fid.json`, `fid.md`, `fid.png` and grids.
 
-    Each finished cell is a file in `output_dir/cells`, named after a hash of everything that decides its numbers: a
-    killed sweep goes on from there, and a cell of another protocol is never taken for this one. Several processes
-    (`accelerate launch`, torchrun) share the images of each cell.
+    Each finished cell is a file in `output_dir/cells`, named after a hash of everything that decides its numbers, and
+    the codes of its images lie in `output_dir/codes`: a killed sweep goes on from there, and what belongs to another
+    protocol is never taken for this one. Several processes (`accelerate launch`, torchrun) share the images of each
+    cell and draw the same.
 
     Returns:
         The path of `fid.json`.
@@ -126,8 +128,7 @@ def _cell(
     recipe = plan.recipe
     num_classes = len(plan.class_names)
     reconstructions = reference.reconstructions.get(plan.pipelines[name]["tokenizer_hash"])
-    key = {
-        "cell_version": CELL_VERSION,
+    drawn = {
         "pipeline_weights": plan.pipelines[name]["weights_hash"],
         "num_steps": settings.num_steps,
         "guidance_scale": settings.guidance_scale,
@@ -136,6 +137,10 @@ def _cell(
         "compile": recipe.compile,
         "seed": seed,
         "seed_rule": SEED_RULE,
+    }
+    key = {
+        "cell_version": CELL_VERSION,
+        **drawn,
         "num_samples": recipe.num_samples,
         "reference": reference.about["images"],
         "reconstructions": reconstructions is not None,
@@ -152,10 +157,14 @@ def _cell(
         others = sorted(path.parent.glob(f"{label}-" + "?" * 12 + ".json"))
         if others:
             tqdm.write(f"{label}: {len(others)} result(s) of another protocol are left aside; measuring anew")
-    batches = DrawnBatches(pipeline, recipe.num_samples, num_classes, seed, settings, recipe.batch_size)
+    num_codes = int(pipeline.vqvae.config.num_vq_embeddings)
+    codes_folder = Path(recipe.output_dir) / "codes" / f"{label}-{short_hash(drawn)}"
+    store = DrawnCodes(codes_folder, drawn, recipe.num_samples, pipeline.transformer.grid, num_codes)
+    batches = DrawnBatches(pipeline, recipe.num_samples, num_classes, seed, settings, recipe.batch_size, store)
     world = rank_and_world()[1]
     with tqdm(total=-(-recipe.num_samples // world), desc=label, unit="image", leave=False, disable=not main) as bar:
-        measured = measure(plan.extractor, batches, int(pipeline.vqvae.config.num_vq_embeddings), bar)
+        measured = measure(plan.extractor, batches, num_codes, bar)
+    seconds = store.seconds + sum_over_ranks(batches.seconds, plan.device)
     result = {
         "pipeline": name,
         "num_steps": settings.num_steps,
@@ -165,8 +174,8 @@ def _cell(
         "fid": fids(measured, reference.images),
         **_against_reconstructions(measured, reconstructions),
         "class_accuracy": measured.class_accuracy if plan.pipelines[name]["conditional"] else None,
-        "sampling_seconds": round(batches.seconds, 3),
-        "images_per_second": round(recipe.num_samples / max(batches.seconds, 1e-9), 2),
+        "sampling_seconds": round(seconds, 3),  # of all processes together
+        "images_per_second": round(world * recipe.num_samples / seconds, 2),
         "batch_size": recipe.batch_size,
         "processes": world,
         "device": device_name(plan.device),

@@ -1,0 +1,64 @@
+"""Codes of drawn images on disk: they come back, sets grow, and nothing of another set or damaged is taken."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from xdlm_image.evaluation.drawn_codes import DrawnCodes
+
+KEY = {"seed": 1, "weights": "abc"}
+
+
+def open_set(folder, num_samples=10, num_codes=24, key=KEY) -> DrawnCodes:
+    return DrawnCodes(folder, key, num_samples, (2, 3), num_codes)
+
+
+def some_codes(number: int, num_codes: int = 24) -> torch.Tensor:
+    return torch.randint(num_codes, (number, 2, 3), generator=torch.Generator().manual_seed(number))
+
+
+def test_codes_come_back_and_a_set_knows_what_it_lacks(tmp_path):
+    drawn = open_set(tmp_path)
+    assert not drawn.is_drawn(0, 1)
+    drawn.write(0, some_codes(4), 2.0)
+    drawn.write(8, some_codes(2), 1.0)
+    again = open_set(tmp_path)  # after a kill
+    assert again.is_drawn(0, 4) and again.is_drawn(8, 10) and not again.is_drawn(3, 5)
+    assert torch.equal(again.read(0, 4), some_codes(4)) and torch.equal(again.read(8, 10), some_codes(2))
+    assert again.read(0, 4).dtype == torch.int64 and again.seconds == pytest.approx(3.0)
+
+
+def test_a_set_grows_and_a_smaller_one_is_its_beginning(tmp_path):
+    open_set(tmp_path, 4).write(0, some_codes(4), 1.0)
+    larger = open_set(tmp_path, 10)
+    assert larger.is_drawn(0, 4) and not larger.is_drawn(4, 5)
+    larger.write(4, some_codes(6), 9.0)
+    smaller = open_set(tmp_path, 4)
+    assert smaller.is_drawn(0, 4) and smaller.seconds == pytest.approx(1.0)
+    assert open_set(tmp_path, 10).is_drawn(0, 10)
+
+
+def test_large_codebooks_keep_their_ids(tmp_path):
+    codes = some_codes(3, 100_000)
+    drawn = open_set(tmp_path, 3, 100_000)
+    drawn.write(0, codes, 1.0)
+    assert torch.equal(open_set(tmp_path, 3, 100_000).read(0, 3), codes) and codes.max() > 65_535
+
+
+def test_another_set_and_damage_are_refused(tmp_path):
+    open_set(tmp_path).write(0, some_codes(10), 1.0)
+    with pytest.raises(ValueError, match="codes of another set of images; remove it"):
+        open_set(tmp_path, key={**KEY, "seed": 2})
+    assert json.loads((tmp_path / "about.json").read_text())["key"] == KEY
+    damaged = np.memmap(tmp_path / "codes.bin", "<u2", "r+")
+    damaged[0] = 24
+    damaged.flush()
+    with pytest.raises(ValueError, match="an id is 24, of 24 codes: damaged"):
+        open_set(tmp_path).read(0, 2)
+    file = tmp_path / "codes.bin"
+    for cut in (1, 12):  # a byte, an image
+        file.write_bytes(file.read_bytes()[:-cut])
+        with pytest.raises(ValueError, match="was cut off: damaged"):
+            open_set(tmp_path)

@@ -1,0 +1,97 @@
+"""The codes of a set of drawn images, on disk: what a killed sweep keeps, and what another metric later reads.
+
+This file owns the folder of one set; it never draws and never decodes.
+
+    about.json    everything that decides the codes: weights, sampler, seed
+    codes.bin     (N, h, w) uint16 (int32 for 65,536 codes and more)
+    seconds.bin   (N,) float32, seconds that an image took; 0 where it is still to be drawn
+
+Sets grow: image i is the same in a set of 1,000 and in one of 5,000. Several processes write at once, each its own
+images; codes are on disk before the seconds that say so.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from xdlm_image.data.code_cache import code_dtype
+from xdlm_image.evaluation.measuring import barrier
+from xdlm_image.evaluation.statistics import rank_and_world
+from xdlm_image.files import write_json
+
+
+class DrawnCodes:
+    """One set of drawn images, opened for reading and writing.
+
+    Args:
+        folder: Made if it is not there.
+        key: JSON that decides the codes.
+        num_samples: Images N wanted; more may be there.
+        grid: Rows and columns h, w of codes.
+        num_codes: Codebook size.
+
+    Raises:
+        ValueError: The folder holds another set, or files of other sizes.
+    """
+
+    def __init__(
+        self, folder: str | Path, key: dict[str, Any], num_samples: int, grid: tuple[int, int], num_codes: int
+    ) -> None:
+        self.folder = Path(folder)
+        self.num_samples = num_samples
+        self.num_codes = num_codes
+        self._shape, self._dtype = (num_samples, *grid), code_dtype(num_codes)
+        if rank_and_world()[0] == 0:
+            self._prepare({"key": key, "grid": list(grid), "dtype": self._dtype.str})
+        barrier()
+        self._codes = np.memmap(self.folder / "codes.bin", self._dtype, "r+", shape=self._shape)
+        self._seconds = np.memmap(self.folder / "seconds.bin", "<f4", "r+", shape=num_samples)
+
+    def _prepare(self, about: dict[str, Any]) -> None:
+        """Write what is missing; make the files long enough (what is not written reads as 0)."""
+        path = self.folder / "about.json"
+        if path.is_file() and json.loads(path.read_text(encoding="utf-8")) != json.loads(json.dumps(about)):
+            raise ValueError(f"{self.folder}: holds the codes of another set of images; remove it")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        items = {"codes.bin": int(np.prod(self._shape[1:])) * self._dtype.itemsize, "seconds.bin": 4}  # bytes an image
+        sizes = {}
+        for name, item in items.items():
+            (self.folder / name).touch()
+            sizes[name] = (self.folder / name).stat().st_size / item
+        # codes grow first, so that seconds never tell of codes that are not there
+        if not all(size.is_integer() for size in sizes.values()) or sizes["codes.bin"] < sizes["seconds.bin"]:
+            raise ValueError(f"{self.folder}: codes.bin or seconds.bin was cut off: damaged; remove the folder")
+        for name, item in items.items():
+            if sizes[name] < self.num_samples:
+                os.truncate(self.folder / name, self.num_samples * item)
+        write_json(path, about)
+
+    def is_drawn(self, start: int, stop: int) -> bool:
+        """Whether all images from `start` up to `stop` are there."""
+        return bool((self._seconds[start:stop] > 0).all())
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        """Codes (B, h, w) int64 of images `start` up to `stop`, which are there."""
+        codes = torch.from_numpy(self._codes[start:stop].astype(np.int64))
+        if codes.numel() and int(codes.max()) >= self.num_codes:
+            raise ValueError(f"{self.folder}: an id is {codes.max()}, of {self.num_codes} codes: damaged; remove it")
+        return codes
+
+    def write(self, start: int, codes: torch.Tensor, seconds: float) -> None:
+        """Keep codes (B, h, w) of the images from `start` on, which took `seconds` together."""
+        stop = start + len(codes)
+        self._codes[start:stop] = codes.cpu().numpy().astype(self._dtype)
+        self._codes.flush()
+        self._seconds[start:stop] = max(seconds / len(codes), 1e-9)
+        self._seconds.flush()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds that all images took, over every process and every start."""
+        return float(self._seconds.sum(dtype=np.float64))
