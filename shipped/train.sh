@@ -18,7 +18,7 @@ case "$size" in
         classifier=()
         tokenizer=(--max_steps 6000 --mixed_precision bf16 --compile true)
         train=(--max_steps 4000 --mixed_precision bf16 --compile true --attention_backend _native_math)
-        rate=([mdlm]=2e-3 [xdlm-0.1]=2e-3 [xdlm-0.5]=2e-3 [udlm]=2e-3)
+        rate=([mdlm]=4e-3 [xdlm-0.1]=4e-3 [xdlm-0.5]=4e-3 [udlm]=4e-3)
         evaluate=(--num_samples 5000 --seeds '[0, 1, 2]' --dtype bfloat16 --compile true)
         at_once=2
         export OMP_NUM_THREADS=1 # one core a training; the verbs before and after take minutes

@@ -1,0 +1,82 @@
+"""KID, precision, recall, coverage and Inception Score against direct formulas on small sets."""
+
+import math
+
+import pytest
+import torch
+
+from xdlm_image.evaluation import feature_metrics
+from xdlm_image.evaluation.feature_metrics import (
+    coverage,
+    inception_score,
+    kid,
+    kid_of_classes,
+    precision_recall,
+    unbiased_mmd,
+)
+
+
+def points(number: int, dim: int = 3, shift: float = 0.0, seed: int = 0) -> torch.Tensor:
+    return torch.randn(number, dim, generator=torch.Generator().manual_seed(seed)) + shift
+
+
+def direct_mmd(x: torch.Tensor, y: torch.Tensor) -> float:
+    def kernel(a, b):
+        return (sum(float(p) * float(q) for p, q in zip(a, b)) / len(a) + 1) ** 3
+
+    n, m = len(x), len(y)
+    within = sum(kernel(x[i], x[j]) for i in range(n) for j in range(n) if i != j) / (n * (n - 1))
+    within += sum(kernel(y[i], y[j]) for i in range(m) for j in range(m) if i != j) / (m * (m - 1))
+    return within - 2 * sum(kernel(a, b) for a in x for b in y) / (n * m)
+
+
+def test_mmd_by_the_sum_over_pairs_whatever_the_block(monkeypatch):
+    x, y = points(7), points(5, shift=0.5, seed=1)
+    expected = direct_mmd(x.double(), y.double())
+    for rows in (2, 1000):
+        monkeypatch.setattr(feature_metrics, "ROWS", rows)
+        assert unbiased_mmd(x, y) == pytest.approx(expected, rel=1e-10)
+    assert kid(x[:5], y)["mean"] == pytest.approx(direct_mmd(x[:5].double(), y.double()), rel=1e-8)  # the whole sets
+    assert kid(points(60), points(60, seed=1))["std"] == pytest.approx(0.0, abs=1e-9)  # every subset is the set
+    with_subsets = kid(points(1500), points(1200, shift=1.0, seed=1))
+    assert with_subsets["mean"] > 0.5 and with_subsets["std"] > 0
+    assert with_subsets["mean"] == pytest.approx(unbiased_mmd(points(1500), points(1200, shift=1.0, seed=1)), rel=0.1)
+
+
+def test_each_class_is_compared_with_itself():
+    x, y = points(9), points(8, seed=1)
+    labels, theirs = torch.tensor([0, 1, 2] * 3), torch.tensor([0, 0, 0, 2, 2, 2, 2, 1])
+    found = kid_of_classes(x, labels, y, theirs)
+    assert set(found) == {0, 2}  # one image of class 1 is too few
+    assert found[2] == pytest.approx(direct_mmd(x[labels == 2].double(), y[theirs == 2].double()), rel=1e-10)
+
+
+def test_manifolds_by_their_definition(monkeypatch):
+    x, y = points(40), points(30, shift=1.0, seed=1)
+
+    def radii(a):
+        return torch.stack([(a - row).norm(dim=1).sort().values[3] for row in a])
+
+    inside = (x[:, None] - y[None]).norm(dim=2)  # (40, 30)
+    expected = {
+        "precision": (inside <= radii(y)[None]).any(1).float().mean().item(),
+        "recall": (inside <= radii(x)[:, None]).any(0).float().mean().item(),
+    }
+    covered = (inside.amin(0) < radii(y)).float().mean().item()
+    for rows in (7, 1000):
+        monkeypatch.setattr(feature_metrics, "ROWS", rows)
+        assert precision_recall(x, y) == pytest.approx(expected)
+        assert coverage(x, y) == pytest.approx(covered)
+    assert 0 < expected["precision"] < 1 and 0 < expected["recall"] < 1 and 0 < covered < 1
+    assert coverage(y, y) == 1.0 and coverage(x + 100, y) == 0.0
+    outlier = torch.cat([points(6), points(4) * 1000])  # huge balls raise recall, not coverage
+    assert precision_recall(outlier, y)["recall"] > 0.9 > coverage(outlier, y)
+
+
+def test_inception_score_of_certain_and_of_undecided_predictions():
+    certain = 50 * torch.eye(4).repeat(25, 1)  # four classes, all as often in every split
+    assert inception_score(certain)["mean"] == pytest.approx(4.0, rel=0.05)
+    assert inception_score(torch.zeros(100, 4)) == {"mean": pytest.approx(1.0), "std": pytest.approx(0.0)}
+    halves = torch.tensor([[0.0, math.log(3.0)], [math.log(3.0), 0.0]]).repeat(50, 1)
+    kl = 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)
+    assert inception_score(halves)["mean"] == pytest.approx(math.exp(kl), rel=1e-6)
