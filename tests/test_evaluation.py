@@ -17,6 +17,7 @@ from xdlm_image.evaluation.batches import Uint8Images, real_batches, reconstruct
 from xdlm_image.evaluation.code_pairs import PairFrequencies
 from xdlm_image.evaluation.drawing import SamplerSettings, decode, draw_all, draw_codes, open_pipeline
 from xdlm_image.evaluation.extractor import load_extractor
+from xdlm_image.evaluation.feature_metrics import coverage, kid_of_classes, precision_recall, unbiased_mmd
 from xdlm_image.evaluation.fid import fid_of_images
 from xdlm_image.evaluation.measuring import cached_measure
 from xdlm_image.evaluation.report import markdown, mean_and_spread
@@ -161,6 +162,15 @@ def test_a_sweep_records_numbers_floors_and_protocol(parts, finished):
     expected = fid_of_images(load_extractor(parts.extractor, "cpu"), images, reference)
     for layer in ("pooled", "spatial"):
         assert cell["fid"][layer] == pytest.approx(expected[layer], rel=1e-4)
+    extractor = load_extractor(parts.extractor, "cpu")
+    ours, theirs = extractor(images)["pooled"], extractor(reference)["pooled"]
+    assert cell["kid"]["mean"] == pytest.approx(unbiased_mmd(ours, theirs[:18]), rel=1.0)  # subsets of 18 of 36 images
+    labels = torch.arange(18) % 3
+    classes = kid_of_classes(ours, labels, theirs, torch.tensor(open_images(parts.data, "test").labels))
+    assert cell["kid_of_classes"] == pytest.approx({str(label): value for label, value in classes.items()}, rel=1e-3)
+    found = {"precision": cell["precision"], "recall": cell["recall"]}
+    assert found == pytest.approx(precision_recall(ours, theirs)) and cell["coverage"] == coverage(ours, theirs)
+    assert floors["train_against_reference"]["coverage"] > cell["coverage"]
     held_out = PairFrequencies(NUM_CODES)
     held_out.update(encode_images(pipeline.vqvae, normalise(reference)))
     drawn = PairFrequencies(NUM_CODES)
@@ -176,7 +186,8 @@ def test_the_table_reads_as_it_should(finished):
     page = (finished / "fid.md").read_text()
     assert re.search(r"\| pipeline \| 1 step \| 3 steps \|", page)
     assert re.search(r"\| mdlm \| \d+\.\d+ ± \d+\.\d+ \| \d+\.\d+ ± \d+\.\d+ \|", page)
-    assert page.count("Floors: reconstruction (rFID) of mdlm, xdlm-0.1") == 2  # one for each layer
+    assert page.count("Floors: reconstruction of mdlm, xdlm-0.1") == 7  # FID for each layer, five tables of features
+    assert re.search(r"## Recall \(%\), features `pooled`\n\n.*\n.*\n\| mdlm \| \d", page)
     assert "Warning:" in page and "not Inception FID" in page and "guidance 1, temperature 1" in page
     assert mean_and_spread([0.0881]) == "0.088" and mean_and_spread([20.0, 40.0]) == "30.00 ± 14.14"
     without = json.loads((finished / "fid.json").read_text())
@@ -194,12 +205,12 @@ def test_a_killed_sweep_goes_on_and_gives_the_same_numbers(parts, finished, tmp_
     measured = []
     original = sweep.measure
 
-    def dies_in_the_third_cell(extractor, batches, num_codes, progress):
+    def dies_in_the_third_cell(extractor, batches, *rest):
         measured.append(batches.settings.num_steps)
         if len(measured) == 3:
             next(iter(batches))
             raise KeyboardInterrupt
-        return original(extractor, batches, num_codes, progress)
+        return original(extractor, batches, *rest)
 
     monkeypatch.setattr(sweep, "measure", dies_in_the_third_cell)
     recipe = parts.recipe(tmp_path, pipelines={"mdlm": parts.pipelines["mdlm"]})
@@ -272,9 +283,9 @@ def test_numbers_do_not_depend_on_the_batch_size(parts, finished, tmp_path):
 def test_a_network_in_bfloat16_draws_almost_the_same_and_is_told_of(parts, finished, tmp_path, monkeypatch):
     dtypes, original = [], sweep.measure
 
-    def notes_dtypes(extractor, batches, num_codes, progress):
+    def notes_dtypes(extractor, batches, *rest):
         dtypes.append((batches.pipeline.transformer.dtype, batches.pipeline.vqvae.dtype))
-        return original(extractor, batches, num_codes, progress)
+        return original(extractor, batches, *rest)
 
     monkeypatch.setattr(sweep, "measure", notes_dtypes)
     evaluate(parts.recipe(tmp_path, dtype="bfloat16", pipelines={"mdlm": parts.pipelines["mdlm"]}, seeds=[0]))

@@ -1,11 +1,12 @@
 """Images as uint8 batches with labels, as the metrics want them: real ones and reconstructed ones.
 
-This file owns the order of real images and their split over ranks. It never draws samples and never measures.
+This file owns how a set is cut into batches and shared by ranks. It never draws samples and never measures.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from diffusers import VQModel
@@ -17,7 +18,28 @@ from xdlm_image.tokenizer.codes import decode_codes, encode_images
 
 UINT8_RULE = "round to nearest, cut off at 0 and 255: clamp(round((x + 1) * 127.5)), x in [-1, 1]"
 
-LabelledBatch = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]  # uint8 (B, C, S, S), labels, codes (B, h, w)
+
+class Batch(NamedTuple):
+    """Consecutive images of a set.
+
+    Attributes:
+        images: uint8 (B, C, S, S).
+        labels: Class ids (B,).
+        codes: (B, h, w); None where the images were not made of codes.
+        start: Place of the first image in the set.
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    codes: torch.Tensor | None
+    start: int
+
+
+def blocks_of_rank(total: int, batch_size: int) -> Iterator[range]:
+    """This rank's blocks of `batch_size` consecutive places (the last may be shorter); the ranks take them in turn."""
+    rank, world = rank_and_world()
+    for start in range(rank * batch_size, total, world * batch_size):
+        yield range(start, min(start + batch_size, total))
 
 
 class Uint8Images(Dataset[tuple[torch.Tensor, int]]):
@@ -42,16 +64,17 @@ class Uint8Images(Dataset[tuple[torch.Tensor, int]]):
 
 def real_batches(
     images: ImageSet, batch_size: int, indices: Sequence[int] | None = None, num_workers: int = 0
-) -> Iterator[LabelledBatch]:
+) -> Iterator[Batch]:
     """This rank's share of the images, in order."""
-    rank, world = rank_and_world()
-    wanted = list(range(len(images)) if indices is None else indices)[rank::world]
-    for batch, labels in DataLoader(Uint8Images(images, wanted), batch_size, num_workers=num_workers):
-        yield batch, labels, None
+    chosen = range(len(images)) if indices is None else indices
+    blocks = [[*block] for block in blocks_of_rank(len(chosen), batch_size)]
+    loader = DataLoader(Uint8Images(images, chosen), batch_sampler=blocks, num_workers=num_workers)
+    for block, (batch, labels) in zip(blocks, loader, strict=True):
+        yield Batch(batch, labels, None, block[0])
 
 
-def reconstructed_batches(vqvae: VQModel, batches: Iterable[LabelledBatch]) -> Iterator[LabelledBatch]:
+def reconstructed_batches(vqvae: VQModel, batches: Iterable[Batch]) -> Iterator[Batch]:
     """Each batch through encoder, codebook and decoder, back to uint8."""
-    for images, labels, _ in batches:
-        codes = encode_images(vqvae, normalise(images).to(vqvae.device))  # (B, h, w)
-        yield to_uint8(decode_codes(vqvae, codes)).cpu(), labels, codes.cpu()
+    for batch in batches:
+        codes = encode_images(vqvae, normalise(batch.images).to(vqvae.device))  # (B, h, w)
+        yield batch._replace(images=to_uint8(decode_codes(vqvae, codes)).cpu(), codes=codes.cpu())

@@ -17,10 +17,9 @@ import torch
 from tqdm import tqdm
 
 from xdlm_image.data.images import to_uint8
-from xdlm_image.evaluation.batches import LabelledBatch
+from xdlm_image.evaluation.batches import Batch, blocks_of_rank
 from xdlm_image.evaluation.drawn_codes import DrawnCodes
 from xdlm_image.evaluation.seeds import image_generators
-from xdlm_image.evaluation.statistics import rank_and_world
 from xdlm_image.pipelines import XDLMPipeline
 from xdlm_image.tokenizer.codes import tokenizer_hash
 
@@ -47,13 +46,16 @@ class SamplerSettings:
         return self.num_steps * (1 if self.guidance_scale == 1 else 2)
 
 
-def open_pipeline(folder: str | Path, device: torch.device, argument: str = "pipeline") -> XDLMPipeline:
+def open_pipeline(
+    folder: str | Path, device: torch.device, argument: str = "pipeline", dtype: torch.dtype = torch.float32
+) -> XDLMPipeline:
     """Load a saved pipeline in evaluation mode.
 
     Args:
         folder: From `save_pretrained`.
         device: Where it will run.
         argument: What the caller calls the folder, for errors.
+        dtype: What the network computes in; the tokenizer stays in float32.
 
     Raises:
         FileNotFoundError: No such folder, or no `model_index.json` in it.
@@ -70,7 +72,8 @@ def open_pipeline(folder: str | Path, device: torch.device, argument: str = "pip
             )
         )
     try:
-        pipeline = XDLMPipeline.from_pretrained(str(path), local_files_only=True)
+        dtypes = {"transformer": dtype, "default": torch.float32}
+        pipeline = XDLMPipeline.from_pretrained(str(path), local_files_only=True, torch_dtype=dtypes)
     except Exception as error:  # json, safetensors, OSError, KeyError: whatever a damaged folder raises
         raise ValueError(
             f"{argument}={str(folder)!r}: cannot be loaded ({type(error).__name__}: {error}); save it again"
@@ -156,7 +159,7 @@ def decode(pipeline: XDLMPipeline, codes: torch.Tensor) -> torch.Tensor:
 class DrawnBatches:
     """This rank's share of a balanced set: image i of `num_samples` has class i mod num_classes.
 
-    An iterable of (uint8 images, labels, codes). The set is cut into blocks of `batch_size` consecutive images, which
+    An iterable of batches. The set is cut into blocks of `batch_size` consecutive images, which
     the ranks take in turn; the last block is filled up with images that are then dropped. So a block is always drawn
     alike, however many processes there are; what `store` has of an earlier start is not drawn again.
 
@@ -183,21 +186,20 @@ class DrawnBatches:
         self.store = store
         self.seconds = 0.0
 
-    def __iter__(self) -> Iterator[LabelledBatch]:
-        rank, world = rank_and_world()
-        for start in range(rank * self.batch_size, self.num_samples, world * self.batch_size):
-            stop = min(start + self.batch_size, self.num_samples)
-            indices = [i if i < stop else start for i in range(start, start + self.batch_size)]
+    def __iter__(self) -> Iterator[Batch]:
+        for block in blocks_of_rank(self.num_samples, self.batch_size):
+            start, stop = block.start, block.stop
+            indices = [*block] + [start] * (self.batch_size - len(block))
             labels = [index % self.num_classes for index in indices]
             if not self.store.is_drawn(start, stop):
                 began = time.perf_counter()
-                drawn = draw_codes(self.pipeline, labels, indices, self.seed, self.settings)[: stop - start]
+                drawn = draw_codes(self.pipeline, labels, indices, self.seed, self.settings)[: len(block)]
                 self.store.write(start, drawn, time.perf_counter() - began)
             codes = self.store.read(start, stop)
             began = time.perf_counter()
             images = decode(self.pipeline, codes)
             self.seconds += time.perf_counter() - began
-            yield images, torch.tensor(labels[: stop - start]), codes
+            yield Batch(images, torch.tensor(labels[: len(block)]), codes, start)
 
 
 def draw_all(

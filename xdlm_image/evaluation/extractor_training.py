@@ -60,9 +60,9 @@ def measure_accuracy(classifier: SmallClassifier, images: ImageSet, device: torc
     """Share of `images` that the classifier puts in their class, in [0, 1]."""
     classifier.eval()
     right = 0
-    for batch, labels, _ in real_batches(images, EVALUATION_BATCH, num_workers=num_workers):
-        logits = classifier(batch.to(device).float().div(127.5).sub(1))  # (B, num_classes)
-        right += int((logits.argmax(1).cpu() == labels).sum())
+    for batch in real_batches(images, EVALUATION_BATCH, num_workers=num_workers):
+        logits = classifier(batch.images.to(device).float().div(127.5).sub(1))  # (B, num_classes)
+        right += int((logits.argmax(1).cpu() == batch.labels).sum())
     return right / len(images)
 
 

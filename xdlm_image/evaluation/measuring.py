@@ -17,12 +17,15 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from xdlm_image.evaluation.batches import LabelledBatch
+from xdlm_image.evaluation.batches import Batch
 from xdlm_image.evaluation.code_pairs import PairFrequencies
 from xdlm_image.evaluation.extractor import FeatureExtractor
+from xdlm_image.evaluation.features import FeatureCollector, FeatureSet
 from xdlm_image.evaluation.fid import new_statistics, update_statistics
 from xdlm_image.evaluation.statistics import StreamedStatistics, rank_and_world
 from xdlm_image.files import sha256_of_file, write_json
+
+FEATURES = "features.safetensors"
 
 
 @dataclass
@@ -33,6 +36,7 @@ class Measured:
         statistics: Layer -> mean and covariance.
         class_accuracy: Share of images that the extractor's own head puts in their class; None without such a head.
         pairs: How the images' codes go together; None where they were not made of codes.
+        kept: The main layer's features themselves; None where they were not asked for, and on all ranks but the first.
         hashes: Layer (and `pairs`) -> SHA-256 of the statistics' file; empty where they are on no disk.
         place: Folder of those files; None where they are on no disk.
     """
@@ -42,41 +46,47 @@ class Measured:
     pairs: PairFrequencies | None
     hashes: dict[str, str]
     place: Path | None = None
+    kept: FeatureSet | None = None
 
 
 def measure(
     extractor: FeatureExtractor,
-    batches: Iterable[LabelledBatch],
+    batches: Iterable[Batch],
     num_codes: int | None = None,
     progress: tqdm | None = None,
+    keep: int | None = None,
 ) -> Measured:
-    """Stream labelled uint8 batches into statistics of each FID layer; merged over ranks at the end.
+    """Stream batches into statistics of each FID layer; merged over ranks at the end.
 
     Args:
         extractor: From `load_extractor`.
         batches: This rank's share.
         num_codes: Codebook size where the batches hold codes, whose pairs are then counted; None without.
         progress: Bar that counts this rank's images.
+        keep: Images of the whole set, where the features of the main layer are wanted too; None leaves them out.
     """
     statistics = new_statistics(extractor)
+    collector = None if keep is None else FeatureCollector(keep)
     pairs = None if num_codes is None else PairFrequencies(num_codes)
     right = 0
-    for images, labels, codes in batches:
-        features = extractor(images)
+    for batch in batches:
+        features = extractor(batch.images)
         update_statistics(statistics, features)
+        if collector is not None:
+            collector.update(batch.start, features[extractor.fid_layers[0]], batch.labels)
         if extractor.logits_layer is not None:
-            right += int((features[extractor.logits_layer].argmax(1) == labels.cpu()).sum())
-        if pairs is not None and codes is not None:
-            pairs.update(codes)
+            right += int((features[extractor.logits_layer].argmax(1) == batch.labels.cpu()).sum())
+        if pairs is not None and batch.codes is not None:
+            pairs.update(batch.codes)
         if progress is not None:
-            progress.update(len(images))
+            progress.update(len(batch.images))
     for layer_statistics in statistics.values():
         layer_statistics.all_reduce(extractor.device)
     if pairs is not None:
         pairs.all_reduce(extractor.device)
     count = next(iter(statistics.values())).count
     accuracy = sum_over_ranks(right, extractor.device) / count if extractor.logits_layer is not None else None
-    return Measured(statistics, accuracy, pairs, {})
+    return Measured(statistics, accuracy, pairs, {}, kept=None if collector is None else collector.gather())
 
 
 def sum_over_ranks(value: float, device: torch.device) -> float:
@@ -104,9 +114,10 @@ def cached_measure(
     label: str,
     key: dict[str, Any],
     extractor: FeatureExtractor,
-    make_batches: Callable[[], Iterable[LabelledBatch]],
+    make_batches: Callable[[], Iterable[Batch]],
     total: int,
     num_codes: int | None = None,
+    features: Path | None = None,
 ) -> Measured:
     """`measure`, or what an earlier run with the same key left in `folder`.
 
@@ -118,25 +129,32 @@ def cached_measure(
         make_batches: This rank's share of the images.
         total: Images over all ranks.
         num_codes: As for `measure`.
+        features: Folder for the features themselves, where they are wanted too: `folder`, or one that is dropped
+            before it.
     """
     key = {**key, "extractor": extractor.weights_hash, "layers": list(extractor.fid_layers)}
     place = folder / f"{label}-{short_hash(key)}"
-    found = _load_again(place, key, extractor.fid_layers, num_codes)
+    file = None if features is None else features / place.name / FEATURES
+    found = _load_again(place, key, num_codes, file)
     if found is not None:
         return found
     rank, world = rank_and_world()
     with tqdm(total=(total - rank + world - 1) // world, desc=label, unit="image", disable=rank != 0) as progress:
-        measured = measure(extractor, make_batches(), num_codes, progress)
+        measured = measure(extractor, make_batches(), num_codes, progress, None if file is None else total)
     if rank == 0:
+        if file is not None and measured.kept is not None:
+            measured.kept.save(file)
         for layer, statistics in measured.statistics.items():
             statistics.save(place / f"{layer}.safetensors", {"layer": layer, "extractor": extractor.weights_hash})
         if measured.pairs is not None:
             measured.pairs.save(place / "pairs.safetensors", {"num_codes": str(num_codes)})
         hashes = _hashes(place, extractor.fid_layers, num_codes)
-        about = {"key": key, "class_accuracy": measured.class_accuracy, "statistics_sha256": hashes}
+        about: dict[str, Any] = {"key": key, "class_accuracy": measured.class_accuracy, "statistics_sha256": hashes}
+        if file is not None:
+            about["features_sha256"] = sha256_of_file(file)
         write_json(place / "about.json", about)  # last: it makes the folder whole
     barrier()
-    return load_measured(place, key, num_codes)
+    return load_measured(place, key, num_codes, file)
 
 
 def _hashes(place: Path, layers: Sequence[str], num_codes: int | None) -> dict[str, str]:
@@ -144,23 +162,24 @@ def _hashes(place: Path, layers: Sequence[str], num_codes: int | None) -> dict[s
     return {name: sha256_of_file(place / f"{name}.safetensors") for name in names}
 
 
-def _load_again(place: Path, key: dict[str, Any], layers: tuple[str, ...], num_codes: int | None) -> Measured | None:
+def _load_again(place: Path, key: dict[str, Any], num_codes: int | None, features: Path | None) -> Measured | None:
     if not (place / "about.json").is_file():
         return None
     try:
-        return load_measured(place, key, num_codes)
+        return load_measured(place, key, num_codes, features)
     except ValueError as error:
         print(f"{error}; computing them again")
         return None
 
 
-def load_measured(place: Path, key: dict[str, Any], num_codes: int | None) -> Measured:
+def load_measured(place: Path, key: dict[str, Any], num_codes: int | None, features: Path | None = None) -> Measured:
     """What `cached_measure` left in a folder.
 
     Args:
         place: The folder.
         key: What the images must be; its `extractor` and `layers` say what looked at them.
         num_codes: As for `measure`.
+        features: The file of features, where they are wanted too.
 
     Raises:
         ValueError: Files are missing, damaged, or of other images, another extractor or another codebook.
@@ -177,6 +196,11 @@ def load_measured(place: Path, key: dict[str, Any], num_codes: int | None) -> Me
             for layer in key["layers"]
         }
         pairs = None if num_codes is None else PairFrequencies.load(place / "pairs.safetensors", num_codes)
-        return Measured(statistics, about["class_accuracy"], pairs, hashes, place)
+        kept = None
+        if features is not None:
+            if sha256_of_file(features) != about["features_sha256"]:
+                raise ValueError(f"{features.name} does not belong to it")
+            kept = FeatureSet.load(features)
+        return Measured(statistics, about["class_accuracy"], pairs, hashes, place, kept)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{place}: these statistics cannot be used ({error})") from error

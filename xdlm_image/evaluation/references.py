@@ -3,8 +3,9 @@
 This file owns the reference folder, which stands for the images wherever they are not at hand:
 
     reference.json      what the images are, which extractor looked at them, the floors
-    statistics/         mean and covariance of their features; of their reconstructions also the pairs of codes
-    floors/             statistics of the training images behind the floors; needed only to compute them again
+    statistics/         mean and covariance of their features, and the features of the main layer; of their
+                        reconstructions mean and covariance and the pairs of codes
+    floors/             what only computing the floors again would need
 
 It never draws samples.
 """
@@ -25,15 +26,15 @@ from xdlm_image.data.image_check import check_images
 from xdlm_image.data.images import ImageSet, open_images
 from xdlm_image.devices import best_device
 from xdlm_image.evaluation.batches import UINT8_RULE, real_batches, reconstructed_batches
+from xdlm_image.evaluation.comparing import distances, fids
 from xdlm_image.evaluation.extractor import FeatureExtractor, load_extractor
-from xdlm_image.evaluation.fid import fid_from_statistics
-from xdlm_image.evaluation.measuring import Measured, barrier, cached_measure, load_measured
+from xdlm_image.evaluation.measuring import FEATURES, Measured, barrier, cached_measure, load_measured
 from xdlm_image.evaluation.statistics import rank_and_world
 from xdlm_image.files import refuse_unwritable, write_json
 from xdlm_image.recipes import DataOptions, ReferenceRecipe
 from xdlm_image.tokenizer.codes import grid_of, load_tokenizer, tokenizer_hash
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 FLOORS = "floors"
 RESIZE_RULE = "shorter side to image_size, bicubic with antialiasing, then centre crop; none where it fits"
 FLOOR_SEED = 0  # which training images stand in the floors
@@ -135,6 +136,7 @@ def make_reference(
         extractor,
         lambda: real_batches(images, batch_size),
         len(images),
+        features=folder / "statistics",
     )
     floors = {}
     for count, indices in subsets.items():
@@ -145,10 +147,11 @@ def make_reference(
             extractor,
             lambda: real_batches(floor_images, batch_size, indices),  # noqa: B023  (called at once)
             len(indices),
+            features=folder / FLOORS,
         )
         floors[str(count)] = {
             "num_images": len(indices),
-            "fid": fids(floor, measured),
+            **distances(floor, measured),
             "class_accuracy": floor.class_accuracy,
         }
     about: dict[str, Any] = {
@@ -169,7 +172,9 @@ def make_reference(
     }
     reconstructions = {}
     for tokenizer, vqvae in tokenizers.items():
-        rebuilt = _reconstructed(folder / "statistics", images, None, key, extractor, tokenizer, vqvae, batch_size)
+        rebuilt = _reconstructed(
+            folder / "statistics", images, None, key, extractor, tokenizer, vqvae, batch_size, folder / FLOORS
+        )
         train = {}
         for count, indices in subsets.items():
             key_of_subset = {**floor_key, "subset": len(indices)}
@@ -185,7 +190,7 @@ def make_reference(
         about["reconstructions"][tokenizer] = {
             "num_codes": int(vqvae.config.num_vq_embeddings),
             "num_images": len(images),
-            "fid": fids(rebuilt, measured),
+            **distances(rebuilt, measured),
             "class_accuracy": rebuilt.class_accuracy,
             "statistics": _place(folder, rebuilt),
             "train": train,
@@ -223,7 +228,8 @@ def open_reference(folder: str | Path, extractor: FeatureExtractor) -> Reference
         if key["uint8_rule"] != UINT8_RULE:
             raise ValueError(f"its uint8 rule is {key['uint8_rule']!r}, this package's is {UINT8_RULE!r}")
         key |= {"extractor": used["weights_sha256"], "layers": layers}
-        images = load_measured(Path(folder) / about["statistics"]["folder"], key, None)
+        place = Path(folder) / about["statistics"]["folder"]
+        images = load_measured(place, key, None, place / FEATURES)
         reconstructions = {
             tokenizer: load_measured(
                 Path(folder) / floor["statistics"]["folder"], {**key, "tokenizer": tokenizer}, floor["num_codes"]
@@ -279,11 +285,6 @@ def reference(recipe: ReferenceRecipe) -> Path:
     return output / "reference.json"
 
 
-def fids(a: Measured, b: Measured) -> dict[str, float]:
-    """Frechet distance for each layer."""
-    return {layer: fid_from_statistics(a.statistics[layer], b.statistics[layer]) for layer in a.statistics}
-
-
 _KEY = ("fingerprint", "split", "num_images", "image_size", "channels", "crop")
 
 
@@ -305,6 +306,7 @@ def _reconstructed(
     tokenizer: str,
     vqvae: VQModel,
     batch_size: int,
+    features: Path | None = None,
 ) -> Measured:
     return cached_measure(
         folder,
@@ -314,4 +316,5 @@ def _reconstructed(
         lambda: reconstructed_batches(vqvae, real_batches(images, batch_size, indices)),
         len(images) if indices is None else len(indices),
         int(vqvae.config.num_vq_embeddings),
+        features,
     )

@@ -16,6 +16,27 @@ from xdlm_image.files import write_atomic, write_json, write_text
 Content = dict[str, Any]  # fid.json, see `sweep.evaluate`
 
 
+def _mean_kid(cell: Content) -> float | None:
+    return None if cell["kid"] is None else 1000 * cell["kid"]["mean"]
+
+
+def _worst_class(cell: Content) -> float | None:
+    return None if not cell["kid_of_classes"] else 1000 * max(cell["kid_of_classes"].values())
+
+
+FEATURE_TABLES: list[tuple[str, str, Callable[[Content], float | None]]] = [
+    ("KID x 1000", "Unbiased MMD, mean of subsets of 1,000 images.", _mean_kid),
+    ("KID x 1000 of the worst class", "The class whose images are farthest from the real ones of it.", _worst_class),
+    (
+        "Precision (%)",
+        "Share of samples inside the manifold of real images (k = 3).",
+        lambda c: _percent(c["precision"]),
+    ),
+    ("Recall (%)", "Share of real images in the manifold of samples (k = 3).", lambda c: _percent(c["recall"])),
+    ("Coverage (%)", "Share of real images that have a sample near (k = 3).", lambda c: _percent(c["coverage"])),
+]
+
+
 def write_report(output_dir: str | Path, content: Content) -> None:
     """Write `fid.json` and `fid.md` of what is measured so far."""
     write_json(Path(output_dir) / "fid.json", content)
@@ -45,7 +66,7 @@ def markdown(content: Content) -> str:
     for layer in extractor["fid_layers"]:
         lines += [f"## Features `{layer}`, against the real images", ""]
         lines += metric_table(content, "fid", layer)
-        lines += ["", "Floors: " + "; ".join(_floors(content, layer)) + ".", ""]
+        lines += ["", "Floors: " + "; ".join(_floors(content, lambda of: of["fid"][layer])) + ".", ""]  # noqa: B023
         lines += [f"## Features `{layer}`, against reconstructions of the real images", ""]
         lines += metric_table(content, "fid_against_reconstructions", layer)
         lines += [
@@ -59,6 +80,17 @@ def markdown(content: Content) -> str:
             + ".",
             "",
         ]
+    for title, explanation, value in FEATURE_TABLES:
+        if any(value(cell) is not None for cell in content["cells"]):
+            lines += [
+                f"## {title}, features `{extractor['fid_layers'][0]}`",
+                "",
+                *_table(content, value),
+                "",
+                explanation,
+            ]
+            lines[-1] += " Floors: " + "; ".join(_floors(content, value)) + "."
+            lines += [""]
     for distance, where in (("near", "neighbouring positions"), ("far", "positions half a grid apart")):
         lines += [f"## Pairs of codes at {where}: total variation to held-out images (%)", ""]
         lines += _table(content, lambda cell: _percent((cell["code_pair_total_variation"] or {}).get(distance)))  # noqa: B023
@@ -112,16 +144,14 @@ def _floor_images(content: Content) -> str:
     return "training images" if split == "train" else f"{split} images"
 
 
-def _floors(content: Content, layer: str) -> list[str]:
-    floors = content["floors"]
-    texts = [
-        f"reconstruction (rFID) of {_users(floor)} {number(floor['fid'][layer])}" for floor in floors["reconstruction"]
-    ]
+def _floors(content: Content, value: Callable[[Content], float | None]) -> list[str]:
+    floors, texts = content["floors"], []
+    for floor in floors["reconstruction"]:
+        if (found := value(floor)) is not None:
+            texts.append(f"reconstruction of {_users(floor)} {number(found)}")
     train = floors["train_against_reference"]
-    if train is not None:
-        texts.append(
-            f"{train['num_images']} {_floor_images(content)} against the reference {number(train['fid'][layer])}"
-        )
+    if train is not None and (found := value(train)) is not None:
+        texts.append(f"{train['num_images']} {_floor_images(content)} against the reference {number(found)}")
     return texts
 
 

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from xdlm_image.data.labels import labels_of_folders
 from xdlm_image.devices import uncompiled
+from xdlm_image.evaluation.comparing import distances, fids
 from xdlm_image.evaluation.drawing import (
     DrawnBatches,
     SamplerSettings,
@@ -27,7 +28,7 @@ from xdlm_image.evaluation.drawn_codes import DrawnCodes
 from xdlm_image.evaluation.grids import class_grid, save_grid
 from xdlm_image.evaluation.measuring import Measured, barrier, measure, short_hash, sum_over_ranks
 from xdlm_image.evaluation.plan import Plan, check, device_name, metric_name, protocol, versions
-from xdlm_image.evaluation.references import Reference, fids, make_reference
+from xdlm_image.evaluation.references import Reference, make_reference
 from xdlm_image.evaluation.report import write_plot, write_report
 from xdlm_image.evaluation.seeds import SEED_RULE
 from xdlm_image.evaluation.statistics import rank_and_world
@@ -36,7 +37,7 @@ from xdlm_image.processes import process_state
 from xdlm_image.recipes import EvaluateRecipe
 from xdlm_image.tokenizer.codes import load_tokenizer
 
-CELL_VERSION = 2  # raise it when what a cell means changes: older cells are then measured anew
+CELL_VERSION = 3  # raise it when what a cell means changes: older cells are then measured anew
 GRID_STEPS = 8
 GRID_CLASSES = 10
 GRID_IMAGES = 8
@@ -64,7 +65,7 @@ def evaluate(recipe: EvaluateRecipe) -> Path:
 
     reference = plan.reference or _measured_reference(plan, output)
     content: dict[str, Any] = {
-        "schema_version": 2,
+        "schema_version": 3,
         "metric": metric_name(plan.extractor),
         "warnings": plan.warnings,
         "protocol": protocol(plan, reference),
@@ -77,8 +78,8 @@ def evaluate(recipe: EvaluateRecipe) -> Path:
     cells = len(recipe.pipelines) * len(recipe.num_steps) * len(recipe.seeds)
     with tqdm(total=cells, desc="cells", unit="cell", disable=not main) as progress:
         for name in recipe.pipelines:
-            pipeline = open_pipeline(plan.pipelines[name]["folder"], plan.device, f"pipelines.{name}")
-            pipeline.transformer.to(getattr(torch, recipe.dtype))
+            dtype = getattr(torch, recipe.dtype)
+            pipeline = open_pipeline(plan.pipelines[name]["folder"], plan.device, f"pipelines.{name}", dtype)
             if recipe.compile:
                 pipeline.transformer.compile(fullgraph=True)
             for num_steps in recipe.num_steps:
@@ -163,7 +164,7 @@ def _cell(
     batches = DrawnBatches(pipeline, recipe.num_samples, num_classes, seed, settings, recipe.batch_size, store)
     world = rank_and_world()[1]
     with tqdm(total=-(-recipe.num_samples // world), desc=label, unit="image", leave=False, disable=not main) as bar:
-        measured = measure(plan.extractor, batches, num_codes, bar)
+        measured = measure(plan.extractor, batches, num_codes, bar, recipe.num_samples)
     seconds = store.seconds + sum_over_ranks(batches.seconds, plan.device)
     result = {
         "pipeline": name,
@@ -171,7 +172,7 @@ def _cell(
         "nfe": settings.nfe,
         "seed": seed,
         "num_samples": recipe.num_samples,
-        "fid": fids(measured, reference.images),
+        **distances(measured, reference.images),
         **_against_reconstructions(measured, reconstructions),
         "class_accuracy": measured.class_accuracy if plan.pipelines[name]["conditional"] else None,
         "sampling_seconds": round(seconds, 3),  # of all processes together

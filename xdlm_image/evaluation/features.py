@@ -1,0 +1,79 @@
+"""Features of a set of images, kept in the order of the images: what KID, precision and recall need.
+
+This file owns their gathering over batches and ranks and their file. It never runs an extractor and computes no metric.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from xdlm_image.evaluation.statistics import rank_and_world
+from xdlm_image.files import write_atomic
+
+MOST_KEPT = 50_000  # of a larger set a random part stands in, the same at every run
+SUBSET_SEED = 0
+
+
+@dataclass
+class FeatureSet:
+    """Features (N, D) float32 of one layer and class ids (N,) int64, in the order of the images."""
+
+    features: torch.Tensor
+    labels: torch.Tensor
+
+    def save(self, path: str | Path) -> Path:
+        """Write a safetensors file atomically."""
+        tensors = {"features": self.features.contiguous(), "labels": self.labels.contiguous()}
+        return write_atomic(path, lambda temporary: save_file(tensors, temporary))
+
+    @classmethod
+    def load(cls, path: str | Path) -> FeatureSet:
+        """Read a file that `save` wrote. Raises ValueError if it is damaged, OSError if it is not there."""
+        try:
+            tensors = load_file(path)
+            return cls(tensors["features"], tensors["labels"])
+        except (SafetensorError, KeyError) as error:
+            raise ValueError(f"features {str(path)!r}: damaged ({error}); delete the file") from error
+
+
+class FeatureCollector:
+    """Takes features batch by batch on every rank, and puts the set together at the end.
+
+    Args:
+        total: Images of the whole set; of more than 50,000 that many are kept.
+    """
+
+    def __init__(self, total: int) -> None:
+        self._kept: torch.Tensor | None = None  # (total,) whether an image is kept
+        if total > MOST_KEPT:
+            self._kept = torch.zeros(total, dtype=torch.bool)
+            self._kept[np.random.default_rng(SUBSET_SEED).permutation(total)[:MOST_KEPT]] = True
+        self._parts: list[tuple[int, torch.Tensor, torch.Tensor]] = []
+
+    def update(self, start: int, features: torch.Tensor, labels: torch.Tensor) -> None:
+        """Add features (B, D) and labels (B,) of the images from place `start` of the set on."""
+        features, labels = features.float().cpu(), labels.long().cpu()
+        if self._kept is not None:
+            kept = self._kept[start : start + len(features)]
+            features, labels = features[kept], labels[kept]
+        self._parts.append((start, features, labels))
+
+    def gather(self) -> FeatureSet | None:
+        """The whole set on rank 0; None on the others."""
+        rank, world = rank_and_world()
+        parts = self._parts
+        if world > 1:
+            gathered: list | None = [None] * world if rank == 0 else None
+            dist.gather_object(parts, gathered)
+            parts = [part for of_rank in gathered or [] for part in of_rank]
+        if rank != 0:
+            return None
+        _, features, labels = zip(*sorted(parts, key=lambda part: part[0]))
+        return FeatureSet(torch.cat(features), torch.cat(labels))
