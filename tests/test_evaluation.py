@@ -23,6 +23,7 @@ from xdlm_image.evaluation.measuring import cached_measure
 from xdlm_image.evaluation.report import markdown, mean_and_spread
 from xdlm_image.evaluation.seeds import MAX_IMAGES, MAX_SEED, image_generators, image_seed
 from xdlm_image.evaluation.sweep import evaluate
+from xdlm_image.schedulers import XDLMScheduler
 from xdlm_image.tokenizer.codes import decode_codes, encode_images
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*images are few for the.*:UserWarning")
@@ -278,6 +279,32 @@ def test_numbers_do_not_depend_on_the_batch_size(parts, finished, tmp_path):
         for layer in ("pooled", "spatial"):
             assert cell["fid"][layer] == pytest.approx(other["fid"][layer], rel=1e-4)
         assert cell["class_accuracy"] == other["class_accuracy"]
+
+
+def test_a_sweep_over_settings_has_a_row_for_each(parts, finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "_pictures", lambda *args: None)
+    axes = {"num_steps": [3], "seeds": [0], "guidance_scale": [1.0, 2.0], "time_grid": ["linear", "cosine"]}
+    evaluate(parts.recipe(tmp_path, pipelines={"mdlm": parts.pipelines["mdlm"]}, **axes))
+    content = json.loads((tmp_path / "fid.json").read_text())
+    found = {(c["guidance_scale"], c["time_grid"]): c for c in content["cells"]}
+    assert list(found) == [(1.0, "linear"), (1.0, "cosine"), (2.0, "linear"), (2.0, "cosine")]
+    assert len({cell["fid"]["pooled"] for cell in found.values()}) == 4
+    assert [cell["nfe"] for cell in found.values()] == [3, 3, 6, 6]
+    plain = next(c for c in _numbers(finished) if (c["pipeline"], c["num_steps"], c["seed"]) == ("mdlm", 3, 0))
+    assert found[1.0, "linear"]["fid"] == pytest.approx(plain["fid"])  # the grid that the pipeline was saved with
+    page = (tmp_path / "fid.md").read_text()
+    assert re.search(r"\| mdlm, guidance 2, grid cosine \| \d", page) and "guidance 1, 2, temperature 1," in page
+    pipeline = open_pipeline(parts.pipelines["mdlm"], torch.device("cpu"))
+    # the codes that the sweep kept are those of the pipeline's own call
+    folder = next((tmp_path / "codes").glob("mdlm-steps3-guidance2.0-cosine-seed0-*"))
+    stored = np.memmap(folder / "codes.bin", "<u2", "r").reshape(-1, 4, 4)
+    pipeline.scheduler = XDLMScheduler.from_config(pipeline.scheduler.config, time_grid="cosine")
+    call = {"num_steps": 3, "guidance_scale": 2.0, "generator": image_generators(0, range(7)), "output_type": "latent"}
+    assert np.array_equal(pipeline([i % 3 for i in range(7)], **call).images.numpy(), stored[:7])
+    with pytest.raises(ValueError, match="temperature=.*must be positive"):
+        parts.recipe(tmp_path, temperature=[1.0, 0.0])
+    with pytest.raises(ValueError, match="guidance_scale=.*each only once"):
+        parts.recipe(tmp_path, guidance_scale=[1.0, 1.0])
 
 
 def test_a_network_in_bfloat16_draws_almost_the_same_and_is_told_of(parts, finished, tmp_path, monkeypatch):

@@ -21,6 +21,7 @@ from xdlm_image.evaluation.batches import Batch, blocks_of_rank
 from xdlm_image.evaluation.drawn_codes import DrawnCodes
 from xdlm_image.evaluation.seeds import image_generators
 from xdlm_image.pipelines import XDLMPipeline
+from xdlm_image.schedulers import XDLMScheduler
 from xdlm_image.tokenizer.codes import tokenizer_hash
 
 
@@ -32,12 +33,14 @@ class SamplerSettings:
         num_steps: Reverse steps.
         guidance_scale: 1 is no guidance.
         temperature: Divides the logits.
+        time_grid: Of `scheduling_xdlm.TIME_GRIDS`; None is the pipeline's own.
         start: Further arguments of the call, as `XDLMImg2ImgPipeline` takes them: the picture and the strength.
     """
 
     num_steps: int
     guidance_scale: float = 1.0
     temperature: float = 1.0
+    time_grid: str | None = None
     start: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -121,9 +124,14 @@ def call_arguments(
 ) -> dict[str, Any]:
     """What the pipeline is called with for these images, see `draw_codes`."""
     conditional = pipeline.transformer.config.num_classes is not None
+    steps: dict[str, Any] = {"num_steps": settings.num_steps}
+    if settings.time_grid is not None:
+        grid = XDLMScheduler.from_config(pipeline.scheduler.config, time_grid=settings.time_grid)
+        grid.set_timesteps(settings.num_steps)
+        steps = {"timesteps": grid.timesteps.tolist()}
     return {
         "class_labels": list(labels) if conditional else None,
-        "num_steps": settings.num_steps,
+        **steps,
         "guidance_scale": settings.guidance_scale,
         "temperature": settings.temperature,
         "generator": image_generators(seed, indices),

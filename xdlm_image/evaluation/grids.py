@@ -123,7 +123,7 @@ def sample(recipe: SampleRecipe) -> Path:
         pipeline.set_progress_bar_config(disable=True)
         picture = read_image(recipe.image, pipeline.vqvae.config.in_channels)
         start = {"image": picture, "strength": recipe.strength}
-    settings = SamplerSettings(recipe.num_steps, recipe.guidance_scale, recipe.temperature, start)
+    settings = SamplerSettings(recipe.num_steps, recipe.guidance_scale, recipe.temperature, start=start)
     check_trace(recipe, len(ids))
     refuse_unwritable(Path(recipe.output).parent, "the folder of output")
     if recipe.images_dir is not None:

@@ -20,7 +20,6 @@ from xdlm_image.data.labels import Labels, same_classes
 from xdlm_image.devices import best_device
 from xdlm_image.evaluation.batches import UINT8_RULE
 from xdlm_image.evaluation.drawing import (
-    SamplerSettings,
     class_names,
     image_shape,
     open_pipeline,
@@ -152,8 +151,10 @@ def _check_pipeline(
             f"{argument}: its classes are {class_names(pipeline)[:5]}..., the data's are {names[:5]}...; the ids would "
             "not mean the same"
         )
-    if recipe.guidance_scale != 1 and not pipeline.config.get("supports_guidance", True):
-        raise ValueError(f"guidance_scale={recipe.guidance_scale}: {argument} was trained without class dropout; use 1")
+    if recipe.guidance_scales != [1] and not pipeline.config.get("supports_guidance", True):
+        raise ValueError(
+            f"guidance_scale={recipe.guidance_scales}: {argument} was trained without class dropout; use 1"
+        )
     return {
         "folder": folder,
         "weights_hash": pipeline_hash(pipeline),
@@ -189,9 +190,9 @@ def protocol(plan: Plan, reference: Reference) -> dict[str, Any]:
         "extractor": plan.extractor.describe(),
         "sampler": {
             "num_steps": recipe.num_steps,
-            "guidance_scale": recipe.guidance_scale,
-            "temperature": recipe.temperature,
-            "nfe_per_step": SamplerSettings(1, recipe.guidance_scale).nfe,
+            "guidance_scale": recipe.guidance_scales,
+            "temperature": recipe.temperatures,
+            "time_grid": recipe.time_grids,
             "dtype": recipe.dtype,
             "compile": recipe.compile,
         },

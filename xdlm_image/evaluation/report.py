@@ -5,6 +5,7 @@ This file owns their layout; the numbers come from `sweep`. Every file is writte
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from typing import Any
 from xdlm_image.files import write_atomic, write_json, write_text
 
 Content = dict[str, Any]  # fid.json, see `sweep.evaluate`
+SETTINGS = {"guidance_scale": "guidance", "temperature": "temperature", "time_grid": "grid"}  # axes beside the steps
 
 
 def _mean_kid(cell: Content) -> float | None:
@@ -112,8 +114,9 @@ def markdown(content: Content) -> str:
         "## Protocol",
         "",
         f"{protocol['num_samples']} images a cell, {protocol['samples_per_class']} a class; "
-        f"seeds {', '.join(map(str, protocol['seeds']))}; guidance {sampler['guidance_scale']:g}, "
-        f"temperature {sampler['temperature']:g}; NFE = steps x {sampler['nfe_per_step']}; network in "
+        f"seeds {', '.join(map(str, protocol['seeds']))}; "
+        f"guidance {_listed(sampler['guidance_scale'])}, temperature {_listed(sampler['temperature'])}, time grid "
+        f"{_listed(sampler['time_grid'])}; NFE = steps, twice that with guidance; network in "
         f"{sampler['dtype']}{' (compiled)' if sampler['compile'] else ''}; "
         f"reference: {reference['num_images']} images, split {reference['split']} of {reference['name']}, "
         f"{reference['channels']} x {reference['image_size']} x {reference['image_size']}, fingerprint "
@@ -174,17 +177,34 @@ def _table(content: Content, value: Callable[[Content], float | None]) -> list[s
         "| pipeline | " + " | ".join(f"{n} step{'s' if n > 1 else ''}" for n in steps) + " |",
         "|---|" + "---:|" * len(steps),
     ]
-    for name in protocol["pipelines"]:
-        cells = []
+    for label, cells in rows(content).items():
+        texts = []
         for num_steps in steps:
-            values = [value(cell) for cell in _cells(content, name, num_steps)]
-            cells.append(mean_and_spread([v for v in values if v is not None]))
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+            values = [value(cell) for cell in cells if cell["num_steps"] == num_steps]
+            texts.append(mean_and_spread([v for v in values if v is not None]))
+        lines.append(f"| {label} | " + " | ".join(texts) + " |")
     return lines
 
 
-def _cells(content: Content, pipeline: str, num_steps: int) -> list[Content]:
-    return [c for c in content["cells"] if c["pipeline"] == pipeline and c["num_steps"] == num_steps]
+def rows(content: Content) -> dict[str, list[Content]]:
+    """Label -> cells of every pipeline at every setting but the step count; what does not vary is not in the label."""
+    sampler = content["protocol"]["sampler"]
+    axes = [name for name in SETTINGS if len(sampler[name]) > 1]
+    found = {}
+    for pipeline in content["protocol"]["pipelines"]:
+        for values in itertools.product(*(sampler[name] for name in axes)):
+            wanted = {"pipeline": pipeline, **dict(zip(axes, values))}
+            label = ", ".join([pipeline, *(f"{SETTINGS[name]} {_text(value)}" for name, value in zip(axes, values))])
+            found[label] = [c for c in content["cells"] if all(c[name] == value for name, value in wanted.items())]
+    return found
+
+
+def _text(value: float | str | None) -> str:
+    return "as saved" if value is None else value if isinstance(value, str) else f"{value:g}"
+
+
+def _listed(values: list) -> str:
+    return ", ".join(map(_text, values))
 
 
 def write_plot(output_dir: str | Path, content: Content) -> Path:
@@ -199,10 +219,10 @@ def write_plot(output_dir: str | Path, content: Content) -> Path:
     FigureCanvasAgg(figure)
     all_panels = figure.subplots(1, len(layers), squeeze=False)[0]
     for panel, layer in zip(all_panels, layers):
-        for name in protocol["pipelines"]:
+        for name, of_row in rows(content).items():
             nfe, means, spreads = [], [], []
             for num_steps in sorted(protocol["sampler"]["num_steps"]):
-                cells = _cells(content, name, num_steps)
+                cells = [cell for cell in of_row if cell["num_steps"] == num_steps]
                 if cells:
                     values = [cell["fid"][layer] for cell in cells]
                     nfe.append(cells[0]["nfe"])

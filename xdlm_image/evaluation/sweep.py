@@ -6,6 +6,7 @@ This file owns the order of a sweep and what `fid.json` holds. Numbers come from
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -75,21 +76,20 @@ def evaluate(recipe: EvaluateRecipe) -> Path:
         "cells": [],
     }
     main = rank_and_world()[0] == 0
-    cells = len(recipe.pipelines) * len(recipe.num_steps) * len(recipe.seeds)
+    variants = list(itertools.product(recipe.guidance_scales, recipe.temperatures, recipe.time_grids))
+    cells = len(recipe.pipelines) * len(variants) * len(recipe.num_steps) * len(recipe.seeds)
     with tqdm(total=cells, desc="cells", unit="cell", disable=not main) as progress:
         for name in recipe.pipelines:
             dtype = getattr(torch, recipe.dtype)
             pipeline = open_pipeline(plan.pipelines[name]["folder"], plan.device, f"pipelines.{name}", dtype)
             if recipe.compile:
                 pipeline.transformer.compile(fullgraph=True)
-            for num_steps in recipe.num_steps:
-                settings = SamplerSettings(num_steps, recipe.guidance_scale, recipe.temperature)
-                for seed in recipe.seeds:
-                    cell = _cell(plan, pipeline, name, settings, seed, reference)
-                    content["cells"].append(cell)
-                    if main:
-                        write_report(output, content)
-                    progress.update()
+            for variant, num_steps, seed in itertools.product(variants, recipe.num_steps, recipe.seeds):
+                cell = _cell(plan, pipeline, name, SamplerSettings(num_steps, *variant), seed, reference)
+                content["cells"].append(cell)
+                if main:
+                    write_report(output, content)
+                progress.update()
             if main:
                 with uncompiled(recipe.compile):
                     _pictures(plan, pipeline, name, output)
@@ -134,6 +134,7 @@ def _cell(
         "num_steps": settings.num_steps,
         "guidance_scale": settings.guidance_scale,
         "temperature": settings.temperature,
+        "time_grid": settings.time_grid,
         "dtype": recipe.dtype,
         "compile": recipe.compile,
         "seed": seed,
@@ -148,7 +149,16 @@ def _cell(
         "extractor": plan.extractor.weights_hash,
         "class_accuracy": plan.extractor.logits_layer is not None,
     }
-    label = f"{name}-steps{settings.num_steps}-seed{seed}"
+    variant = "".join(
+        f"-{short}{value}"
+        for short, value, usual in (
+            ("guidance", settings.guidance_scale, 1),
+            ("temperature", settings.temperature, 1),
+            ("", settings.time_grid, None),
+        )
+        if value != usual
+    )
+    label = f"{name}-steps{settings.num_steps}{variant}-seed{seed}"
     path = Path(recipe.output_dir) / "cells" / f"{label}-{short_hash(key)}.json"
     done = _read_cell(path, key)
     if done is not None:
@@ -169,6 +179,9 @@ def _cell(
     result = {
         "pipeline": name,
         "num_steps": settings.num_steps,
+        "guidance_scale": settings.guidance_scale,
+        "temperature": settings.temperature,
+        "time_grid": settings.time_grid,
         "nfe": settings.nfe,
         "seed": seed,
         "num_samples": recipe.num_samples,
@@ -212,13 +225,13 @@ def _read_cell(path: Path, key: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _pictures(plan: Plan, pipeline: Any, name: str, output: Path) -> None:
-    """A class grid at 8 steps (or the nearest count), and the same seeds over all step counts."""
+    """A class grid at 8 steps (or the nearest count), and the same seeds over all step counts; first settings."""
     recipe, seed = plan.recipe, plan.recipe.seeds[0]
     names = labels_of_folders(plan.class_names).id2label
     count = min(GRID_CLASSES, len(names))
     ids = [round(i * (len(names) - 1) / max(1, count - 1)) for i in range(count)]
     steps = min(recipe.num_steps, key=lambda n: (abs(np.log2(n / GRID_STEPS)), n))
-    settings = SamplerSettings(steps, recipe.guidance_scale, recipe.temperature)
+    settings = SamplerSettings(steps, recipe.guidance_scales[0], recipe.temperatures[0], recipe.time_grids[0])
     conditional = plan.pipelines[name]["conditional"]
     images = class_grid(pipeline, ids, GRID_IMAGES, seed, settings, recipe.batch_size)
     row_names = [names[i].partition(",")[0] for i in ids] if conditional else None

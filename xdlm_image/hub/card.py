@@ -21,7 +21,7 @@ from PIL import Image
 from xdlm_image.data.images import read_image
 from xdlm_image.evaluation.drawing import SamplerSettings, class_names
 from xdlm_image.evaluation.grids import class_grid, save_grid
-from xdlm_image.evaluation.report import markdown
+from xdlm_image.evaluation.report import markdown, rows
 from xdlm_image.hub.sources import Sources, read_sources
 from xdlm_image.pipelines import XDLMPipeline
 from xdlm_image.pipelines.folder_check import PICTURE
@@ -119,8 +119,9 @@ def _results(sources: Sources) -> list[EvalResult]:
     layer = extractor["fid_layers"][0]
     metric = "FID" if extractor["is_inception"] else f"Fréchet distance of {extractor['name']}'s {layer} features"
     results = []
-    for num_steps in sorted({cell["num_steps"] for cell in sources.evaluation["cells"]}):
-        values = [cell["fid"][layer] for cell in sources.evaluation["cells"] if cell["num_steps"] == num_steps]
+    first = next(iter(rows(sources.evaluation).values()))  # at the first guidance, temperature and time grid
+    for num_steps in sorted({cell["num_steps"] for cell in first}):
+        values = [cell["fid"][layer] for cell in first if cell["num_steps"] == num_steps]
         results.append(
             EvalResult(
                 task_type=PIPELINE_TAG,

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from .checks import require
 from .data import DataOptions
 
 TraceKind = Literal["strip", "gif", "codes"]
+TimeGrid = Literal["linear", "cosine", "arccos"]
 
 
 @dataclass
@@ -116,8 +118,9 @@ class EvaluateRecipe:
         reference_split: Split whose images are the reference.
         num_steps: Step counts of the sweep.
         num_samples: Images a cell; a multiple of the class count, so that classes are balanced.
-        guidance_scale: 1 is no guidance.
-        temperature: Divides the logits.
+        guidance_scale: One or several; 1 is no guidance.
+        temperature: One or several; divides the logits.
+        time_grid: `linear`, `cosine`, `arccos`, or several; None keeps each pipeline's own.
         seeds: Sampling seeds; each gives its own set of images, and the table shows their mean and spread.
         dtype: What the network computes in; softmax, draws and the tokenizer stay in float32.
         compile: Draw through torch.compile; the first cell takes about a minute longer, and on a CPU a C++ compiler is
@@ -134,8 +137,9 @@ class EvaluateRecipe:
     reference_split: Literal["train", "validation", "test"] = "test"
     num_steps: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16, 32, 64])
     num_samples: int = 5000
-    guidance_scale: float = 1.0
-    temperature: float = 1.0
+    guidance_scale: list[float] | float = 1.0
+    temperature: list[float] | float = 1.0
+    time_grid: list[TimeGrid] | TimeGrid | None = None
     seeds: list[int] = field(default_factory=lambda: [0])
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     compile: bool = False
@@ -144,8 +148,14 @@ class EvaluateRecipe:
 
     def __post_init__(self) -> None:
         require(len(self.pipelines) > 0, "pipelines", self.pipelines, "name at least one, as NAME: FOLDER")
-        for name in ("num_steps", "seeds"):
-            values = getattr(self, name)
+        axes: dict[str, Sequence[Any]] = {
+            "num_steps": self.num_steps,
+            "seeds": self.seeds,
+            "guidance_scale": self.guidance_scales,
+            "temperature": self.temperatures,
+            "time_grid": self.time_grids,
+        }
+        for name, values in axes.items():
             require(
                 len(values) > 0 and len(set(values)) == len(values), name, values, "name at least one, each only once"
             )
@@ -157,7 +167,22 @@ class EvaluateRecipe:
             "at least 2 images, and far more for numbers that mean much",
         )
         require(self.batch_size >= 1, "batch_size", self.batch_size, "must be at least 1")
-        require(self.temperature > 0, "temperature", self.temperature, "must be positive")
+        require(min(self.temperatures) > 0, "temperature", self.temperature, "must be positive")
+
+    @property
+    def guidance_scales(self) -> list[float]:
+        """The guidance scales, as a list."""
+        return self.guidance_scale if isinstance(self.guidance_scale, list) else [self.guidance_scale]
+
+    @property
+    def temperatures(self) -> list[float]:
+        """The temperatures, as a list."""
+        return self.temperature if isinstance(self.temperature, list) else [self.temperature]
+
+    @property
+    def time_grids(self) -> list[TimeGrid | None]:
+        """The time grids, as a list."""
+        return [*self.time_grid] if isinstance(self.time_grid, list) else [self.time_grid]
 
 
 @dataclass
