@@ -5,16 +5,21 @@ import json
 import shutil
 
 import pytest
+import timm
 import torch
 from evaluation_parts import CLASSES, SIZE, extractor_recipe, one_thread, write_images  # noqa: F401
 from safetensors.torch import load_file, save_file
 from torch_fidelity.utils import create_feature_extractor
 
-from xdlm_image.evaluation import extractor as room
 from xdlm_image.evaluation import extractor_training
-from xdlm_image.evaluation.extractor import SMALL_CLASSIFIER, SmallClassifier, load_extractor
+from xdlm_image.evaluation import inception as room
+from xdlm_image.evaluation.dinov2 import DINOv2, positions
+from xdlm_image.evaluation.extractor import load_extractor
 from xdlm_image.evaluation.extractor_training import augment, train_extractor
+from xdlm_image.evaluation.small_classifier import SMALL_CLASSIFIER, SmallClassifier
 from xdlm_image.files import sha256_of_file
+
+DINO = "vit_small_patch14_dinov2.lvd142m"
 
 
 @pytest.fixture(scope="module")
@@ -160,23 +165,122 @@ def test_inception_without_network_names_the_remedy(monkeypatch, tmp_path):
 
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
-    with pytest.raises(OSError, match="no route to host.*extractor=FOLDER.*train-extractor"):
+    with pytest.raises(OSError, match="no route to host.*inception:FILE.*FOLDER of a small classifier.*train-extractor"):
         load_extractor("inception", "cpu")
 
 
-def test_inception_takes_grey_images(monkeypatch, tmp_path):
+@pytest.fixture
+def inception_weights(monkeypatch, tmp_path):
+    """A file in the place of the released weights, and random weights in the real network: those are 95 MB."""
     weights = tmp_path / "checkpoints" / room.URL_INCEPTION_V3.rsplit("/", 1)[1]
     weights.parent.mkdir()
-    torch.save({}, weights)  # random weights in the real network: the released ones are 95 MB
+    torch.save({}, weights)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(room.FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
+    return weights
+
+
+def test_inception_takes_grey_images_and_gives_the_layers_of_fid_sfid_and_score(inception_weights):
     extractor = load_extractor("inception", "cpu")
-    assert extractor.is_inception and extractor.feature_dims == {"2048": 2048}
-    assert extractor.weights_hash == sha256_of_file(weights)
+    assert extractor.is_inception and extractor.feature_dims == {"2048": 2048, "spatial": 2023}
+    assert extractor.score_layer == "logits_unbiased"
+    assert extractor.weights_hash == sha256_of_file(inception_weights)
     grey = torch.randint(0, 256, (2, 1, 28, 28), dtype=torch.uint8)
-    features = extractor(grey)["2048"]
-    assert features.shape == (2, 2048)
-    torch.testing.assert_close(features, extractor(grey.repeat(1, 3, 1, 1))["2048"])
+    features = extractor(grey)
+    assert {name: tuple(value.shape) for name, value in features.items()} == {
+        "2048": (2, 2048), "spatial": (2, 2023), "logits_unbiased": (2, 1008),
+    }  # fmt: skip
+    torch.testing.assert_close(features["2048"], extractor(grey.repeat(1, 3, 1, 1))["2048"])
+
+
+def test_the_layer_of_sfid_is_the_seventh_part_of_a_branch_in_adms_order(inception_weights):
+    network = room.Inception(inception_weights).eval()
+    grids = []
+    network.net.Mixed_6d.branch1x1.bn.register_forward_hook(lambda *args: grids.append(torch.relu(args[2])))
+    found = network(torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8))["spatial"]
+    assert grids[0].shape == (2, 192, 17, 17)
+    for row, column, channel in ((0, 0, 0), (3, 16, 6), (16, 2, 1)):
+        torch.testing.assert_close(found[:, (row * 17 + column) * 7 + channel], grids[0][:, channel, row, column])
+
+
+def test_inception_weights_can_be_named(inception_weights, tmp_path, monkeypatch):
+    elsewhere = shutil.copy(inception_weights, tmp_path / "mine.pth")
+    inception_weights.unlink()
+    assert load_extractor(f"inception:{elsewhere}", "cpu").weights_hash == sha256_of_file(elsewhere)
+    with pytest.raises(OSError, match=r"from .*nowhere\.pth"):
+        load_extractor(f"inception:{tmp_path / 'nowhere.pth'}", "cpu")
+
+    class Evil:
+        def __reduce__(self):
+            return (print, ("run",))
+
+    torch.save({"state": Evil()}, elsewhere)
+    with pytest.raises(OSError, match="(?s)weights_only|Unsupported"):
+        load_extractor(f"inception:{elsewhere}", "cpu")
+
+
+# ------------------------------------------------------------------------------------------------ DINOv2
+
+
+@pytest.fixture(scope="module")
+def dinov2_weights(tmp_path_factory):
+    """Random weights of the smallest network, as timm's hub would give them: positions of 37 x 37 patches."""
+    torch.manual_seed(0)
+    network = timm.create_model(DINO, num_classes=0)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    path = tmp_path_factory.mktemp("dinov2") / "model.safetensors"
+    save_file(network.state_dict(), path)
+    return path
+
+
+def test_dinov2_features_are_timms_class_token_after_edm2s_resize(dinov2_weights):
+    ours = DINOv2(dinov2_weights, DINO).eval()
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    x = torch.nn.functional.interpolate(images.float(), size=(224, 224), mode="bicubic", antialias=True) / 255
+    x = (x - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(images)["dinov2"], ours.net.forward_features(x)[:, 0])
+    state = load_file(dinov2_weights)
+    assert torch.equal(ours.net.pos_embed[:, 0], state["pos_embed"][:, 0])
+    grid = torch.linspace(0, 1, 37).view(1, 37, 1, 1).expand(1, 37, 37, 4).reshape(1, 37 * 37, 4)
+    smaller = positions(torch.cat([torch.full((1, 1, 4), 9.0), grid], 1), 16)
+    assert smaller.shape == (1, 257, 4) and (smaller[:, 0] == 9).all()
+    rows = smaller[0, 1:, 0].view(16, 16)  # row i looks at (i + 0.5) * 37 / 16.1 - 0.5 of 36
+    torch.testing.assert_close(rows[:, 3], ((torch.arange(16) + 0.5) * 37 / 16.1 - 0.5) / 36, atol=4e-3, rtol=0)
+
+
+def test_dinov2_without_weights_names_the_remedy(dinov2_weights, tmp_path):
+    with pytest.raises(OSError, match="extractor='dinov2'.*dinov2:FILE"):
+        load_extractor(f"dinov2:{tmp_path / 'nowhere.safetensors'}", "cpu")
+    state = load_file(dinov2_weights)
+    del state["norm.weight"]
+    save_file(state, tmp_path / "part.safetensors")
+    with pytest.raises(OSError, match="holds other weights"):
+        DINOv2(tmp_path / "part.safetensors", DINO)
+
+
+# ------------------------------------------------------------------------------------------------ several
+
+
+def test_several_extractors_are_one_whose_first_gives_the_main_layer(folder, images, inception_weights):
+    both = load_extractor([str(folder)], "cpu")
+    assert both.fid_layers == ("pooled", "spatial")
+    with pytest.raises(ValueError, match="two of them have a layer 'spatial'"):
+        load_extractor(["inception", folder], "cpu")
+    with pytest.raises(ValueError, match="name one at least"):
+        load_extractor([], "cpu")
+
+
+def test_inception_and_dinov2_together(monkeypatch, inception_weights, dinov2_weights):
+    monkeypatch.setattr("xdlm_image.evaluation.dinov2.DINOv2.__init__.__defaults__", (None, DINO))
+    both = load_extractor(["inception", f"dinov2:{dinov2_weights}"], "cpu")
+    assert both.feature_dims == {"2048": 2048, "spatial": 2023, "dinov2": 384} and both.is_inception
+    assert both.name == "inception-v3-compat + dinov2-vitl14" and both.score_layer == "logits_unbiased"
+    alone = load_extractor("inception", "cpu")
+    assert both.weights_hash != alone.weights_hash and both.describe()["fid_layers"] == ["2048", "spatial", "dinov2"]
+    features = both(torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8))
+    assert features["dinov2"].shape == (2, 384) and features["2048"].shape == (2, 2048)
 
 
 def test_a_place_that_cannot_be_written_is_found_before_training(tmp_path, monkeypatch):

@@ -37,6 +37,7 @@ def test_mmd_by_the_sum_over_pairs_whatever_the_block(monkeypatch):
         monkeypatch.setattr(feature_metrics, "ROWS", rows)
         assert unbiased_mmd(x, y) == pytest.approx(expected, rel=1e-10)
     assert kid(x[:5], y)["mean"] == pytest.approx(direct_mmd(x[:5].double(), y.double()), rel=1e-8)  # the whole sets
+    monkeypatch.setattr(feature_metrics, "KID_SUBSETS", 5)
     assert kid(points(60), points(60, seed=1))["std"] == pytest.approx(0.0, abs=1e-9)  # every subset is the set
     with_subsets = kid(points(1500), points(1200, shift=1.0, seed=1))
     assert with_subsets["mean"] > 0.5 and with_subsets["std"] > 0

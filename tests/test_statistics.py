@@ -12,8 +12,9 @@ from torch_fidelity import calculate_metrics
 
 from xdlm_image.data.images import open_images
 from xdlm_image.evaluation.batches import Uint8Images
-from xdlm_image.evaluation.extractor import SMALL_CLASSIFIER, load_extractor
+from xdlm_image.evaluation.extractor import load_extractor
 from xdlm_image.evaluation.fid import fid_from_statistics, fid_of_images, statistics_of_images
+from xdlm_image.evaluation.small_classifier import SMALL_CLASSIFIER
 from xdlm_image.evaluation.statistics import StreamedStatistics
 from xdlm_image.files import write_atomic
 

@@ -26,11 +26,11 @@ def distances(samples: Measured, reference: Measured) -> dict[str, Any]:
         reference: What it is held against; of the same extractor.
 
     Returns:
-        `fid` (layer -> value), and of the main layer `kid` (`mean`, `std`), `kid_of_classes` (class id as JSON has it
-        -> value), `precision`, `recall`, `coverage`; these are None where the features of one of the two were not
-        kept, or are of fewer images than have a third neighbour.
+        `fid` (layer -> value); of the main layer `kid` (`mean`, `std`), `kid_of_classes` (class id as JSON has it ->
+        value), `precision`, `recall`, `coverage`; of the samples alone `inception_score`. These are None where the
+        features of one of the two were not kept, or are of fewer images than have a third neighbour.
     """
-    found: dict[str, Any] = {"fid": fids(samples, reference)}
+    found: dict[str, Any] = {"fid": fids(samples, reference), "inception_score": samples.score}
     ours, theirs = samples.kept, reference.kept
     if ours is None or theirs is None or min(len(ours.labels), len(theirs.labels)) <= NEIGHBOUR:
         return found | dict.fromkeys(("kid", "kid_of_classes", "precision", "recall", "coverage"))

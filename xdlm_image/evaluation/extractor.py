@@ -1,227 +1,62 @@
-"""Feature extractors: the small classifier trained here, and torch-fidelity's Inception.
+"""Feature extractors as the metrics see them: one network or several behind one call.
 
-This file owns the classifier's network, its registration with torch-fidelity, loading with checks, and the wrapper
-that the metrics use. It never trains (see `extractor_training`) and never computes statistics.
+This file owns their names, how they are put together, and what a protocol records of them. The networks are in
+`small_classifier`, `inception` and `dinov2`; it never computes statistics.
 """
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, fields
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from safetensors.torch import load_file
-from timm.models.byobnet import ByoBlockCfg, ByobNet, ByoModelCfg
-from torch_fidelity import register_feature_extractor
-from torch_fidelity.feature_extractor_base import FeatureExtractorBase
-from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
-from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
 from xdlm_image.devices import best_device
+from xdlm_image.evaluation.small_classifier import REMEDY, SMALL_CLASSIFIER, ExtractorConfig, SmallClassifierFeatures
 from xdlm_image.files import sha256_of_file
 
-SMALL_CLASSIFIER = "xdlm-small-classifier"  # its name in torch-fidelity's registry
-LAST_GRID = 4  # the network halves the image until its side is at most this
-SPATIAL_GRID = 2  # the last feature map is averaged over this many rows and columns for the layer "spatial"
-SCHEMA_VERSION = 1
-_REMEDY = "train one with `xdlm-image train-extractor` or name another folder"
-
-
-@dataclass(frozen=True)
-class ExtractorConfig:
-    """What `config.json` beside the weights says.
-
-    Attributes:
-        image_size: Side of the images in pixels.
-        channels: 1 (grey) or 3 (RGB).
-        width: Channels of the first convolution; each block doubles them, up to feature_dim.
-        feature_dim: Channels of the last block, the width of the layer "pooled".
-        class_names: Names by class id.
-        data_fingerprint: Fingerprint of the images it was trained on.
-        test_accuracy: Share of test images classified rightly.
-        weights_sha256: SHA-256 of the bytes of `model.safetensors`.
-        schema_version: Version of this layout.
-    """
-
-    image_size: int
-    channels: int
-    width: int
-    feature_dim: int
-    class_names: list[str]
-    data_fingerprint: str
-    test_accuracy: float
-    weights_sha256: str
-    schema_version: int = SCHEMA_VERSION
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return asdict(self)
-
-
-class SmallClassifier(torch.nn.Module):
-    """A small residual network (timm's ByobNet with basic blocks) for images of one size.
-
-    A 3x3 convolution with stride 2, then basic blocks that halve the side each, until it is at most 4: for 28x28
-    that is 28 -> 14 -> 7 -> 4 with widths (width, 2 width, feature_dim). Two blocks at least.
-
-    Args:
-        image_size: Side of the images in pixels, at least 8.
-        channels: 1 or 3.
-        num_classes: Classes of the head.
-        width: Channels of the first convolution.
-        feature_dim: Channels of the last block.
-    """
-
-    def __init__(self, image_size: int, channels: int, num_classes: int, width: int, feature_dim: int) -> None:
-        super().__init__()
-        side = (image_size + 1) // 2
-        strides: list[int] = []
-        while side > LAST_GRID or len(strides) < 2:  # ByobNet wants two stages at least
-            strides.append(2 if side > LAST_GRID else 1)
-            side = -(-side // strides[-1])
-        widths = [min(width * 2**block, feature_dim) for block in range(1, len(strides))] + [feature_dim]
-        blocks = tuple(ByoBlockCfg(type="basic", d=1, c=c, s=s) for c, s in zip(widths, strides))
-        self.net = ByobNet(
-            ByoModelCfg(blocks=blocks, stem_type="3x3", stem_pool="", stem_chs=width),
-            num_classes=num_classes,
-            in_chans=channels,
-            zero_init_last=False,  # so shallow a network learns faster with every branch open
-        )
-        self.net.head.fc.reset_parameters()  # timm's 0.01 costs a short training its first hundred steps
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Float images (B, C, S, S) in [-1, 1] -> class logits (B, num_classes)."""
-        return self.net(images)
-
-    def layers(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Float images (B, C, S, S) in [-1, 1] -> "pooled" (B, D), "spatial" (B, 4 D), "logits" (B, num_classes)."""
-        grid = self.net.forward_features(images)  # (B, D, s, s), s <= 4
-        pooled = self.net.forward_head(grid, pre_logits=True)  # (B, D)
-        logits = self.net.forward_head(grid)  # (B, num_classes)
-        if grid.device.type == "mps":  # adaptive pooling there needs sides that divide
-            grid = grid.cpu()
-        spatial = F.adaptive_avg_pool2d(grid, SPATIAL_GRID).flatten(1)  # (B, D, 2, 2) -> (B, 4 D)
-        return {"pooled": pooled, "spatial": spatial, "logits": logits}
-
-
-class SmallClassifierFeatures(FeatureExtractorBase):
-    """The small classifier as a torch-fidelity feature extractor, registered as `xdlm-small-classifier`.
-
-    With torch-fidelity's own call: `calculate_metrics(feature_extractor="xdlm-small-classifier",
-    feature_extractor_weights_path=FOLDER, fid=True, ...)`.
-
-    Args:
-        name: Name in the registry.
-        features_list: Which of "pooled", "spatial", "logits".
-        feature_extractor_weights_path: Folder with `config.json` and `model.safetensors`.
-
-    Raises:
-        ValueError, FileNotFoundError: The folder is missing, truncated or mismatched.
-    """
-
-    def __init__(
-        self, name: str, features_list: list[str], feature_extractor_weights_path: str | None = None, **_: Any
-    ) -> None:
-        super().__init__(name, features_list)
-        if feature_extractor_weights_path is None:
-            raise ValueError(f"feature_extractor_weights_path=None: name the extractor's folder; {_REMEDY}")
-        self.config, self.classifier = _load_small_classifier(Path(feature_extractor_weights_path))
-        self.classifier.to(memory_format=torch.channels_last)
-        self.requires_grad_(False)
-        self.eval()
-
-    @staticmethod
-    def get_provided_features_list() -> tuple[str, ...]:
-        return "pooled", "spatial", "logits"
-
-    @staticmethod
-    def get_default_feature_layer_for_metric(metric: str) -> str:
-        return {"isc": "logits", "fid": "pooled", "kid": "pooled", "prc": "pooled"}[metric]
-
-    @staticmethod
-    def can_be_compiled() -> bool:
-        return False
-
-    @staticmethod
-    def get_dummy_input_for_compile() -> torch.Tensor:
-        raise NotImplementedError("SmallClassifierFeatures is not compiled")
-
-    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """uint8 images (B, C, S, S) -> the requested layers, float32, in the order requested.
-
-        torch-fidelity reads every picture file as RGB; a network for grey images takes such a batch when its three
-        channels are equal.
-
-        Raises:
-            ValueError: Other dtype, channels or size than the network was trained on.
-        """
-        config = self.config
-        if images.dtype != torch.uint8:
-            raise ValueError(f"images.dtype={images.dtype}: the extractor takes uint8 images (B, C, H, W)")
-        if config.channels == 1 and images.ndim == 4 and images.shape[1] == 3:
-            if not torch.equal(images[:, :1].expand_as(images), images):
-                raise ValueError("images: colour images were given to an extractor for grey ones; train another")
-            images = images[:, :1]
-        expected = (config.channels, config.image_size, config.image_size)
-        if images.ndim != 4 or tuple(images.shape[1:]) != expected:
-            raise ValueError(
-                f"images.shape={tuple(images.shape)}: this extractor takes (B, {expected[0]}, "
-                f"{expected[1]}, {expected[2]}); train one for this size and these channels"
-            )
-        scaled = images.float().div(127.5).sub(1).contiguous(memory_format=torch.channels_last)
-        layers = self.classifier.layers(scaled)
-        return tuple(layers[name].float() for name in self.features_list)
-
-
-if SMALL_CLASSIFIER not in FEATURE_EXTRACTORS_REGISTRY:  # a second import (reload) must not fail
-    register_feature_extractor(SMALL_CLASSIFIER, SmallClassifierFeatures)
+INCEPTION, DINOV2 = "inception", "dinov2"
+SMALL_LAYERS = ["pooled", "spatial", "logits"]
 
 
 @dataclass(frozen=True)
 class FeatureExtractor:
-    """One extractor as the metrics see it.
+    """One or more networks that turn images into features.
 
     Attributes:
-        name: What reports call it: `inception-v3-compat` or `xdlm-small-classifier`.
-        module: The torch-fidelity extractor, in evaluation mode on `device`.
-        fid_layers: Layers of which FID is computed, the main one first.
+        name: What reports call it: `inception-v3-compat`, `dinov2-vitl14`, `xdlm-small-classifier`, or several.
+        compute: uint8 images (B, C, H, W) on `device` -> layer -> (B, D).
+        feature_dims: Width of each layer of which FID is computed, the main one first.
         logits_layer: Layer with class logits of `class_names`; None where the classes are not those of the data.
+        score_layer: Layer of logits that Inception Score is computed of; None without Inception.
         weights_hash: SHA-256 of its weights.
         device: Where it computes.
-        config: The small classifier's configuration; None for Inception.
+        config: The small classifier's configuration; None without one.
+        is_inception: Whether numbers of the main layer may be called Inception FID.
     """
 
     name: str
-    module: FeatureExtractorBase
-    fid_layers: tuple[str, ...]
+    compute: Callable[[torch.Tensor], dict[str, torch.Tensor]]
+    feature_dims: dict[str, int]
     logits_layer: str | None
+    score_layer: str | None
     weights_hash: str
     device: torch.device
     config: ExtractorConfig | None = None
+    is_inception: bool = False
 
     @property
-    def is_inception(self) -> bool:
-        """Whether numbers may be called Inception FID."""
-        return self.config is None
-
-    @property
-    def feature_dims(self) -> dict[str, int]:
-        """Width of each FID layer."""
-        if self.config is None:
-            return {layer: int(layer) for layer in self.fid_layers}
-        return {"pooled": self.config.feature_dim, "spatial": self.config.feature_dim * SPATIAL_GRID**2}
+    def fid_layers(self) -> tuple[str, ...]:
+        """Layers of which FID is computed, the main one first."""
+        return tuple(self.feature_dims)
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         """uint8 images (B, C, H, W), C = 1 or 3 -> layer name -> float32 features (B, D) on the CPU."""
-        images = images.to(self.device)
-        if self.is_inception and images.ndim == 4 and images.shape[1] == 1:
-            images = images.expand(-1, 3, -1, -1)  # grey: (B, 1, H, W) -> (B, 3, H, W)
-        features = self.module.convert_features_tuple_to_dict(self.module(images))
-        return {layer: values.float().cpu() for layer, values in features.items()}
+        return {layer: values.float().cpu() for layer, values in self.compute(images.to(self.device)).items()}
 
     def check_images(self, channels: int, image_size: int) -> None:
         """Raise ValueError when images of this shape cannot be judged."""
@@ -229,7 +64,7 @@ class FeatureExtractor:
             return
         raise ValueError(
             f"extractor: it was trained on {self.config.channels} x {self.config.image_size} x "
-            f"{self.config.image_size} images, the data have {channels} x {image_size} x {image_size}; {_REMEDY}"
+            f"{self.config.image_size} images, the data have {channels} x {image_size} x {image_size}; {REMEDY}"
         )
 
     def describe(self) -> dict[str, Any]:
@@ -247,95 +82,93 @@ class FeatureExtractor:
 
 
 def load_extractor(
-    name_or_folder: str | Path | Literal["inception"], device: str | torch.device | None = None
+    names: str | Path | Sequence[str | Path], device: str | torch.device | None = None
 ) -> FeatureExtractor:
-    """`inception` (torch-fidelity's InceptionV3, 2048 features), or the folder of a trained small classifier.
+    """One extractor, or several as one; the first gives the main layer.
+
+    Args:
+        names: `inception` (torch-fidelity's InceptionV3) or `inception:FILE` of its weights, `dinov2` (timm's ViT-L/14)
+            or `dinov2:FILE`, or the folder of a trained small classifier; or a list of them.
+        device: torch device; None picks the best there is.
 
     Raises:
         FileNotFoundError: No such folder, or a file in it is missing.
-        ValueError: Its files are truncated or do not belong together.
-        OSError: Inception's weights cannot be fetched.
+        ValueError: Its files are truncated or do not belong together; or a name is given twice.
+        OSError: Weights cannot be fetched.
     """
     target = best_device(device)
-    if str(name_or_folder) == "inception":
-        return _load_inception(target)
-    features = SmallClassifierFeatures(
-        SMALL_CLASSIFIER,
-        ["pooled", "spatial", "logits"],
-        feature_extractor_weights_path=str(name_or_folder),
-    ).to(target)
+    if isinstance(names, (str, Path)):
+        return _load_one(str(names), target)
+    if len(names) == 0:
+        raise ValueError("extractor=[]: name one at least")
+    parts = [_load_one(str(name), target) for name in names]
+    if len(parts) == 1:
+        return parts[0]
+    layers = [layer for part in parts for layer in part.fid_layers]
+    twice = sorted({layer for layer in layers if layers.count(layer) > 1})
+    if twice:
+        raise ValueError(f"extractor={list(names)}: two of them have a layer {twice[0]!r}; leave one out")
+
+    def compute(images: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {layer: values for part in parts for layer, values in part.compute(images).items()}
+
+    return FeatureExtractor(
+        name=" + ".join(part.name for part in parts),
+        compute=compute,
+        feature_dims={layer: dim for part in parts for layer, dim in part.feature_dims.items()},
+        logits_layer=next((part.logits_layer for part in parts if part.logits_layer), None),
+        score_layer=next((part.score_layer for part in parts if part.score_layer), None),
+        weights_hash=hashlib.sha256(" ".join(part.weights_hash for part in parts).encode()).hexdigest(),
+        device=target,
+        config=next((part.config for part in parts if part.config), None),
+        is_inception=parts[0].is_inception,
+    )
+
+
+def _load_one(name: str, device: torch.device) -> FeatureExtractor:
+    kind, _, file = name.partition(":")
+    if kind == INCEPTION:
+        from xdlm_image.evaluation.inception import SPATIAL_DIM, Inception
+
+        inception = Inception(file or None).to(device).eval().requires_grad_(False)
+        return FeatureExtractor(
+            name="inception-v3-compat",
+            compute=lambda images: inception(_in_colour(images)),
+            feature_dims={"2048": 2048, "spatial": SPATIAL_DIM},
+            logits_layer=None,
+            score_layer="logits_unbiased",
+            weights_hash=sha256_of_file(inception.weights),
+            device=device,
+            is_inception=True,
+        )
+    if kind == DINOV2:
+        from xdlm_image.evaluation.dinov2 import DINOv2
+        from xdlm_image.tokenizer.codes import tokenizer_hash
+
+        dinov2 = DINOv2(file or None).to(device).eval().requires_grad_(False)
+        return FeatureExtractor(
+            name="dinov2-vitl14",
+            compute=lambda images: dinov2(_in_colour(images)),
+            feature_dims={"dinov2": int(dinov2.net.num_features)},
+            logits_layer=None,
+            score_layer=None,
+            weights_hash=tokenizer_hash(dinov2),
+            device=device,
+        )
+    small = SmallClassifierFeatures(SMALL_CLASSIFIER, SMALL_LAYERS, feature_extractor_weights_path=name).to(device)
+    width = small.config.feature_dim
     return FeatureExtractor(
         name=SMALL_CLASSIFIER,
-        module=features,
-        fid_layers=("pooled", "spatial"),
+        compute=lambda images: small.convert_features_tuple_to_dict(small(images)),
+        feature_dims={"pooled": width, "spatial": width * small.spatial_cells},
         logits_layer="logits",
-        weights_hash=features.config.weights_sha256,
-        device=target,
-        config=features.config,
-    )
-
-
-def _load_inception(device: torch.device) -> FeatureExtractor:
-    weights = Path(torch.hub.get_dir()) / "checkpoints" / Path(URL_INCEPTION_V3).name
-    try:
-        if not weights.exists():
-            weights.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(URL_INCEPTION_V3, str(weights), hash_prefix="6726825d")
-        # torch-fidelity loads this file with weights_only=False: make sure first that it holds nothing but weights.
-        torch.load(weights, map_location="cpu", weights_only=True)
-        module = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], verbose=False)
-    except Exception as error:  # urllib, SSL, RuntimeError on a wrong hash: the remedy is the same
-        raise OSError(
-            f"extractor='inception': its weights could not be loaded from {URL_INCEPTION_V3} ({error}). Put the file "
-            f"at {weights}, or pass extractor=FOLDER of a small classifier ({_REMEDY}), which gives no Inception FID"
-        ) from error
-    return FeatureExtractor(
-        name="inception-v3-compat",
-        module=module.to(device),
-        fid_layers=("2048",),
-        logits_layer=None,
-        weights_hash=sha256_of_file(weights),
+        score_layer=None,
+        weights_hash=small.config.weights_sha256,
         device=device,
+        config=small.config,
     )
 
 
-def read_extractor_config(folder: str | Path) -> ExtractorConfig:
-    """Read and check `config.json` of an extractor's folder. Raises FileNotFoundError or ValueError."""
-    path = Path(folder) / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"extractor={str(folder)!r}: there is no config.json in it; {_REMEDY}")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        known = {field.name for field in fields(ExtractorConfig)}
-        config = ExtractorConfig(**{key: value for key, value in values.items() if key in known})
-    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, AttributeError) as error:
-        raise ValueError(f"extractor={str(folder)!r}: config.json is damaged ({error}); {_REMEDY}") from error
-    if config.schema_version != SCHEMA_VERSION:
-        raise ValueError(
-            f"extractor={str(folder)!r}: config.json has schema_version={config.schema_version!r}, this version reads "
-            f"{SCHEMA_VERSION}; {_REMEDY}"
-        )
-    return config
-
-
-def _load_small_classifier(folder: Path) -> tuple[ExtractorConfig, SmallClassifier]:
-    config = read_extractor_config(folder)
-    weights = folder / "model.safetensors"
-    if not weights.is_file():
-        raise FileNotFoundError(f"extractor={str(folder)!r}: there is no model.safetensors in it; {_REMEDY}")
-    found = sha256_of_file(weights)
-    if found != config.weights_sha256:
-        raise ValueError(
-            f"extractor={str(folder)!r}: model.safetensors is truncated or belongs to another config.json (SHA-256 "
-            f"{found[:12]}..., expected {config.weights_sha256[:12]}...); {_REMEDY}"
-        )
-    classifier = SmallClassifier(
-        config.image_size, config.channels, len(config.class_names), config.width, config.feature_dim
-    )
-    try:
-        classifier.load_state_dict(load_file(weights))
-    except RuntimeError as error:
-        raise ValueError(
-            f"extractor={str(folder)!r}: the weights do not fit the sizes in config.json ({error}); {_REMEDY}"
-        ) from error
-    return config, classifier
+def _in_colour(images: torch.Tensor) -> torch.Tensor:
+    """Grey (B, 1, H, W) -> (B, 3, H, W); colour as it is."""
+    return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images

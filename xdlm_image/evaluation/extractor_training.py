@@ -22,12 +22,8 @@ from xdlm_image.data.image_check import check_images
 from xdlm_image.data.images import ImageSet, open_images
 from xdlm_image.devices import best_device
 from xdlm_image.evaluation.batches import Uint8Images, real_batches
-from xdlm_image.evaluation.extractor import (
-    ExtractorConfig,
-    SmallClassifier,
-    load_extractor,
-    read_extractor_config,
-)
+from xdlm_image.evaluation.extractor import load_extractor
+from xdlm_image.evaluation.small_classifier import ExtractorConfig, SmallClassifier, read_extractor_config
 from xdlm_image.files import refuse_unwritable, sha256_of_file, write_atomic, write_json
 from xdlm_image.recipes import ExtractorRecipe
 

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from xdlm_image.evaluation.batches import Batch
 from xdlm_image.evaluation.code_pairs import PairFrequencies
 from xdlm_image.evaluation.extractor import FeatureExtractor
+from xdlm_image.evaluation.feature_metrics import inception_score
 from xdlm_image.evaluation.features import FeatureCollector, FeatureSet
 from xdlm_image.evaluation.fid import new_statistics, update_statistics
 from xdlm_image.evaluation.statistics import StreamedStatistics, rank_and_world
@@ -37,6 +38,7 @@ class Measured:
         class_accuracy: Share of images that the extractor's own head puts in their class; None without such a head.
         pairs: How the images' codes go together; None where they were not made of codes.
         kept: The main layer's features themselves; None where they were not asked for, and on all ranks but the first.
+        score: Inception Score (`mean`, `std`); None where it was not asked for or there is no Inception.
         hashes: Layer (and `pairs`) -> SHA-256 of the statistics' file; empty where they are on no disk.
         place: Folder of those files; None where they are on no disk.
     """
@@ -47,6 +49,7 @@ class Measured:
     hashes: dict[str, str]
     place: Path | None = None
     kept: FeatureSet | None = None
+    score: dict[str, float] | None = None
 
 
 def measure(
@@ -67,6 +70,7 @@ def measure(
     """
     statistics = new_statistics(extractor)
     collector = None if keep is None else FeatureCollector(keep)
+    scores = None if keep is None or extractor.score_layer is None else FeatureCollector(keep)
     pairs = None if num_codes is None else PairFrequencies(num_codes)
     right = 0
     for batch in batches:
@@ -74,6 +78,8 @@ def measure(
         update_statistics(statistics, features)
         if collector is not None:
             collector.update(batch.start, features[extractor.fid_layers[0]], batch.labels)
+        if scores is not None:
+            scores.update(batch.start, features[str(extractor.score_layer)], batch.labels)
         if extractor.logits_layer is not None:
             right += int((features[extractor.logits_layer].argmax(1) == batch.labels.cpu()).sum())
         if pairs is not None and batch.codes is not None:
@@ -86,7 +92,10 @@ def measure(
         pairs.all_reduce(extractor.device)
     count = next(iter(statistics.values())).count
     accuracy = sum_over_ranks(right, extractor.device) / count if extractor.logits_layer is not None else None
-    return Measured(statistics, accuracy, pairs, {}, kept=None if collector is None else collector.gather())
+    kept = None if collector is None else collector.gather()
+    logits = None if scores is None else scores.gather()
+    score = None if logits is None else inception_score(logits.features)
+    return Measured(statistics, accuracy, pairs, {}, kept=kept, score=score)
 
 
 def sum_over_ranks(value: float, device: torch.device) -> float:
@@ -151,7 +160,7 @@ def cached_measure(
         hashes = _hashes(place, extractor.fid_layers, num_codes)
         about: dict[str, Any] = {"key": key, "class_accuracy": measured.class_accuracy, "statistics_sha256": hashes}
         if file is not None:
-            about["features_sha256"] = sha256_of_file(file)
+            about |= {"features_sha256": sha256_of_file(file), "inception_score": measured.score}
         write_json(place / "about.json", about)  # last: it makes the folder whole
     barrier()
     return load_measured(place, key, num_codes, file)
@@ -196,11 +205,11 @@ def load_measured(place: Path, key: dict[str, Any], num_codes: int | None, featu
             for layer in key["layers"]
         }
         pairs = None if num_codes is None else PairFrequencies.load(place / "pairs.safetensors", num_codes)
-        kept = None
+        kept = score = None
         if features is not None:
             if sha256_of_file(features) != about["features_sha256"]:
                 raise ValueError(f"{features.name} does not belong to it")
-            kept = FeatureSet.load(features)
-        return Measured(statistics, about["class_accuracy"], pairs, hashes, place, kept)
+            kept, score = FeatureSet.load(features), about["inception_score"]
+        return Measured(statistics, about["class_accuracy"], pairs, hashes, place, kept, score)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{place}: these statistics cannot be used ({error})") from error

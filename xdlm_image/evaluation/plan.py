@@ -167,13 +167,13 @@ def _check_pipeline(
 
 
 def metric_name(extractor: FeatureExtractor) -> str:
+    """What the main numbers may be called."""
     if extractor.is_inception:
         return "Fréchet Inception Distance (torch-fidelity's InceptionV3, 2048 pooled features)"
-    assert extractor.config is not None
-    return (
-        f"Fréchet distance of features of {extractor.name} (a small classifier of these classes, test accuracy "
-        f"{100 * extractor.config.test_accuracy:.1f} %). This is not Inception FID and compares only with itself"
-    )
+    judge = extractor.name
+    if extractor.config is not None:
+        judge += f" (a small classifier of these classes, test accuracy {100 * extractor.config.test_accuracy:.1f} %)"
+    return f"Fréchet distance of features of {judge}. This is not Inception FID and compares only with itself"
 
 
 def protocol(plan: Plan, reference: Reference) -> dict[str, Any]:

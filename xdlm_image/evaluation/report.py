@@ -22,6 +22,10 @@ def _mean_kid(cell: Content) -> float | None:
     return None if cell["kid"] is None else 1000 * cell["kid"]["mean"]
 
 
+def _mean_score(cell: Content) -> float | None:
+    return None if cell["inception_score"] is None else cell["inception_score"]["mean"]
+
+
 def _worst_class(cell: Content) -> float | None:
     return None if not cell["kid_of_classes"] else 1000 * max(cell["kid_of_classes"].values())
 

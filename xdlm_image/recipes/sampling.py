@@ -83,7 +83,8 @@ class ReferenceRecipe:
     Attributes:
         output_dir: The reference folder that is written.
         data: The real images.
-        extractor: `inception` (torch-fidelity's, needs its weights) or the folder of a trained extractor.
+        extractor: `inception` (torch-fidelity's: FID, sFID, Inception Score), `dinov2` (FD-DINOv2), either with
+            `:FILE` of its weights, the folder of a trained small classifier, or a list of them, the main one first.
         reference_split: Split whose images are the reference.
         tokenizers: Folders of tokenizers whose reconstructions are measured too.
         num_samples: Sizes of the sets that floors of real images are computed for.
@@ -93,7 +94,7 @@ class ReferenceRecipe:
 
     output_dir: str
     data: DataOptions = field(default_factory=DataOptions)
-    extractor: str = "inception"
+    extractor: list[str] | str = "inception"
     reference_split: Literal["train", "validation", "test"] = "test"
     tokenizers: list[str] = field(default_factory=list)
     num_samples: list[int] = field(default_factory=lambda: [1000, 5000])
@@ -114,7 +115,8 @@ class EvaluateRecipe:
         output_dir: Folder for `fid.json`, `fid.md`, `fid.png` and `grid_*.png`; a killed sweep goes on from there.
         data: The reference images.
         reference: Folder of `xdlm-image reference` in the place of the images: no data set is then needed.
-        extractor: `inception` (torch-fidelity's, needs its weights) or the folder of a trained extractor.
+        extractor: `inception` (torch-fidelity's: FID, sFID, Inception Score), `dinov2` (FD-DINOv2), either with
+            `:FILE` of its weights, the folder of a trained small classifier, or a list of them, the main one first.
         reference_split: Split whose images are the reference.
         num_steps: Step counts of the sweep.
         num_samples: Images a cell; a multiple of the class count, so that classes are balanced.
@@ -133,7 +135,7 @@ class EvaluateRecipe:
     output_dir: str
     data: DataOptions = field(default_factory=DataOptions)
     reference: str | None = None
-    extractor: str = "inception"
+    extractor: list[str] | str = "inception"
     reference_split: Literal["train", "validation", "test"] = "test"
     num_steps: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16, 32, 64])
     num_samples: int = 5000

@@ -41,19 +41,19 @@ class PerceptualLoss(nn.Module):
 
     def __init__(self, extractor: str | Path, channels: int, image_size: int) -> None:
         super().__init__()
-        from xdlm_image.evaluation.extractor import load_extractor
+        from xdlm_image.evaluation.small_classifier import load_small_classifier
 
         try:
-            loaded = load_extractor(extractor, "cpu")
-            loaded.check_images(channels, image_size)
+            config, classifier = load_small_classifier(Path(extractor))
         except (FileNotFoundError, ValueError) as error:
             raise type(error)(f"perceptual={str(extractor)!r}: {error}") from error
-        if loaded.config is None:
+        if (channels, image_size) != (config.channels, config.image_size):
             raise ValueError(
-                f"perceptual={str(extractor)!r}: name the folder of a classifier (`xdlm-image train-extractor`)"
+                f"perceptual={str(extractor)!r}: it was trained on {config.channels} x {config.image_size} x "
+                f"{config.image_size} images, the data have {channels} x {image_size} x {image_size}; train another"
             )
-        self.weights_hash = loaded.weights_hash
-        self.net = loaded.module.classifier.net.requires_grad_(False).eval()
+        self.weights_hash = config.weights_sha256
+        self.net = classifier.net.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> PerceptualLoss:
         """Stays in evaluation mode: its batch statistics are those of its own training."""
