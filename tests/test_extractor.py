@@ -165,7 +165,7 @@ def test_inception_without_network_names_the_remedy(monkeypatch, tmp_path):
 
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
-    with pytest.raises(OSError, match="no route to host.*inception:FILE.*FOLDER of a small classifier.*train-extractor"):
+    with pytest.raises(OSError, match="no route to host.*inception:FILE.*FOLDER of a small.*train-extractor"):
         load_extractor("inception", "cpu")
 
 
