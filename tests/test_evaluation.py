@@ -1,6 +1,7 @@
 """Pairs of codes, seeds, drawing, and sweeps end to end on tiny pipelines."""
 
 import copy
+import dataclasses
 import json
 import re
 import shutil
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from evaluation_parts import CLASSES, NUM_CODES, build_parts, one_thread, save_pipeline  # noqa: F401
+from PIL import Image
 
 from xdlm_image.data.images import normalise, open_images
 from xdlm_image.evaluation import drawing, references, sweep
@@ -305,6 +307,41 @@ def test_a_sweep_over_settings_has_a_row_for_each(parts, finished, tmp_path, mon
         parts.recipe(tmp_path, temperature=[1.0, 0.0])
     with pytest.raises(ValueError, match="guidance_scale=.*each only once"):
         parts.recipe(tmp_path, guidance_scale=[1.0, 1.0])
+
+
+def test_images_on_disk_are_judged_as_the_pipeline_that_drew_them(parts, finished, tmp_path):
+    cell = next(c for c in _numbers(finished) if (c["pipeline"], c["num_steps"], c["seed"]) == ("mdlm", 3, 1))
+    folder = next((finished / "codes").glob("mdlm-steps3-seed1-*"))
+    codes = np.memmap(folder / "codes.bin", "<u2", "r").reshape(-1, 4, 4)[:18].astype(np.int64)
+    pixels = decode(open_pipeline(parts.pipelines["mdlm"], torch.device("cpu")), torch.from_numpy(codes))
+    pixels = pixels.permute(0, 2, 3, 1).numpy()
+    for i, image in enumerate(pixels):
+        place = tmp_path / "drawn" / CLASSES[i % 3]
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(place / f"{i:02d}.png")
+    np.savez(tmp_path / "drawn.npz", pixels, np.arange(18) % 3)
+    np.savez(tmp_path / "bare.npz", pixels)
+    images = {
+        name: str(tmp_path / file) for name, file in (("png", "drawn"), ("npz", "drawn.npz"), ("bare", "bare.npz"))
+    }
+    recipe = parts.recipe(tmp_path / "out", pipelines={}, images=images)
+    content = json.loads(evaluate(recipe).read_text())
+    found = {result["name"]: result for result in content["image_sets"]}
+    for name in images:
+        assert found[name]["num_images"] == 18 and found[name]["fid"] == pytest.approx(cell["fid"], rel=1e-6)
+        for metric in ("precision", "recall", "coverage"):
+            assert found[name][metric] == cell[metric]
+    for name in ("png", "npz"):
+        assert found[name]["class_accuracy"] == cell["class_accuracy"]
+        assert found[name]["kid_of_classes"] == pytest.approx(cell["kid_of_classes"], rel=1e-3)
+    assert found["bare"]["class_accuracy"] is None and found["bare"]["kid_of_classes"] == {}
+    assert content["cells"] == [] and not (tmp_path / "out" / "fid.png").exists()
+    page = (tmp_path / "out" / "fid.md").read_text()
+    assert re.search(r"\| npz \| 18 \| \d+\.\d+ \|", page) and "3 steps" not in page
+    again = json.loads(evaluate(dataclasses.replace(recipe, images={"other": images["png"]})).read_text())
+    assert again["image_sets"][0]["fid"] == found["png"]["fid"]
+    with pytest.raises(ValueError, match="images=.*the name 'mdlm' stands for a pipeline too"):
+        parts.recipe(tmp_path, images={"mdlm": "a"})
 
 
 def test_a_network_in_bfloat16_draws_almost_the_same_and_is_told_of(parts, finished, tmp_path, monkeypatch):

@@ -273,7 +273,7 @@ def test_ranges_of_the_other_recipes(pictures):
             TokenizerModelOptions(**changes)
     with pytest.raises(ValueError, match="layers_per_block=0"):
         TokenizerModelOptions(layers_per_block=0)
-    for kind, required in ((EncodeRecipe, ["a", "b"]), (ExtractorRecipe, ["a"]), (EvaluateRecipe, [{"a": "b"}, "c"])):
+    for kind, required in ((EncodeRecipe, ["a", "b"]), (ExtractorRecipe, ["a"]), (EvaluateRecipe, ["c", {"a": "b"}])):
         with pytest.raises(ValueError, match="batch_size=0"):
             kind(*required, batch_size=0)
         if kind is not EvaluateRecipe:

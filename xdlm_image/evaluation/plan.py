@@ -26,6 +26,7 @@ from xdlm_image.evaluation.drawing import (
     pipeline_hash,
 )
 from xdlm_image.evaluation.extractor import FeatureExtractor, load_extractor
+from xdlm_image.evaluation.given_images import GivenImages
 from xdlm_image.evaluation.references import Reference, open_reference, open_reference_images
 from xdlm_image.evaluation.seeds import SEED_RULE, image_seed
 from xdlm_image.evaluation.statistics import rank_and_world
@@ -46,6 +47,7 @@ class Plan:
         reference: The reference folder's content, if one was named.
         class_names: Of the reference.
         pipelines: Name -> folder, hashes and settings, as the protocol records them.
+        given: Name -> images that are already drawn.
         warnings: What a reader of the numbers must know.
     """
 
@@ -56,6 +58,7 @@ class Plan:
     reference: Reference | None
     class_names: list[str]
     pipelines: dict[str, dict[str, Any]]
+    given: dict[str, GivenImages]
     warnings: list[str]
 
 
@@ -67,7 +70,7 @@ def check(recipe: EvaluateRecipe) -> Plan:
     """
     for seed in recipe.seeds:
         image_seed(seed, recipe.num_samples - 1)
-    for name in recipe.pipelines:
+    for name in (*recipe.pipelines, *recipe.images):
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._=+-]*", name):
             raise ValueError(f"pipelines: the name {name!r} becomes part of file names; use letters, digits, . _ = + -")
     if recipe.reference is not None and recipe.data != DataOptions():
@@ -94,7 +97,7 @@ def check(recipe: EvaluateRecipe) -> Plan:
         images = open_reference_images(recipe.data, recipe.reference_split)
         names, size = list(images[0].class_names), len(images[0])
         shape = (recipe.data.channels, recipe.data.image_size)
-    if recipe.num_samples % len(names) != 0:
+    if recipe.pipelines and recipe.num_samples % len(names) != 0:
         nearest = max(1, round(recipe.num_samples / len(names))) * len(names)
         raise ValueError(
             f"num_samples={recipe.num_samples}: must be a multiple of the {len(names)} classes, so that each has as "
@@ -115,6 +118,14 @@ def check(recipe: EvaluateRecipe) -> Plan:
     pipelines = {
         name: _check_pipeline(recipe, name, folder, device, shape, names) for name, folder in recipe.pipelines.items()
     }
+    given = {name: GivenImages(path, *shape, names) for name, path in recipe.images.items()}
+    for name, images_given in given.items():
+        notes += images_given.notes
+        if len(images_given) != recipe.num_samples and recipe.pipelines:
+            notes.append(
+                f"{name} has {len(images_given)} images, the pipelines' cells {recipe.num_samples}: FID falls with the "
+                "number of images, compare like with like"
+            )
     if reference is not None:
         for name, pipeline in pipelines.items():
             if pipeline["tokenizer_hash"] not in reference.reconstructions:
@@ -130,7 +141,7 @@ def check(recipe: EvaluateRecipe) -> Plan:
             warnings.warn(note, stacklevel=3)
     if images is not None:
         check_images(images[0])
-    return Plan(recipe, device, extractor, images, reference, names, pipelines, notes)
+    return Plan(recipe, device, extractor, images, reference, names, pipelines, given, notes)
 
 
 def _check_pipeline(
@@ -197,6 +208,7 @@ def protocol(plan: Plan, reference: Reference) -> dict[str, Any]:
             "compile": recipe.compile,
         },
         "pipelines": plan.pipelines,
+        "images": {name: given.describe() for name, given in plan.given.items()},
         "device": device_name(plan.device),
         "versions": versions(),
     }

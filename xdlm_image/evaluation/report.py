@@ -5,6 +5,7 @@ This file owns their layout; the numbers come from `sweep`. Every file is writte
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import statistics
@@ -24,6 +25,10 @@ def _mean_kid(cell: Content) -> float | None:
 
 def _mean_score(cell: Content) -> float | None:
     return None if cell["inception_score"] is None else cell["inception_score"]["mean"]
+
+
+def _fid(layer: str, found: Content) -> float:
+    return found["fid"][layer]
 
 
 def _worst_class(cell: Content) -> float | None:
@@ -69,10 +74,12 @@ def markdown(content: Content) -> str:
     lines = ["# Image quality over sampling steps", "", content["metric"] + ".", ""]
     for warning in content["warnings"]:
         lines += [f"> **Warning:** {warning}", ""]
-    for layer in extractor["fid_layers"]:
+    if content["image_sets"]:
+        lines += ["## Sets of images", "", *_image_sets(content), ""]
+    for layer in extractor["fid_layers"] if content["cells"] else []:
         lines += [f"## Features `{layer}`, against the real images", ""]
         lines += metric_table(content, "fid", layer)
-        lines += ["", "Floors: " + "; ".join(_floors(content, lambda of: of["fid"][layer])) + ".", ""]  # noqa: B023
+        lines += ["", "Floors: " + "; ".join(_floors(content, functools.partial(_fid, layer))) + ".", ""]
         lines += [f"## Features `{layer}`, against reconstructions of the real images", ""]
         lines += metric_table(content, "fid_against_reconstructions", layer)
         lines += [
@@ -98,6 +105,8 @@ def markdown(content: Content) -> str:
             lines[-1] += " Floors: " + "; ".join(_floors(content, value)) + "."
             lines += [""]
     for distance, where in (("near", "neighbouring positions"), ("far", "positions half a grid apart")):
+        if not content["cells"]:
+            break
         lines += [f"## Pairs of codes at {where}: total variation to held-out images (%)", ""]
         lines += _table(content, lambda cell: _percent((cell["code_pair_total_variation"] or {}).get(distance)))  # noqa: B023
         lines += ["", "Needs no extractor; falls as codes drawn together fit each other. Floors: "]
@@ -112,7 +121,8 @@ def markdown(content: Content) -> str:
         lines += _table(content, lambda cell: _percent(cell["class_accuracy"]))
         real = floors["reference_class_accuracy"]
         lines += ["", f"The same classifier on the real reference images: {100 * real:.2f} %.", ""]
-    lines += ["## Images per second", "", *_table(content, lambda cell: cell["images_per_second"]), ""]
+    if content["cells"]:
+        lines += ["## Images per second", "", *_table(content, lambda cell: cell["images_per_second"]), ""]
     reference, sampler = protocol["reference"], protocol["sampler"]
     lines += [
         "## Protocol",
@@ -130,6 +140,23 @@ def markdown(content: Content) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _image_sets(content: Content) -> list[str]:
+    """A row a set of images, a column a metric that any of them has."""
+    layers = content["protocol"]["extractor"]["fid_layers"]
+    columns: list[tuple[str, Callable[[Content], float | None]]] = []
+    for layer in layers:
+        columns.append((f"FID `{layer}`", functools.partial(_fid, layer)))
+    columns += [(title, value) for title, _, value in FEATURE_TABLES]
+    columns += [("class accuracy (%)", lambda found: _percent(found["class_accuracy"]))]
+    columns = [(title, value) for title, value in columns if any(value(of) is not None for of in content["image_sets"])]
+    lines = ["| | images | " + " | ".join(title for title, _ in columns) + " |", "|---|---:|" + "---:|" * len(columns)]
+    for found in content["image_sets"]:
+        values = [value(found) for _, value in columns]
+        texts = ["–" if value is None else number(value) for value in values]
+        lines.append(f"| {found['name']} | {found['num_images']} | " + " | ".join(texts) + " |")
+    return lines
 
 
 def _percent(share: float | None) -> float | None:

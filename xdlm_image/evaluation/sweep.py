@@ -73,6 +73,7 @@ def evaluate(recipe: EvaluateRecipe) -> Path:
         "floors": reference.floors(
             {name: about["tokenizer_hash"] for name, about in plan.pipelines.items()}, recipe.num_samples
         ),
+        "image_sets": [_image_set(plan, name, reference) for name in plan.given],
         "cells": [],
     }
     main = rank_and_world()[0] == 0
@@ -95,7 +96,8 @@ def evaluate(recipe: EvaluateRecipe) -> Path:
                     _pictures(plan, pipeline, name, output)
     if main:
         write_report(output, content)
-        write_plot(output, content)
+        if content["cells"]:
+            write_plot(output, content)
     barrier()
     return output / "fid.json"
 
@@ -115,6 +117,37 @@ def _measured_reference(plan: Plan, output: Path) -> Reference:
         [recipe.num_samples],
         recipe.batch_size,
     )
+
+
+def _image_set(plan: Plan, name: str, reference: Reference) -> dict[str, Any]:
+    """Images that are already drawn: from its file if they were measured against this reference, else now."""
+    given = plan.given[name]
+    key = {"cell_version": CELL_VERSION, **given.describe(), **_judged_by(plan, reference)}
+    path = Path(plan.recipe.output_dir) / "cells" / f"{name}-{short_hash(key)}.json"
+    done = _read_cell(path, key)
+    if done is not None:
+        return {**done, "name": name}
+    main, world = rank_and_world()[0] == 0, rank_and_world()[1]
+    with tqdm(total=-(-len(given) // world), desc=name, unit="image", disable=not main) as bar:
+        measured = measure(plan.extractor, given.batches(plan.recipe.batch_size), None, bar, len(given))
+    result = {
+        "name": name,
+        **given.describe(),
+        **distances(measured, reference.images),
+        "class_accuracy": measured.class_accuracy if (given.labels >= 0).all() else None,
+    }
+    if main:
+        write_json(path, {"key": key, "result": result})
+    barrier()
+    return result
+
+
+def _judged_by(plan: Plan, reference: Reference) -> dict[str, Any]:
+    return {
+        "reference": reference.about["images"],
+        "extractor": plan.extractor.weights_hash,
+        "class_accuracy": plan.extractor.logits_layer is not None,
+    }
 
 
 def _cell(
@@ -144,10 +177,8 @@ def _cell(
         "cell_version": CELL_VERSION,
         **drawn,
         "num_samples": recipe.num_samples,
-        "reference": reference.about["images"],
         "reconstructions": reconstructions is not None,
-        "extractor": plan.extractor.weights_hash,
-        "class_accuracy": plan.extractor.logits_layer is not None,
+        **_judged_by(plan, reference),
     }
     variant = "".join(
         f"-{short}{value}"

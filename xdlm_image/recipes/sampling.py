@@ -111,8 +111,10 @@ class EvaluateRecipe:
     """FID of one or more pipelines over step counts: JSON with the whole protocol, table, plot and class grids.
 
     Attributes:
-        pipelines: Name of each pipeline in the table -> its folder.
         output_dir: Folder for `fid.json`, `fid.md`, `fid.png` and `grid_*.png`; a killed sweep goes on from there.
+        pipelines: Name of each pipeline in the table -> its folder.
+        images: Name of each set that is already drawn -> its folder of image files (class folders give classes) or .npz
+            (ADM's format); judged as they are, never resized.
         data: The reference images.
         reference: Folder of `xdlm-image reference` in the place of the images: no data set is then needed.
         extractor: `inception` (torch-fidelity's: FID, sFID, Inception Score), `dinov2` (FD-DINOv2), either with
@@ -131,8 +133,9 @@ class EvaluateRecipe:
         device: torch device; None picks the best there is.
     """
 
-    pipelines: dict[str, str]
     output_dir: str
+    pipelines: dict[str, str] = field(default_factory=dict)
+    images: dict[str, str] = field(default_factory=dict)
     data: DataOptions = field(default_factory=DataOptions)
     reference: str | None = None
     extractor: list[str] | str = "inception"
@@ -149,7 +152,14 @@ class EvaluateRecipe:
     device: str | None = None
 
     def __post_init__(self) -> None:
-        require(len(self.pipelines) > 0, "pipelines", self.pipelines, "name at least one, as NAME: FOLDER")
+        require(
+            len(self.pipelines) + len(self.images) > 0,
+            "pipelines",
+            self.pipelines,
+            "name at least one, as NAME: FOLDER, or sets of images with images",
+        )
+        both = sorted(set(self.pipelines) & set(self.images))
+        require(not both, "images", self.images, f"the name {both and both[0]!r} stands for a pipeline too")
         axes: dict[str, Sequence[Any]] = {
             "num_steps": self.num_steps,
             "seeds": self.seeds,

@@ -1,0 +1,88 @@
+"""Folders and .npz of other people's samples: what comes out, and what is refused by name."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from xdlm_image.evaluation.given_images import NO_CLASS, GivenImages
+
+CLASSES = ["ant", "bee", "cat"]
+PIXELS = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), dtype=np.uint8)
+
+
+def gather(given: GivenImages, batch_size: int = 2) -> torch.Tensor:
+    batches = list(given.batches(batch_size))
+    assert [batch.start for batch in batches] == list(range(0, len(given), batch_size))
+    assert torch.equal(torch.cat([batch.labels for batch in batches]), torch.from_numpy(given.labels))
+    return torch.cat([batch.images for batch in batches])
+
+
+def expected(pixels: np.ndarray = PIXELS) -> torch.Tensor:
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_npz_as_adm_writes_it(save, tmp_path):
+    save(tmp_path / "samples.npz", PIXELS, np.array([2, 0, 1, 1, 0]))
+    given = GivenImages(tmp_path / "samples.npz", 3, 8, CLASSES)
+    assert torch.equal(gather(given), expected()) and given.labels.tolist() == [2, 0, 1, 1, 0] and given.notes == []
+    assert isinstance(given._array, np.memmap) == (save is np.savez)
+    save(tmp_path / "bare.npz", PIXELS)
+    assert (GivenImages(tmp_path / "bare.npz", 3, 8, CLASSES).labels == NO_CLASS).all()
+    save(tmp_path / "other.npz", PIXELS[::-1].copy())
+    prints = {GivenImages(tmp_path / f"{name}.npz", 3, 8, CLASSES).fingerprint for name in ("bare", "other")}
+    assert len(prints) == 2
+
+
+def test_folders_with_and_without_classes(tmp_path):
+    for i, name in enumerate(["ant", "bee", "cat", "bee", "strange"]):
+        (tmp_path / name).mkdir(exist_ok=True)
+        Image.fromarray(PIXELS[i]).save(tmp_path / name / f"{i}.png")
+    given = GivenImages(tmp_path, 3, 8, CLASSES)
+    assert given.labels.tolist() == [0, 1, 1, 2, NO_CLASS]
+    assert torch.equal(gather(given), expected(PIXELS[[0, 1, 3, 2, 4]])) and not given.notes
+    Image.fromarray(PIXELS[0]).save(tmp_path / "ant" / "9.jpg")
+    (note,) = GivenImages(tmp_path, 3, 8, CLASSES).notes
+    assert "1 of 6 files are JPEG" in note
+
+
+def test_grey_and_colour_meet_only_where_nothing_is_lost(tmp_path):
+    np.savez(tmp_path / "grey.npz", PIXELS[..., :1])
+    np.savez(tmp_path / "equal.npz", PIXELS[..., :1].repeat(3, 3))
+    np.savez(tmp_path / "colour.npz", PIXELS)
+    assert torch.equal(
+        gather(GivenImages(tmp_path / "grey.npz", 3, 8, CLASSES)), expected(PIXELS[..., :1].repeat(3, 3))
+    )
+    assert torch.equal(gather(GivenImages(tmp_path / "equal.npz", 1, 8, CLASSES)), expected(PIXELS[..., :1]))
+    with pytest.raises(ValueError, match=r"colour\.npz is in colour, the reference is grey"):
+        gather(GivenImages(tmp_path / "colour.npz", 1, 8, CLASSES))
+
+
+def test_what_does_not_fit_is_refused_by_name(tmp_path):
+    def refused(match: str, *arrays, error=ValueError, **named):
+        np.savez(tmp_path / "a.npz", *arrays, **named)
+        with pytest.raises(error, match=match):
+            gather(GivenImages(tmp_path / "a.npz", 3, 8, CLASSES))
+
+    refused(r"8 x 6 pixels, the reference 8 x 8; samples are never resized", PIXELS[:, :, :6])
+    refused(r"arr_0 is float32 \(5, 8, 8, 3\); expected uint8", PIXELS.astype(np.float32))
+    refused(r"arr_0 is uint8 \(5, 3, 8, 8\)", PIXELS.transpose(0, 3, 1, 2).copy())
+    refused("holds samples.npy and no arr_0", samples=PIXELS)
+    refused("labels from 0 to 3, the reference has 3 classes", PIXELS, np.array([0, 1, 2, 3, 0]))
+    refused(r"arr_1 is int64 \(4,\), no labels", PIXELS, np.array([0, 1, 2, 0]))
+    refused("cannot be read as ADM's .npz", np.array([{"a": 1}], dtype=object))
+    whole = tmp_path / "a.npz"
+    np.savez(whole, PIXELS)
+    whole.write_bytes(whole.read_bytes()[:-60])
+    with pytest.raises(ValueError, match="cannot be read as ADM's .npz"):
+        GivenImages(whole, 3, 8, CLASSES)
+    for path in (tmp_path / "none", tmp_path / "empty"):
+        Path(tmp_path / "empty").mkdir(exist_ok=True)
+        with pytest.raises(FileNotFoundError, match="neither a folder nor an .npz|no image file"):
+            GivenImages(path, 3, 8, CLASSES)
+    (tmp_path / "empty" / "broken.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"broken\.png"):
+        gather(GivenImages(tmp_path / "empty", 3, 8, CLASSES))

@@ -1,0 +1,177 @@
+"""Image sets that somebody else drew: a folder of image files, or an .npz as ADM's evaluator takes it.
+
+This file owns finding them, reading them without a change of size, and what a reader of the numbers must know about
+them. It never draws and never measures.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torchvision.transforms.v2 import functional as tv
+
+from xdlm_image.data.images import read_image
+from xdlm_image.evaluation.batches import Batch, blocks_of_rank
+
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+LOSSY = (".jpg", ".jpeg", ".webp")
+NO_CLASS = -1
+
+
+class GivenImages:
+    """A set of images on disk, all of one size; batches come out as from a sampler.
+
+    Args:
+        path: Folder of image files (class folders below it give labels), or .npz with `arr_0` uint8 (N, H, W, C) and,
+            if there are labels, `arr_1` integers (N,).
+        channels: 1 or 3; grey files become three equal channels, colour ones are refused where 1 is wanted.
+        image_size: Side in pixels that every image must have.
+        class_names: Names of the class folders by id.
+
+    Attributes:
+        labels: (N,) int64, -1 where the class is not known.
+        fingerprint: SHA-256 over the files' names and sizes, or the array's shape and a part of its bytes.
+        notes: What a reader of the numbers must know.
+
+    Raises:
+        FileNotFoundError: Nothing there, or no image in it.
+        ValueError: An archive without such an array, or of another size or kind.
+    """
+
+    def __init__(self, path: str | Path, channels: int, image_size: int, class_names: list[str]) -> None:
+        self.path = Path(path)
+        self.channels, self.image_size = channels, image_size
+        self.notes: list[str] = []
+        self._files: list[Path] = []
+        self._array: np.ndarray | None = None
+        if self.path.is_file() and self.path.suffix == ".npz":
+            self._open_npz(len(class_names))
+        elif self.path.is_dir():
+            self._open_folder(class_names)
+        else:
+            raise FileNotFoundError(f"images={str(path)!r}: neither a folder nor an .npz file")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batches(self, batch_size: int) -> Iterator[Batch]:
+        """This rank's share, in order.
+
+        Raises:
+            ValueError: A file is broken, or its size is another; the message names it.
+        """
+        for block in blocks_of_rank(len(self), batch_size):
+            if self._array is not None:
+                pixels = torch.from_numpy(np.array(self._array[block.start : block.stop]))
+                images = self._fitted(pixels.permute(0, 3, 1, 2), str(self.path))
+            else:
+                images = torch.stack([self._read(self._files[i]) for i in block])
+            yield Batch(images, torch.from_numpy(self.labels[block.start : block.stop]), None, block.start)
+
+    def describe(self) -> dict[str, Any]:
+        """What a protocol must record about it."""
+        return {"path": str(self.path), "num_images": len(self), "fingerprint": self.fingerprint}
+
+    # -- folders ------------------------------------------------------------------------------------------------------
+
+    def _open_folder(self, class_names: list[str]) -> None:
+        self._files = sorted(p for p in self.path.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
+        if not self._files:
+            raise FileNotFoundError(f"images={str(self.path)!r}: no image file in it ({', '.join(EXTENSIONS)})")
+        ids = {name: i for i, name in enumerate(class_names)}
+        below = [file.relative_to(self.path).parts[0] for file in self._files]
+        self.labels = np.array([ids.get(name, NO_CLASS) for name in below], dtype=np.int64)
+        lossy = sum(file.suffix.lower() in LOSSY for file in self._files)
+        if lossy:
+            self.notes.append(
+                f"{self.path}: {lossy} of {len(self)} files are JPEG or WebP, whose losses shift FID by more than "
+                "models differ; store samples as PNG"
+            )
+        digest = hashlib.sha256()
+        for file in self._files:
+            digest.update(f"{file.relative_to(self.path).as_posix()} {file.stat().st_size}\n".encode())
+        self.fingerprint = digest.hexdigest()
+
+    def _read(self, file: Path) -> torch.Tensor:
+        pixels = tv.pil_to_tensor(read_image(str(file), self.channels))  # (C, H, W)
+        return self._fitted(pixels[None], str(file))[0]
+
+    # -- npz ----------------------------------------------------------------------------------------------------------
+
+    def _open_npz(self, num_classes: int) -> None:
+        try:
+            with zipfile.ZipFile(self.path) as archive:
+                names = archive.namelist()
+                if "arr_0.npy" not in names:
+                    raise ValueError(f"it holds {', '.join(names) or 'nothing'} and no arr_0")
+                array = _open_member(self.path, archive.getinfo("arr_0.npy"))
+            labels = None
+            if "arr_1.npy" in names:
+                with np.load(self.path, allow_pickle=False) as opened:
+                    labels = opened["arr_1"]
+        except (ValueError, OSError, zipfile.BadZipFile, struct.error) as error:
+            raise ValueError(f"images={str(self.path)!r}: cannot be read as ADM's .npz ({error})") from error
+        if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] not in (1, 3) or len(array) == 0:
+            raise ValueError(
+                f"images={str(self.path)!r}: arr_0 is {array.dtype} {array.shape}; expected uint8 (N, H, W, 3) or "
+                "(N, H, W, 1), values 0 to 255"
+            )
+        self._array = array
+        self.labels = np.full(len(array), NO_CLASS, dtype=np.int64)
+        if labels is not None:
+            if labels.shape != (len(array),) or labels.dtype.kind not in "iu":
+                raise ValueError(
+                    f"images={str(self.path)!r}: arr_1 is {labels.dtype} {labels.shape}, no labels of arr_0"
+                )
+            if labels.min() < 0 or labels.max() >= num_classes:
+                raise ValueError(
+                    f"images={str(self.path)!r}: labels from {labels.min()} to {labels.max()}, the reference has "
+                    f"{num_classes} classes"
+                )
+            self.labels = labels.astype(np.int64)
+        digest = hashlib.sha256(f"{array.shape} {self.path.stat().st_size}".encode())
+        for i in np.linspace(0, len(array) - 1, min(64, len(array))).astype(int):
+            digest.update(np.ascontiguousarray(array[i]).tobytes())
+        self.fingerprint = digest.hexdigest()
+
+    # -- both ---------------------------------------------------------------------------------------------------------
+
+    def _fitted(self, images: torch.Tensor, name: str) -> torch.Tensor:
+        """Refuse another size; grey to colour (B, C, S, S)."""
+        size = (self.image_size, self.image_size)
+        if tuple(images.shape[-2:]) != size:
+            raise ValueError(
+                f"images: {name} has {images.shape[-2]} x {images.shape[-1]} pixels, the reference {size[0]} x "
+                f"{size[1]}; samples are never resized here, resize them as their authors say"
+            )
+        if images.shape[1] == 3 and self.channels == 1:
+            if not torch.equal(images[:, :1].expand_as(images), images):
+                raise ValueError(f"images: {name} is in colour, the reference is grey")
+            return images[:, :1].contiguous()
+        return images.expand(-1, self.channels, -1, -1).contiguous()
+
+
+def _open_member(path: Path, member: zipfile.ZipInfo) -> np.ndarray:
+    """An array of an .npz: memory-mapped where it is stored as it is (np.savez), else read (np.savez_compressed)."""
+    if member.compress_type != zipfile.ZIP_STORED:
+        with np.load(path, allow_pickle=False) as opened:
+            return opened[member.filename.removesuffix(".npy")]
+    with open(path, "rb") as file:
+        file.seek(member.header_offset)
+        name_length, extra_length = struct.unpack("<26xHH", file.read(30))
+        file.seek(member.header_offset + 30 + name_length + extra_length)
+        version = np.lib.format.read_magic(file)
+        read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        if version not in read_header:
+            raise ValueError(f"format version {version} of an array")
+        shape, fortran, dtype = read_header[version](file)
+        if dtype.hasobject or fortran:
+            raise ValueError("an array of objects, or in Fortran's order")
+        return np.memmap(path, dtype, "r", offset=file.tell(), shape=shape)
