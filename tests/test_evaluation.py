@@ -258,12 +258,13 @@ def test_cells_of_another_protocol_are_not_taken_for_this_one(parts, finished, t
     before = next(c for c in _numbers(finished) if (c["pipeline"], c["num_steps"], c["seed"]) == ("mdlm", 3, 0))
     evaluate(changed)
     assert _numbers(tmp_path / "sweep")[0]["fid"] != before["fid"]
-    assert "1 result(s) of another protocol are left aside" in "".join(capfd.readouterr())
     # other weights under the same name, and a damaged file
     changed.pipelines = {"mdlm": str(save_pipeline(tmp_path / "mdlm", k=0.0, seed=9))}
     changed.temperature = 1.0
+    capfd.readouterr()
     evaluate(changed)
     assert _numbers(tmp_path / "sweep")[0]["fid"] != before["fid"]
+    assert "1 result(s) of another protocol are left aside" in "".join(capfd.readouterr())
     changed.pipelines = {"mdlm": parts.pipelines["mdlm"]}
     for file in (tmp_path / "sweep" / "cells").glob("mdlm-steps3-seed0-*.json"):
         file.write_text(file.read_text()[:-20])
