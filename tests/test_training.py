@@ -69,8 +69,9 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return XDLMPipeline.from_pretrained(folder / "pipeline").transformer.state_dict()
 
 
-def test_stopped_and_resumed_run_equals_an_unbroken_one_bit_for_bit(world: Path) -> None:
-    every = {"log_every": 3, "checkpoint_every": 4}  # log lines that reach over a checkpoint
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_stopped_and_resumed_run_equals_an_unbroken_one_bit_for_bit(world: Path, optimizer: str) -> None:
+    every = {"log_every": 3, "checkpoint_every": 4, "optimizer": optimizer}  # log lines that reach over a checkpoint
     train(recipe_in(world, "whole", **every))
     train(recipe_in(world, "broken", stop_after=5, **every))
     train(recipe_in(world, "broken", **every))
@@ -80,6 +81,27 @@ def test_stopped_and_resumed_run_equals_an_unbroken_one_bit_for_bit(world: Path)
     whole, broken = weights(world / "whole"), weights(world / "broken")
     assert all(torch.equal(whole[name], broken[name]) for name in whole)
     assert len(list((world / "broken" / "checkpoints").glob("step-*"))) == 2
+
+
+def test_muon_turns_the_maps_between_features_and_adamw_the_rest(world: Path) -> None:
+    """Muon's step is an orthogonal matrix times the learning rate: all its singular values are about equal."""
+    run = TrainingRun(recipe_in(world, optimizer="muon", warmup_steps=0, weight_decay=0.0))
+    before = {name: p.detach().clone() for name, p in run.transformer.named_parameters()}
+    groups = [(g.get("use_fallback", False), {id(p) for p in g["params"]}) for g in run.optimizer.param_groups]
+    muon = {
+        name
+        for name, p in run.transformer.named_parameters()
+        if p.ndim == 2 and any(id(p) in members and not fallback for fallback, members in groups)
+    }
+    inner = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "ff.net.0.proj", "ff.net.2")
+    assert muon == {f"transformer_blocks.0.{name}.weight" for name in inner}
+    for _ in range(4):  # head and gates begin at 0: what lies behind them moves a step or two later
+        run.train_step()
+        after = {name: p.detach().clone() for name, p in run.transformer.named_parameters()}
+        steps, before = {name: after[name] - before[name] for name in muon}, after
+    for name, step in steps.items():
+        values = torch.linalg.svdvals(step)
+        assert values[0] > 0 and values[len(values) // 2] > 0.5 * values[0], name
 
 
 def test_killed_process_goes_on_bit_for_bit(world: Path) -> None:

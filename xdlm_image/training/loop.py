@@ -43,6 +43,8 @@ from .meters import LossMeter
 from .validation import validation_nelbo
 
 SAMPLE_CLASSES, SAMPLES_PER_CLASS = 10, 8  # of the sample grids drawn while training
+TIMM_OPTIMIZERS = {"adamw": "adamw", "muon": "nmuon"}  # Muon with Nesterov momentum, as its author uses it
+ADAMW_UNDER_MUON = ("*_embed*", "*adaln*", "proj_out.*")  # tables, modulation and head are no maps between features
 FREE_TO_CHANGE = {
     # what may differ when a run goes on: nothing that the weights depend on
     "output_dir", "tokenizer", "codes", "validation_codes", "log_every", "validate_every", "validation_samples",
@@ -146,7 +148,8 @@ class TrainingRun:
                 raise ValueError(f"attention_backend={recipe.attention_backend!r}: {error}") from error
         optimizer = create_optimizer_v2(
             transformer,
-            opt="adamw",
+            opt=TIMM_OPTIMIZERS[recipe.optimizer],
+            fallback_list=ADAMW_UNDER_MUON if recipe.optimizer == "muon" else (),
             lr=recipe.learning_rate,
             weight_decay=recipe.weight_decay,
             betas=(recipe.adam_beta1, recipe.adam_beta2),
