@@ -30,7 +30,16 @@ def main() -> None:
     parser.add_argument("--baseline", default="mdlm", help="pipeline that the others are compared with")
     parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".json"))
     arguments = parser.parse_args()
+    if not arguments.evaluation.is_file():
+        parser.error(f"{arguments.evaluation}: no such file; `xdlm-image evaluate` writes one")
     content = json.loads(arguments.evaluation.read_text())
+    several = [
+        axis
+        for axis, values in content["protocol"]["sampler"].items()
+        if axis != "num_steps" and isinstance(values, list) and len(values) > 1
+    ]
+    if several:
+        parser.error(f"{arguments.evaluation}: sweeps over {', '.join(several)} too; compare at one value of each")
     cells = {(c["pipeline"], c["num_steps"], c["seed"]): c for c in content["cells"]}
     protocol = content["protocol"]
     seeds = protocol["seeds"]

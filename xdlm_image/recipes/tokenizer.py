@@ -69,7 +69,7 @@ class TokenizerRecipe:
         edge_weight: Weight of the L1 error of horizontal and vertical differences, which keeps edges and texture.
         perceptual: Folder of a small classifier (from `train-extractor`, with another seed than the judge's) in whose
             features images are compared too (LPIPS, arXiv 1801.03924); None leaves that out.
-        perceptual_weight: Weight of that distance.
+        perceptual_weight: Weight of that distance; 1 where there is none.
         commitment_weight: Weight of the encoder's commitment to its codes.
         revive_after: Steps without use after which a code is replaced by a current latent (0: never).
         ema_decay: Decay of the weight average that is saved.
@@ -131,6 +131,12 @@ class TokenizerRecipe:
         ):
             require(getattr(self, name) >= 0, name, getattr(self, name), "must be at least 0")
         require(self.seed < 2**32, "seed", self.seed, "must be below 2**32")
+        require(
+            self.perceptual is not None or self.perceptual_weight == 1,
+            "perceptual_weight",
+            self.perceptual_weight,
+            "does nothing without perceptual, the classifier in whose features images are compared",
+        )
         require(self.learning_rate > 0, "learning_rate", self.learning_rate, "must be positive")
         require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "must lie in [0, 1)")
         require(
