@@ -22,9 +22,10 @@ from xdlm_image.evaluation.extractor import load_extractor
 from xdlm_image.evaluation.feature_metrics import coverage, kid_of_classes, precision_recall, unbiased_mmd
 from xdlm_image.evaluation.fid import fid_of_images
 from xdlm_image.evaluation.measuring import cached_measure
-from xdlm_image.evaluation.report import markdown, mean_and_spread
+from xdlm_image.evaluation.report import markdown
 from xdlm_image.evaluation.seeds import MAX_IMAGES, MAX_SEED, image_generators, image_seed
 from xdlm_image.evaluation.sweep import evaluate
+from xdlm_image.evaluation.tables import mean_and_spread
 from xdlm_image.schedulers import XDLMScheduler
 from xdlm_image.tokenizer.codes import decode_codes, encode_images
 

@@ -1,14 +1,26 @@
 """Statistics that others published: read as data, and refused where they are something else."""
 
+import dataclasses
+import hashlib
+import json
 import pickle
+import subprocess
 
 import numpy as np
 import pytest
 import torch
+from evaluation_parts import build_parts, one_thread  # noqa: F401
 
-from xdlm_image.evaluation.fid import fid_from_statistics
-from xdlm_image.evaluation.reference_files import read_moments
+from xdlm_image.data.images import open_images
+from xdlm_image.evaluation import plan, reference_files, sweep
+from xdlm_image.evaluation.batches import Uint8Images
+from xdlm_image.evaluation.extractor import load_extractor
+from xdlm_image.evaluation.fid import fid_from_statistics, statistics_of_images
+from xdlm_image.evaluation.reference_files import KNOWN, KnownFile, find_reference_file, read_moments
 from xdlm_image.evaluation.statistics import StreamedStatistics
+from xdlm_image.recipes import DataOptions
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*images are few for the.*:UserWarning")
 
 MU, SIGMA = np.array([1.0, 2.0]), np.diag([4.0, 9.0])
 
@@ -62,3 +74,96 @@ def test_what_is_no_such_file_is_refused(tmp_path):
     refused("skew.npz", "no covariance")
     (tmp_path / "cut.npz").write_bytes((tmp_path / "shape.npz").read_bytes()[:40])
     refused("cut.npz", "cannot be read")
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    return build_parts(tmp_path_factory.mktemp("parts"))
+
+
+@pytest.fixture
+def inception(parts, monkeypatch):
+    """The small classifier under Inception's names: the network itself takes long for so little."""
+    small = load_extractor(parts.extractor, "cpu")
+    names = {"2048": "pooled", "spatial": "spatial"}
+
+    def compute(images):
+        found = small.compute(images)
+        return {name: found[own] for name, own in names.items()}
+
+    dims = {name: small.feature_dims[own] for name, own in names.items()}
+    extractor = dataclasses.replace(
+        small, compute=compute, feature_dims=dims, logits_layer=None, config=None, is_inception=True
+    )
+    monkeypatch.setattr(plan, "load_extractor", lambda name, device: extractor)
+    monkeypatch.setattr(sweep, "_pictures", lambda *args: None)
+    return extractor
+
+
+def test_a_sweep_against_adms_file_gives_the_numbers_of_its_images(parts, inception, tmp_path):
+    images = torch.stack([image for image, _ in Uint8Images(open_images(parts.data, "test"))])
+    statistics = {name: s.to_fid() for name, s in statistics_of_images(inception, images).items()}
+    moments = {"mu": statistics["2048"]["mu"], "sigma": statistics["2048"]["sigma"]}
+    moments |= {"mu_s": statistics["spatial"]["mu"], "sigma_s": statistics["spatial"]["sigma"]}
+    np.savez(tmp_path / "adm.npz", images.permute(0, 2, 3, 1).numpy(), **moments)
+    np.savez(tmp_path / "bare.npz", **{name: moments[name] for name in ("mu", "sigma")})
+    recipe = parts.recipe(tmp_path / "direct", num_steps=[2], seeds=[0])
+    direct = json.loads(sweep.evaluate(recipe).read_text())["cells"]
+
+    def against(file: str, **changes) -> dict:
+        reference = {"data": DataOptions(), "reference": str(tmp_path / file), **changes}
+        return json.loads(
+            sweep.evaluate(
+                dataclasses.replace(recipe, output_dir=str(tmp_path / f"against {file}"), **reference)
+            ).read_text()
+        )
+
+    through = against("adm.npz")
+    for ours, theirs in zip(through["cells"], direct):
+        assert ours["fid"] == pytest.approx(theirs["fid"], rel=1e-6)
+        for metric in ("precision", "recall", "coverage"):
+            assert ours[metric] == theirs[metric]
+        assert ours["kid"] == pytest.approx(theirs["kid"]) and ours["fid_against_reconstructions"] is None
+    digest = hashlib.sha256((tmp_path / "adm.npz").read_bytes()).hexdigest()
+    assert through["protocol"]["reference"]["fingerprint"] == digest
+    assert "Inception Distance" in through["metric"]
+    bare = against("bare.npz")
+    assert bare["cells"][0]["fid"] == pytest.approx({"2048": direct[0]["fid"]["2048"]}, rel=1e-6)
+    assert bare["cells"][0]["precision"] is None
+    page = (tmp_path / "against bare.npz" / "fid.md").read_text()
+    assert "features `2048`" in page and "features `spatial`" not in page and "bare.npz" in page
+    np.savez(tmp_path / "larger.npz", np.zeros((4, 32, 32, 3), np.uint8), **moments)
+    with pytest.raises(ValueError, match=r"draws images of .* \(3, 16\), the reference has \(3, 32\)"):
+        against("larger.npz")
+    np.savez(tmp_path / "narrow.npz", mu=MU, sigma=SIGMA)
+    with pytest.raises(ValueError, match="'2048' has 2 features, .* 16"):
+        against("narrow.npz")
+
+
+def test_published_statistics_judge_only_inceptions_features(parts, tmp_path):
+    np.savez(tmp_path / "a.npz", mu=MU, sigma=SIGMA)
+    recipe = parts.recipe(tmp_path / "out", data=DataOptions(), reference=str(tmp_path / "a.npz"))
+    with pytest.raises(ValueError, match="published statistics are of Inception"):
+        sweep.check(recipe)
+
+
+def test_known_files_are_told_by_their_content(tmp_path, monkeypatch):
+    monkeypatch.setattr(reference_files, "CACHE", tmp_path)
+    np.savez(tmp_path / "mine.npz", mu=MU, sigma=SIGMA)
+    content = (tmp_path / "mine.npz").read_bytes()
+    git = subprocess.run(["git", "hash-object", tmp_path / "mine.npz"], capture_output=True, text=True, check=True)
+    for digest in ("sha256:" + hashlib.sha256(content).hexdigest(), "git:" + git.stdout.strip()):
+        known = KnownFile("mine.npz", (tmp_path / "mine.npz").as_uri(), digest, 16, "mine")
+        monkeypatch.setitem(KNOWN, "mine", known)
+        assert find_reference_file("mine") == (tmp_path / "mine.npz", known)
+        assert find_reference_file(str(tmp_path / "mine.npz")) == (tmp_path / "mine.npz", known)
+    monkeypatch.setattr(reference_files, "CACHE", tmp_path / "cache")
+    assert find_reference_file("mine")[0].read_bytes() == content  # fetched
+    (tmp_path / "cache" / "mine.npz").write_bytes(b"other")
+    with pytest.raises(ValueError, match="is not the file of git:"):
+        find_reference_file("mine")
+    monkeypatch.setitem(KNOWN, "gone", dataclasses.replace(known, file="gone.npz", url=tmp_path.as_uri() + "/gone"))
+    with pytest.raises(OSError, match="cannot be fetched .* put the file at"):
+        find_reference_file("gone")
+    with pytest.raises(FileNotFoundError, match="by name are known adm-imagenet-256, mar-imagenet-256"):
+        find_reference_file("nowhere.npz")

@@ -1,6 +1,8 @@
 """Streamed statistics against numpy, and FID against closed forms and torch-fidelity."""
 
+import dataclasses
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from evaluation_parts import build_parts, one_thread, write_images  # noqa: F401
 from evaluation_rank import features, reduce_on_rank
 from PIL import Image
 from torch_fidelity import calculate_metrics
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from xdlm_image.data.images import open_images
 from xdlm_image.evaluation.batches import Uint8Images
@@ -157,6 +160,53 @@ def test_fid_equals_torch_fidelity_on_the_same_folders(parts, tmp_path):
         )["frechet_inception_distance"]
         assert theirs > 0.01
         assert ours[layer] == pytest.approx(theirs, rel=1e-6)
+
+
+def _random_inception(path: Path) -> Path:
+    """Weights of torch-fidelity's network, drawn here: the released ones are 95 MB on a server."""
+    torch.manual_seed(0)
+    with patch.object(FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None):
+        torch.save({}, path)
+        network = FeatureExtractorInceptionV3("random", ["64"], feature_extractor_weights_path=str(path))
+    state = network.state_dict()
+    for name, value in state.items():
+        if name.endswith("weight") and value.ndim == 4:
+            torch.nn.init.kaiming_normal_(value)
+    torch.save(state, path)
+    return path
+
+
+@pytest.mark.parametrize("layer", ["64", pytest.param("2048", marks=pytest.mark.slow)])
+def test_inception_fid_equals_torch_fidelitys_on_the_same_folders(parts, tmp_path, layer):
+    weights = _random_inception(tmp_path / "inception.pth")
+    rng = np.random.default_rng(0)
+    folders, batches = [], []
+    for index, axes in enumerate(((), (1, 2))):  # noise, and smooth pictures
+        pixels = rng.normal(0, 40, (24, 32, 32, 3))
+        for axis in axes:
+            pixels = pixels.cumsum(axis)
+        pixels = (pixels + 128).clip(0, 255).astype(np.uint8)
+        folder = tmp_path / str(index)
+        folder.mkdir()
+        for i, image in enumerate(pixels):
+            Image.fromarray(image).save(folder / f"{i:04d}.png")
+        folders.append(str(folder))
+        batches.append(torch.from_numpy(pixels).permute(0, 3, 1, 2))
+    theirs = calculate_metrics(
+        input1=folders[0], input2=folders[1], feature_extractor_weights_path=str(weights), feature_layer_fid=layer,
+        fid=True, cuda=False, cache=False, save_cpu_ram=True, verbose=False, batch_size=12,
+    )["frechet_inception_distance"]  # fmt: skip
+    if layer == "2048":
+        extractor = load_extractor(f"inception:{weights}", "cpu")
+    else:
+        network = FeatureExtractorInceptionV3("random", [layer], feature_extractor_weights_path=str(weights)).eval()
+        extractor = dataclasses.replace(
+            load_extractor(parts.extractor, "cpu"),
+            compute=lambda images: {layer: network(images)[0]},
+            feature_dims={layer: int(layer)},
+        )
+    assert theirs > 1e-3
+    assert fid_of_images(extractor, *(batch.split(12) for batch in batches))[layer] == pytest.approx(theirs, rel=1e-6)
 
 
 def test_statistics_of_images_take_tensors_and_batches_alike(parts):

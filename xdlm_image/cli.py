@@ -59,6 +59,11 @@ VERBS: dict[str, tuple[type, str, str]] = {
         "xdlm_image.evaluation.sweep:evaluate",
         "FID of several pipelines over step counts: JSON with the protocol, table, plot, grids; resumes by itself.",
     ),
+    "neighbours": (
+        recipes.NeighboursRecipe,
+        "xdlm_image.evaluation.neighbours:neighbours",
+        "Show the training images nearest to samples, and how near held-out images lie: are samples copies?",
+    ),
     "demo": (
         recipes.DemoRecipe,
         "xdlm_image.evaluation.demo:demo",

@@ -14,8 +14,12 @@ from xdlm_image.evaluation.measuring import Measured
 
 
 def fids(a: Measured, b: Measured) -> dict[str, float]:
-    """Frechet distance for each layer."""
-    return {layer: fid_from_statistics(a.statistics[layer], b.statistics[layer]) for layer in a.statistics}
+    """Frechet distance for each layer that both have."""
+    return {
+        layer: fid_from_statistics(statistics, b.statistics[layer])
+        for layer, statistics in a.statistics.items()
+        if layer in b.statistics
+    }
 
 
 def distances(samples: Measured, reference: Measured) -> dict[str, Any]:

@@ -15,8 +15,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from xdlm_image.evaluation.report import metric_table
 from xdlm_image.evaluation.sweep import evaluate
+from xdlm_image.evaluation.tables import metric_table
 from xdlm_image.recipes import DemoRecipe, EvaluateRecipe
 
 QUICK = {"num_samples": 1000, "num_steps": [1, 2, 4, 8, 16], "seeds": [0]}
@@ -83,14 +83,14 @@ def _summary(path: Path, folder: Path, full: bool) -> list[str]:
     layer = content["protocol"]["extractor"]["fid_layers"][0]
     lines = ["", content["metric"] + ".", ""]
     lines += [f"This machine, {content['protocol']['num_samples']} images a cell" + ("" if full else " (indicative)")]
-    lines += ["", *metric_table(content, "fid", layer), ""]
+    lines += ["", *metric_table(content, "fid", layer).markdown(), ""]
     committed = folder / "evaluation" / "fid.json"
     if committed.is_file():
         theirs = json.loads(committed.read_text(encoding="utf-8"))
         seeds = len(theirs["protocol"]["seeds"])
         lines += [f"Committed table, {theirs['protocol']['num_samples']} images a cell, {seeds} sampling seeds", ""]
-        lines += [*metric_table(theirs, "fid", layer), ""]
+        lines += [*metric_table(theirs, "fid", layer).markdown(), ""]
     output = path.parent
-    lines += [f"{output / 'fid.md'}    every table, floors, protocol", f"{output / 'fid.png'}   plot"]
+    lines += [f"{output / 'report.html'}   every table, plot and grid, with floors and protocol"]
     lines += [f"{output / f'grid_{name}.png'}   a row of images a class" for name in content["protocol"]["pipelines"]]
     return [*lines, str(path)]

@@ -119,6 +119,13 @@ def class_names(pipeline: XDLMPipeline) -> list[str]:
     ]
 
 
+def folder_names(pipeline: XDLMPipeline) -> list[str]:
+    """What folders of its classes are called, by class id: WordNet ids, else names."""
+    names = {**pipeline.id2label, **pipeline.id2synset}
+    count = pipeline.transformer.config.num_classes
+    return ["images"] if count is None else [names.get(i, f"class {i}") for i in range(count)]
+
+
 def call_arguments(
     pipeline: XDLMPipeline, labels: Sequence[int], indices: Sequence[int], seed: int, settings: SamplerSettings
 ) -> dict[str, Any]:

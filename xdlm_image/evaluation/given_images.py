@@ -33,7 +33,7 @@ class GivenImages:
             if there are labels, `arr_1` integers (N,).
         channels: 1 or 3; grey files become three equal channels, colour ones are refused where 1 is wanted.
         image_size: Side in pixels that every image must have.
-        class_names: Names of the class folders by id.
+        class_names: Names of the class folders by id; without any, labels are left alone.
 
     Attributes:
         labels: (N,) int64, -1 where the class is not known.
@@ -124,8 +124,9 @@ class GivenImages:
                 "(N, H, W, 1), values 0 to 255"
             )
         self._array = array
+        self._fitted(torch.from_numpy(np.array(array[:1])).permute(0, 3, 1, 2), str(self.path))
         self.labels = np.full(len(array), NO_CLASS, dtype=np.int64)
-        if labels is not None:
+        if labels is not None and num_classes > 0:
             if labels.shape != (len(array),) or labels.dtype.kind not in "iu":
                 raise ValueError(
                     f"images={str(self.path)!r}: arr_1 is {labels.dtype} {labels.shape}, no labels of arr_0"
@@ -156,6 +157,17 @@ class GivenImages:
                 raise ValueError(f"images: {name} is in colour, the reference is grey")
             return images[:, :1].contiguous()
         return images.expand(-1, self.channels, -1, -1).contiguous()
+
+
+def images_in_npz(path: Path) -> tuple[int, int] | None:
+    """(number, side in pixels) of the images in ADM's .npz; None where it holds none, or is no .npz."""
+    if path.suffix != ".npz":
+        return None
+    with zipfile.ZipFile(path) as archive:
+        if "arr_0.npy" not in archive.namelist():
+            return None
+        shape = _open_member(path, archive.getinfo("arr_0.npy")).shape
+    return (shape[0], shape[1]) if len(shape) == 4 else None
 
 
 def _open_member(path: Path, member: zipfile.ZipInfo) -> np.ndarray:

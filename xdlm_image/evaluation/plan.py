@@ -10,7 +10,7 @@ import platform
 import re
 import warnings
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -21,12 +21,14 @@ from xdlm_image.devices import best_device
 from xdlm_image.evaluation.batches import UINT8_RULE
 from xdlm_image.evaluation.drawing import (
     class_names,
+    folder_names,
     image_shape,
     open_pipeline,
     pipeline_hash,
 )
 from xdlm_image.evaluation.extractor import FeatureExtractor, load_extractor
-from xdlm_image.evaluation.given_images import GivenImages
+from xdlm_image.evaluation.given_images import GivenImages, images_in_npz
+from xdlm_image.evaluation.reference_files import find_reference_file, is_reference_file, open_reference_file
 from xdlm_image.evaluation.references import Reference, open_reference, open_reference_images
 from xdlm_image.evaluation.seeds import SEED_RULE, image_seed
 from xdlm_image.evaluation.statistics import rank_and_world
@@ -44,7 +46,8 @@ class Plan:
         device: Where it runs.
         extractor: The judge.
         images: Images of the reference split, and those of the floor; None where a reference folder stands for them.
-        reference: The reference folder's content, if one was named.
+        reference: The content of the reference folder or file, if one was named.
+        shown: The images that a reference file holds (ADM's), for precision and recall; None without.
         class_names: Of the reference.
         pipelines: Name -> folder, hashes and settings, as the protocol records them.
         given: Name -> images that are already drawn.
@@ -56,6 +59,7 @@ class Plan:
     extractor: FeatureExtractor
     images: tuple[ImageSet, ImageSet] | None
     reference: Reference | None
+    shown: GivenImages | None
     class_names: list[str]
     pipelines: dict[str, dict[str, Any]]
     given: dict[str, GivenImages]
@@ -73,31 +77,14 @@ def check(recipe: EvaluateRecipe) -> Plan:
     for name in (*recipe.pipelines, *recipe.images):
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._=+-]*", name):
             raise ValueError(f"pipelines: the name {name!r} becomes part of file names; use letters, digits, . _ = + -")
-    if recipe.reference is not None and recipe.data != DataOptions():
-        raise ValueError(
-            f"reference={recipe.reference!r} and data.name={recipe.data.name!r}: a reference folder stands for the "
-            "images; give one of the two"
-        )
     device = best_device(recipe.device)
     processes = process_state()
     if processes is not None and recipe.device is None:
         device = processes.device
     extractor = load_extractor(recipe.extractor, device)
-    images = reference = None
-    if recipe.reference is not None:
-        reference = open_reference(recipe.reference, extractor)
-        about = reference.about["images"]
-        if recipe.reference_split != about["split"]:
-            raise ValueError(
-                f"reference_split={recipe.reference_split!r}: the images of reference={recipe.reference!r} are of the "
-                f"split {about['split']!r}; say so, or leave the folder out"
-            )
-        names, shape, size = about["class_names"], (about["channels"], about["image_size"]), about["num_images"]
-    else:
-        images = open_reference_images(recipe.data, recipe.reference_split)
-        names, size = list(images[0].class_names), len(images[0])
-        shape = (recipe.data.channels, recipe.data.image_size)
-    if recipe.pipelines and recipe.num_samples % len(names) != 0:
+    target = _open_target(recipe, extractor, device)
+    images, reference, names, shape = target.images, target.reference, target.class_names, target.shape
+    if recipe.pipelines and names and recipe.num_samples % len(names) != 0:
         nearest = max(1, round(recipe.num_samples / len(names))) * len(names)
         raise ValueError(
             f"num_samples={recipe.num_samples}: must be a multiple of the {len(names)} classes, so that each has as "
@@ -109,7 +96,7 @@ def check(recipe: EvaluateRecipe) -> Plan:
         extractor = replace(extractor, logits_layer=None)
         notes.append("the extractor was trained on other classes than the data's: no class accuracy is given")
     for layer, dim in extractor.feature_dims.items():
-        smallest = min(recipe.num_samples, size)
+        smallest = recipe.num_samples if target.num_images is None else min(recipe.num_samples, target.num_images)
         if smallest < 2 * dim:
             notes.append(
                 f"{smallest} images are few for the {dim} features of {layer!r} (at least {2 * dim} are wanted): FID "
@@ -141,7 +128,59 @@ def check(recipe: EvaluateRecipe) -> Plan:
             warnings.warn(note, stacklevel=3)
     if images is not None:
         check_images(images[0])
-    return Plan(recipe, device, extractor, images, reference, names, pipelines, given, notes)
+    return Plan(recipe, device, extractor, images, reference, target.shown, names, pipelines, given, notes)
+
+
+class _Target(NamedTuple):
+    """What samples are held against, opened: one of `images` and `reference` is there, `shown` as in `Plan`."""
+
+    images: tuple[ImageSet, ImageSet] | None
+    reference: Reference | None
+    shown: GivenImages | None
+    class_names: list[str]
+    shape: tuple[int, int]  # channels, side in pixels
+    num_images: int | None  # None where a file does not say
+
+
+def _open_target(recipe: EvaluateRecipe, extractor: FeatureExtractor, device: torch.device) -> _Target:
+    if recipe.reference is None:
+        images = open_reference_images(recipe.data, recipe.reference_split)
+        shape = (int(recipe.data.channels), recipe.data.image_size)
+        return _Target(images, None, None, list(images[0].class_names), shape, len(images[0]))
+    if is_reference_file(recipe.reference):
+        return _open_target_file(recipe, recipe.reference, extractor, device)
+    if recipe.data != DataOptions():
+        raise ValueError(
+            f"reference={recipe.reference!r} and data.name={recipe.data.name!r}: a reference folder stands for the "
+            "images; give one of the two"
+        )
+    reference = open_reference(recipe.reference, extractor)
+    about = reference.about["images"]
+    if recipe.reference_split != about["split"]:
+        raise ValueError(
+            f"reference_split={recipe.reference_split!r}: the images of reference={recipe.reference!r} are of the "
+            f"split {about['split']!r}; say so, or leave the folder out"
+        )
+    shape = (about["channels"], about["image_size"])
+    return _Target(None, reference, None, about["class_names"], shape, about["num_images"])
+
+
+def _open_target_file(recipe: EvaluateRecipe, file: str, extractor: FeatureExtractor, device: torch.device) -> _Target:
+    """A file of statistics: the size is its own if it has one; classes, and else the size, are the first pipeline's."""
+    reference = open_reference_file(file, extractor)
+    names: list[str] = []
+    shape = (int(recipe.data.channels), recipe.data.image_size)
+    if recipe.pipelines:
+        name, folder = next(iter(recipe.pipelines.items()))
+        pipeline = open_pipeline(folder, device, f"pipelines.{name}")
+        names, shape = folder_names(pipeline), image_shape(pipeline)
+    path = find_reference_file(file)[0]
+    images = images_in_npz(path)
+    size = reference.about["images"]["image_size"] if images is None else images[1]
+    if size is not None:
+        shape = (3, size)
+    shown = None if images is None else GivenImages(path, *shape, names)
+    return _Target(None, reference, shown, names, shape, None)
 
 
 def _check_pipeline(

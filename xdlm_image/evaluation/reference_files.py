@@ -1,24 +1,160 @@
 """Reference statistics that others published: ADM's .npz, and .npz or .pt files of a mean and a covariance.
 
-This file owns their formats and reads them as untrusted data. What they are statistics of is not in them: the caller
-says which extractor and layer, and the SHA-256 of the file goes into the protocol.
+This file owns their formats, which it reads as untrusted data, and what is known of the best-known ones. What a file is
+of does not stand in it; its SHA-256 goes into the protocol.
 """
 
 from __future__ import annotations
 
+import hashlib
+import os
 import pickle
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from xdlm_image.evaluation.batches import UINT8_RULE
+from xdlm_image.evaluation.extractor import FeatureExtractor
+from xdlm_image.evaluation.measuring import Measured
+from xdlm_image.evaluation.references import Reference
 from xdlm_image.evaluation.statistics import StreamedStatistics
+from xdlm_image.files import sha256_of_file
 
 # names of (mean, covariance) in files seen in the wild -> Inception's layer
 NAMES = {("mu", "sigma"): "2048", ("mu_s", "sigma_s"): "spatial"}
 UNKNOWN_COUNT = 50_000  # the files do not say of how many images; it cancels in FID
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "xdlm_image" / "references"
+
+
+@dataclass(frozen=True)
+class KnownFile:
+    """A file of statistics that many papers use.
+
+    Attributes:
+        file: Its name.
+        url: Where it comes from.
+        digest: `sha256:...` of it, or `git:...`, the id that git gives its content.
+        image_size: Side in pixels of the images that it is of.
+        about: What they are.
+    """
+
+    file: str
+    url: str
+    digest: str
+    image_size: int
+    about: str
+
+
+KNOWN = {
+    "adm-imagenet-256": KnownFile(
+        "VIRTUAL_imagenet256_labeled.npz",
+        "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/256/"
+        "VIRTUAL_imagenet256_labeled.npz",
+        "sha256:b32732719497e42660a9affb4a966068cba0855ac449b82015e34ec376d20758",
+        256,
+        "ImageNet training images, resized and cropped as ADM does (arXiv 2105.05233); with 10,000 of the images",
+    ),
+    "mar-imagenet-256": KnownFile(
+        "adm_in256_stats.npz",
+        "https://raw.githubusercontent.com/LTH14/mar/main/fid_stats/adm_in256_stats.npz",
+        "git:1da4c17607fe959d54999fd098105649a0c05e15",
+        256,
+        "ImageNet training images, resized and cropped as ADM does, seen by torch-fidelity's Inception (MAR, arXiv "
+        "2406.11838)",
+    ),
+}
+
+
+def find_reference_file(reference: str) -> tuple[Path, KnownFile | None]:
+    """The file that `reference` names, by its path or by a key of `KNOWN`, and what is known of it.
+
+    A known file is taken from `~/.cache/xdlm_image/references`, or fetched there once.
+
+    Raises:
+        FileNotFoundError: No such file.
+        OSError: It cannot be fetched.
+        ValueError: The file under a known name has another content.
+    """
+    if reference in KNOWN:
+        known = KNOWN[reference]
+        path = CACHE / known.file
+        if not path.is_file():
+            _fetch(known, path)
+        if not _is(known, path):
+            raise ValueError(f"reference={reference!r}: {path} is not the file of {known.digest}; remove it")
+        return path, known
+    path = Path(reference)
+    if not path.is_file():
+        raise FileNotFoundError(f"reference={reference!r}: no such file; by name are known {', '.join(KNOWN)}")
+    return path, next((known for known in KNOWN.values() if known.file == path.name and _is(known, path)), None)
+
+
+def is_reference_file(reference: str) -> bool:
+    """Whether `reference` names a file of statistics, and not a folder of the verb `reference`."""
+    return reference in KNOWN or Path(reference).suffix in (".npz", ".pt", ".pth")
+
+
+def open_reference_file(reference: str, extractor: FeatureExtractor) -> Reference:
+    """Statistics of a file as a reference: of Inception's layers, without floors and without images.
+
+    Raises:
+        FileNotFoundError, OSError: As `find_reference_file`.
+        ValueError: Another extractor than Inception, statistics of another width, or no such file.
+    """
+    if not extractor.is_inception:
+        raise ValueError(
+            f"reference={reference!r}: published statistics are of Inception, the extractor is {extractor.name}; set "
+            "extractor: inception (first in a list), or make a reference folder with `xdlm-image reference`"
+        )
+    path, known = find_reference_file(reference)
+    statistics = {layer: found for layer, found in read_moments(path).items() if layer in extractor.feature_dims}
+    for layer, found in statistics.items():
+        if found.dim != extractor.feature_dims[layer]:
+            raise ValueError(
+                f"reference={reference!r}: its {layer!r} has {found.dim} features, {extractor.name} "
+                f"{extractor.feature_dims[layer]}"
+            )
+    digest = sha256_of_file(path)
+    about: dict[str, Any] = {
+        "images": {
+            "name": str(path) if known is None else known.about,
+            "url": None if known is None else known.url,
+            "fingerprint": digest,
+            "split": None,
+            "num_images": None,
+            "image_size": None if known is None else known.image_size,
+            "channels": 3,
+            "crop": None,
+            "uint8_rule": UINT8_RULE,
+        },
+        "class_accuracy": None,
+        "train": {"images": None, "floors": {}},
+        "reconstructions": {},
+    }
+    measured = Measured(statistics, None, None, dict.fromkeys(statistics, digest))
+    return Reference(about, measured, {})
+
+
+def _fetch(known: KnownFile, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    prefix = known.digest.removeprefix("sha256:") if known.digest.startswith("sha256:") else None
+    try:
+        torch.hub.download_url_to_file(known.url, str(path), hash_prefix=prefix)
+    except Exception as error:  # urllib, SSL, RuntimeError on a wrong hash: the remedy is the same
+        raise OSError(f"reference: {known.url} cannot be fetched ({error}); put the file at {path}") from error
+
+
+def _is(known: KnownFile, path: Path) -> bool:
+    kind, _, wanted = known.digest.partition(":")
+    digest = hashlib.sha256() if kind == "sha256" else hashlib.sha1(b"blob %d\0" % path.stat().st_size)
+    with open(path, "rb") as file:
+        for block in iter(lambda: file.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest() == wanted
 
 
 def read_moments(path: str | Path) -> dict[str, StreamedStatistics]:

@@ -26,11 +26,14 @@ from xdlm_image.evaluation.drawing import (
     open_pipeline,
 )
 from xdlm_image.evaluation.drawn_codes import DrawnCodes
+from xdlm_image.evaluation.features import FeatureSet
+from xdlm_image.evaluation.given_images import GivenImages
 from xdlm_image.evaluation.grids import class_grid, save_grid
-from xdlm_image.evaluation.measuring import Measured, barrier, measure, short_hash, sum_over_ranks
+from xdlm_image.evaluation.measuring import Measured, barrier, cached_measure, measure, short_hash, sum_over_ranks
 from xdlm_image.evaluation.plan import Plan, check, device_name, metric_name, protocol, versions
+from xdlm_image.evaluation.plots import write_plots
 from xdlm_image.evaluation.references import Reference, make_reference
-from xdlm_image.evaluation.report import write_plot, write_report
+from xdlm_image.evaluation.report import write_html, write_report
 from xdlm_image.evaluation.seeds import SEED_RULE
 from xdlm_image.evaluation.statistics import rank_and_world
 from xdlm_image.files import refuse_unwritable, write_json
@@ -45,7 +48,7 @@ GRID_IMAGES = 8
 
 
 def evaluate(recipe: EvaluateRecipe) -> Path:
-    """Measure every pipeline at every step count and seed; write `fid.json`, `fid.md`, `fid.png` and grids.
+    """Measure every pipeline at every step count and seed; write numbers, pages, plots and grids (see `report`).
 
     Each finished cell is a file in `output_dir/cells`, named after a hash of everything that decides its numbers, and
     the codes of its images lie in `output_dir/codes`: a killed sweep goes on from there, and what belongs to another
@@ -65,8 +68,10 @@ def evaluate(recipe: EvaluateRecipe) -> Path:
     refuse_unwritable(output, "output_dir")
 
     reference = plan.reference or _measured_reference(plan, output)
+    if plan.shown is not None:
+        reference.images.kept = _features_of(plan.shown, plan, output)
     content: dict[str, Any] = {
-        "schema_version": 3,
+        "schema_version": 4,
         "metric": metric_name(plan.extractor),
         "warnings": plan.warnings,
         "protocol": protocol(plan, reference),
@@ -97,7 +102,8 @@ def evaluate(recipe: EvaluateRecipe) -> Path:
     if main:
         write_report(output, content)
         if content["cells"]:
-            write_plot(output, content)
+            write_plots(output, content)
+        write_html(output, content)
     barrier()
     return output / "fid.json"
 
@@ -117,6 +123,19 @@ def _measured_reference(plan: Plan, output: Path) -> Reference:
         [recipe.num_samples],
         recipe.batch_size,
     )
+
+
+def _features_of(shown: GivenImages, plan: Plan, output: Path) -> FeatureSet | None:
+    """Features of the images in a reference file: real ones for precision, recall and KID, as ADM takes them."""
+    return cached_measure(
+        output / "reference",
+        "images-in-reference",
+        shown.describe(),
+        plan.extractor,
+        lambda: shown.batches(plan.recipe.batch_size),
+        len(shown),
+        features=output / "reference",
+    ).kept
 
 
 def _image_set(plan: Plan, name: str, reference: Reference) -> dict[str, Any]:

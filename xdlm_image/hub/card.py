@@ -21,7 +21,8 @@ from PIL import Image
 from xdlm_image.data.images import read_image
 from xdlm_image.evaluation.drawing import SamplerSettings, class_names
 from xdlm_image.evaluation.grids import class_grid, save_grid
-from xdlm_image.evaluation.report import markdown, rows
+from xdlm_image.evaluation.report import WHOLE_PROTOCOL, markdown
+from xdlm_image.evaluation.tables import rows
 from xdlm_image.hub.sources import Sources, read_sources
 from xdlm_image.pipelines import XDLMPipeline
 from xdlm_image.pipelines.folder_check import PICTURE
@@ -233,9 +234,7 @@ def _without_paths(values: Mapping[str, Any]) -> dict[str, Any]:
 def _quality(sources: Sources) -> str:
     if not sources.evaluation:
         return f"## Quality\n\nDistances to real images: {UNKNOWN}."
-    page = markdown(sources.evaluation).replace(
-        "The whole protocol is in `fid.json`.", "The whole protocol stands below."
-    )
+    page = markdown(sources.evaluation).replace(WHOLE_PROTOCOL, "The whole protocol stands below.")
     title, _, body = page.partition("\n")
     body = re.sub(r"^#", "##", body, flags=re.MULTILINE)
     protocol = sources.evaluation["protocol"]

@@ -8,7 +8,7 @@ the rooms (`data`, `tokenizer`, `training`, `evaluation`, `cli`) read them.
 from .conversion import ConversionRecipe, ConvertXDLMRecipe
 from .data import DataOptions, EncodeRecipe
 from .publishing import ExportRecipe
-from .sampling import DemoRecipe, EvaluateRecipe, ReferenceRecipe, SampleRecipe
+from .sampling import DemoRecipe, EvaluateRecipe, NeighboursRecipe, ReferenceRecipe, SampleRecipe
 from .tokenizer import ExtractorRecipe, TokenizerModelOptions, TokenizerRecipe
 from .training import ProcessOptions, TrainRecipe, TransformerOptions
 
@@ -21,6 +21,7 @@ __all__ = [
     "EvaluateRecipe",
     "ExportRecipe",
     "ExtractorRecipe",
+    "NeighboursRecipe",
     "ProcessOptions",
     "ReferenceRecipe",
     "SampleRecipe",

@@ -77,6 +77,49 @@ class SampleRecipe:
 
 
 @dataclass
+class NeighboursRecipe:
+    """Find the training images nearest to samples, in features and in pixels: are samples copies?
+
+    Attributes:
+        pipeline: Folder of the saved pipeline.
+        data: The images that it was trained on; their test split tells how near images lie that nobody copied.
+        extractor: In whose main features: see `evaluate`.
+        output: Path of the picture (PNG); the distances lie beside it as .json.
+        class_labels: Ids or names of the classes; None takes every class.
+        images_per_class: Samples of each.
+        num_neighbours: Training images shown beside each sample, in features and in pixels.
+        held_out: Test images that are searched for too, for comparison.
+        num_steps: Reverse steps.
+        guidance_scale: 1 is no guidance.
+        temperature: Divides the logits.
+        seed: Decides the samples, and which test images are taken.
+        batch_size: Images at once.
+        device: torch device; None picks the best there is.
+    """
+
+    pipeline: str
+    data: DataOptions = field(default_factory=DataOptions)
+    extractor: str = "inception"
+    output: str = "neighbours.png"
+    class_labels: list[int | str] | int | str | None = None
+    images_per_class: int = 1
+    num_neighbours: int = 4
+    held_out: int = 500
+    num_steps: int = 8
+    guidance_scale: float = 1.0
+    temperature: float = 1.0
+    seed: int = 0
+    batch_size: int = 250
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("images_per_class", "num_neighbours", "num_steps", "batch_size"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
+        require(self.held_out >= 20, "held_out", self.held_out, "at least 20: their nearest 5 % are the measure")
+        require(self.temperature > 0, "temperature", self.temperature, "must be positive")
+
+
+@dataclass
 class ReferenceRecipe:
     """Measure a set of real images once, so that samples can be judged where the images are not at hand.
 

@@ -1,0 +1,89 @@
+"""The pages of a sweep: tidy CSV, plots, and one HTML file that needs nothing beside it."""
+
+import csv
+import dataclasses
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+from evaluation_parts import build_parts, one_thread  # noqa: F401
+from PIL import Image
+
+from xdlm_image.evaluation import sweep
+from xdlm_image.evaluation.sweep import evaluate
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*images are few for the.*:UserWarning")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sweep, "GRID_IMAGES", 1)
+        root = tmp_path_factory.mktemp("report")
+        parts = build_parts(root / "parts")
+        recipe = parts.recipe(root / "out", num_samples=9, temperature=[1.0, 0.5])
+        recipe = dataclasses.replace(recipe, images={"real": f"{parts.data.root}/train"})
+        return evaluate(recipe).parent
+
+
+def test_csv_has_a_row_a_cell_with_its_settings_and_numbers(finished):
+    content = json.loads((finished / "fid.json").read_text())
+    lines = list(csv.DictReader((finished / "fid.csv").open()))
+    cells = content["cells"]
+    assert len(lines) == len(cells) + 1 == 2 * 2 * 2 * 2 + 1
+    for line, cell in zip(lines, cells):
+        assert (line["pipeline"], int(line["num_steps"]), int(line["seed"])) == tuple(
+            cell[name] for name in ("pipeline", "num_steps", "seed")
+        )
+        assert float(line["temperature"]) == cell["temperature"] and line["schema_version"] == "4"
+        assert float(line["fid.pooled"]) == cell["fid"]["pooled"]
+        assert float(line["code_pair_total_variation.near"]) == cell["code_pair_total_variation"]["near"]
+        assert int(line["nfe"]) == cell["nfe"] and float(line["images_per_second"]) > 0
+    assert lines[-1]["name"] == "real" and lines[-1]["num_samples"] == "120" and lines[-1]["pipeline"] == ""
+
+
+class Page(HTMLParser):
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.sources, self.texts, self.open = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.sources += [value for name, value in attributes if name in ("src", "href")]
+        self.open += [] if tag in ("meta", "img") else [tag]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append(data.strip())
+
+
+def test_the_html_page_is_whole_in_one_file(finished):
+    page = Page((finished / "report.html").read_text())
+    assert page.open == []
+    assert len(page.sources) == 3 + 2 * 2 and all(s.startswith("data:image/png;base64,") for s in page.sources)
+    for wanted in ("FID, features pooled, against the real images", "mdlm, temperature 0.5", "Sets of images", "real"):
+        assert wanted in page.texts, wanted
+    cell = re.search(r"\| xdlm-0.1, temperature 0.5 \| (\S+ ± \S+) \|", (finished / "fid.md").read_text())[1]
+    assert cell in page.texts
+    assert (
+        json.loads(next(text for text in page.texts if text.startswith("{")))
+        == json.loads((finished / "fid.json").read_text())["protocol"]
+    )
+
+
+def test_names_with_markup_do_not_become_markup(finished, tmp_path):
+    from xdlm_image.evaluation.report import write_html
+
+    content = json.loads((finished / "fid.json").read_text())
+    content["warnings"] = ["<script>alert(1)</script>"]
+    page = write_html(tmp_path, content).read_text()
+    assert "<script>" not in page and "&lt;script&gt;" in page and "<img" not in page  # no pictures lie there
+
+
+def test_plots_of_nfe_time_and_k(finished):
+    for name in ("fid.png", "fid_time.png", "fid_k.png"):
+        with Image.open(finished / name) as picture:
+            assert picture.width > 800
