@@ -19,6 +19,7 @@ from tqdm import tqdm
 from xdlm_image.data.images import to_uint8
 from xdlm_image.evaluation.batches import Batch, blocks_of_rank
 from xdlm_image.evaluation.drawn_codes import DrawnCodes
+from xdlm_image.evaluation.foreign_pipelines import ForeignPipeline, is_foreign
 from xdlm_image.evaluation.seeds import image_generators
 from xdlm_image.pipelines import XDLMPipeline
 from xdlm_image.schedulers import XDLMScheduler
@@ -87,6 +88,13 @@ def open_pipeline(
     return pipeline.to(device)
 
 
+def open_any_pipeline(
+    folder: str, device: torch.device, argument: str = "pipeline", dtype: torch.dtype = torch.float32
+) -> XDLMPipeline | ForeignPipeline:
+    """`open_pipeline`, or another class-conditional diffusers pipeline, of which `dtype` is the whole's."""
+    return (ForeignPipeline if is_foreign(folder) else open_pipeline)(folder, device, argument, dtype)
+
+
 def pipeline_hash(pipeline: XDLMPipeline) -> str:
     """SHA-256 over the weights of network and tokenizer and over the configurations that decide what is drawn."""
     digest = hashlib.sha256()
@@ -102,8 +110,10 @@ def _config_json(component: object) -> str:
     return json.dumps(config, sort_keys=True, default=str)
 
 
-def image_shape(pipeline: XDLMPipeline) -> tuple[int, int]:
+def image_shape(pipeline: XDLMPipeline | ForeignPipeline) -> tuple[int, int]:
     """(channels, side in pixels) of the pipeline's square images. Raises ValueError where they are not square."""
+    if isinstance(pipeline, ForeignPipeline):
+        return pipeline.shape
     height, width = pipeline.image_size
     if height != width:
         raise ValueError(f"the pipeline draws images of {height} x {width} pixels: only square ones are evaluated")
@@ -119,8 +129,10 @@ def class_names(pipeline: XDLMPipeline) -> list[str]:
     ]
 
 
-def folder_names(pipeline: XDLMPipeline) -> list[str]:
+def folder_names(pipeline: XDLMPipeline | ForeignPipeline) -> list[str]:
     """What folders of its classes are called, by class id: WordNet ids, else names."""
+    if isinstance(pipeline, ForeignPipeline):
+        return pipeline.class_names
     names = {**pipeline.id2label, **pipeline.id2synset}
     count = pipeline.transformer.config.num_classes
     return ["images"] if count is None else [names.get(i, f"class {i}") for i in range(count)]
@@ -171,26 +183,41 @@ def decode(pipeline: XDLMPipeline, codes: torch.Tensor) -> torch.Tensor:
     return to_uint8(pipeline.decode_latents(codes.to(pipeline.vqvae.device)).cpu())
 
 
+def draw_images(
+    pipeline: XDLMPipeline | ForeignPipeline,
+    labels: Sequence[int],
+    indices: Sequence[int],
+    seed: int,
+    settings: SamplerSettings,
+) -> torch.Tensor:
+    """As `draw_codes`, decoded: uint8 images (B, C, S, S) on the CPU; of any pipeline."""
+    if isinstance(pipeline, ForeignPipeline):
+        return pipeline.draw(labels, indices, seed, settings)
+    return decode(pipeline, draw_codes(pipeline, labels, indices, seed, settings))
+
+
 class DrawnBatches:
     """This rank's share of a balanced set: image i of `num_samples` has class i mod num_classes.
 
     An iterable of batches. The set is cut into blocks of `batch_size` consecutive images, which
     the ranks take in turn; the last block is filled up with images that are then dropped. So a block is always drawn
-    alike, however many processes there are; what `store` has of an earlier start is not drawn again.
+    alike, however many processes there are; what `store` has of an earlier start is not drawn again. Without a store
+    (pipelines that have no codes) everything is drawn.
 
     Attributes:
-        seconds: What this rank spent decoding so far.
+        seconds: What this rank spent drawing without a store, and decoding, so far.
+        called: Images that this rank had the pipeline draw so far, those that fill up the last block with them.
     """
 
     def __init__(
         self,
-        pipeline: XDLMPipeline,
+        pipeline: XDLMPipeline | ForeignPipeline,
         num_samples: int,
         num_classes: int,
         seed: int,
         settings: SamplerSettings,
         batch_size: int,
-        store: DrawnCodes,
+        store: DrawnCodes | None,
     ) -> None:
         self.pipeline = pipeline
         self.num_samples = num_samples
@@ -200,25 +227,32 @@ class DrawnBatches:
         self.batch_size = batch_size
         self.store = store
         self.seconds = 0.0
+        self.called = 0
 
     def __iter__(self) -> Iterator[Batch]:
         for block in blocks_of_rank(self.num_samples, self.batch_size):
             start, stop = block.start, block.stop
             indices = [*block] + [start] * (self.batch_size - len(block))
             labels = [index % self.num_classes for index in indices]
-            if not self.store.is_drawn(start, stop):
-                began = time.perf_counter()
-                drawn = draw_codes(self.pipeline, labels, indices, self.seed, self.settings)[: len(block)]
-                self.store.write(start, drawn, time.perf_counter() - began)
-            codes = self.store.read(start, stop)
+            codes = None
+            if self.store is not None:
+                if not self.store.is_drawn(start, stop):
+                    began = time.perf_counter()
+                    drawn = draw_codes(self.pipeline, labels, indices, self.seed, self.settings)[: len(block)]
+                    self.store.write(start, drawn, time.perf_counter() - began)
+                codes = self.store.read(start, stop)
             began = time.perf_counter()
-            images = decode(self.pipeline, codes)
+            if codes is None:
+                images = draw_images(self.pipeline, labels, indices, self.seed, self.settings)[: len(block)]
+                self.called += len(indices)
+            else:
+                images = decode(self.pipeline, codes)
             self.seconds += time.perf_counter() - began
             yield Batch(images, torch.tensor(labels[: len(block)]), codes, start)
 
 
 def draw_all(
-    pipeline: XDLMPipeline,
+    pipeline: XDLMPipeline | ForeignPipeline,
     labels: Sequence[int],
     seed: int,
     settings: SamplerSettings,
@@ -230,7 +264,6 @@ def draw_all(
     with tqdm(total=len(labels), desc=description, unit="image", leave=False) as progress:
         for start in range(0, len(labels), batch_size):
             indices = range(start, min(start + batch_size, len(labels)))
-            codes = draw_codes(pipeline, labels[start : indices.stop], indices, seed, settings)
-            parts.append(decode(pipeline, codes))
+            parts.append(draw_images(pipeline, labels[start : indices.stop], indices, seed, settings))
             progress.update(len(indices))
     return torch.cat(parts)

@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from xdlm_image.data.images import read_image
 from xdlm_image.devices import best_device
 from xdlm_image.evaluation.drawing import SamplerSettings, class_names, draw_all, open_pipeline
+from xdlm_image.evaluation.foreign_pipelines import ForeignPipeline
 from xdlm_image.evaluation.pictures import save_picture, to_picture
 from xdlm_image.evaluation.trace_pictures import check_trace, write_trace
 from xdlm_image.files import refuse_unwritable
@@ -92,7 +93,12 @@ def class_ids(pipeline: XDLMPipeline, class_labels: Sequence[str | int] | str | 
 
 
 def class_grid(
-    pipeline: XDLMPipeline, ids: Sequence[int], per_class: int, seed: int, settings: SamplerSettings, batch_size: int
+    pipeline: XDLMPipeline | ForeignPipeline,
+    ids: Sequence[int],
+    per_class: int,
+    seed: int,
+    settings: SamplerSettings,
+    batch_size: int,
 ) -> torch.Tensor:
     """uint8 (len(ids), per_class, C, S, S): row r holds images of class ids[r]; image i counts row by row."""
     labels = [label for label in ids for _ in range(per_class)]

@@ -10,6 +10,7 @@ import platform
 import re
 import warnings
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -20,13 +21,15 @@ from xdlm_image.data.labels import Labels, same_classes
 from xdlm_image.devices import best_device
 from xdlm_image.evaluation.batches import UINT8_RULE
 from xdlm_image.evaluation.drawing import (
+    SamplerSettings,
     class_names,
     folder_names,
     image_shape,
-    open_pipeline,
+    open_any_pipeline,
     pipeline_hash,
 )
 from xdlm_image.evaluation.extractor import FeatureExtractor, load_extractor
+from xdlm_image.evaluation.foreign_pipelines import ForeignPipeline
 from xdlm_image.evaluation.given_images import GivenImages, images_in_npz
 from xdlm_image.evaluation.reference_files import find_reference_file, is_reference_file, open_reference_file
 from xdlm_image.evaluation.references import Reference, open_reference, open_reference_images
@@ -105,6 +108,11 @@ def check(recipe: EvaluateRecipe) -> Plan:
     pipelines = {
         name: _check_pipeline(recipe, name, folder, device, shape, names) for name, folder in recipe.pipelines.items()
     }
+    for name, about in pipelines.items():
+        if "class" in about:
+            notes.append(
+                f"{name} is a {about['class']}: that its class ids mean the reference's classes is taken on trust"
+            )
     given = {name: GivenImages(path, *shape, names) for name, path in recipe.images.items()}
     for name, images_given in given.items():
         notes += images_given.notes
@@ -115,7 +123,7 @@ def check(recipe: EvaluateRecipe) -> Plan:
             )
     if reference is not None:
         for name, pipeline in pipelines.items():
-            if pipeline["tokenizer_hash"] not in reference.reconstructions:
+            if pipeline["tokenizer_hash"] not in (None, *reference.reconstructions):
                 notes.append(
                     f"the reference folder holds no reconstructions by the tokenizer of {name}: no distance to "
                     "reconstructions and none of pairs of codes is given"
@@ -172,7 +180,7 @@ def _open_target_file(recipe: EvaluateRecipe, file: str, extractor: FeatureExtra
     shape = (int(recipe.data.channels), recipe.data.image_size)
     if recipe.pipelines:
         name, folder = next(iter(recipe.pipelines.items()))
-        pipeline = open_pipeline(folder, device, f"pipelines.{name}")
+        pipeline = open_any_pipeline(folder, device, f"pipelines.{name}")
         names, shape = folder_names(pipeline), image_shape(pipeline)
     path = find_reference_file(file)[0]
     images = images_in_npz(path)
@@ -187,12 +195,16 @@ def _check_pipeline(
     recipe: EvaluateRecipe, name: str, folder: str, device: torch.device, shape: tuple[int, int], names: list[str]
 ) -> dict[str, Any]:
     argument = f"pipelines.{name}={folder!r}"
-    pipeline = open_pipeline(folder, device, f"pipelines.{name}")
+    pipeline = open_any_pipeline(folder, device, f"pipelines.{name}")
     if image_shape(pipeline) != shape:
         raise ValueError(
             f"{argument}: it draws images of (channels, size) {image_shape(pipeline)}, the reference has {shape}; set "
             "data.channels and data.image_size to the pipeline's"
         )
+    if isinstance(pipeline, ForeignPipeline):
+        for guidance, temperature, grid in product(recipe.guidance_scales, recipe.temperatures, recipe.time_grids):
+            pipeline.draw([0], [0], 0, SamplerSettings(1, guidance, temperature, grid))  # refuses what it has not
+        return {"folder": folder, **pipeline.describe()}
     num_classes = pipeline.transformer.config.num_classes
     if num_classes is not None and num_classes != len(names):
         raise ValueError(f"{argument}: it has {num_classes} classes, the data have {len(names)}; use the same data")

@@ -59,8 +59,9 @@ def _curve(cells: list[Content], x: Callable[[Content], float]) -> Curve:
 
 def _curves_over_k(content: Content) -> dict[str, Curve]:
     """A line a step count, at the first of every other setting; none unless the pipelines have several k."""
-    about = content["protocol"]["pipelines"]
-    if len({pipeline["scheduler"].get("k") for pipeline in about.values()}) < 2:
+    pipelines = content["protocol"]["pipelines"].items()
+    about = {name: pipeline for name, pipeline in pipelines if "k" in pipeline["scheduler"]}
+    if len({pipeline["scheduler"]["k"] for pipeline in about.values()}) < 2:
         return {}
     first = {axis: values[0] for axis, values in content["protocol"]["sampler"].items() if isinstance(values, list)}
     first.pop("num_steps")

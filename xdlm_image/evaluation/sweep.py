@@ -23,10 +23,11 @@ from xdlm_image.evaluation.drawing import (
     DrawnBatches,
     SamplerSettings,
     draw_all,
-    open_pipeline,
+    open_any_pipeline,
 )
 from xdlm_image.evaluation.drawn_codes import DrawnCodes
 from xdlm_image.evaluation.features import FeatureSet
+from xdlm_image.evaluation.foreign_pipelines import ForeignPipeline
 from xdlm_image.evaluation.given_images import GivenImages
 from xdlm_image.evaluation.grids import class_grid, save_grid
 from xdlm_image.evaluation.measuring import Measured, barrier, cached_measure, measure, short_hash, sum_over_ranks
@@ -37,6 +38,7 @@ from xdlm_image.evaluation.report import write_html, write_report
 from xdlm_image.evaluation.seeds import SEED_RULE
 from xdlm_image.evaluation.statistics import rank_and_world
 from xdlm_image.files import refuse_unwritable, write_json
+from xdlm_image.pipelines import XDLMPipeline
 from xdlm_image.processes import process_state
 from xdlm_image.recipes import EvaluateRecipe
 from xdlm_image.tokenizer.codes import load_tokenizer
@@ -87,9 +89,9 @@ def evaluate(recipe: EvaluateRecipe) -> Path:
     with tqdm(total=cells, desc="cells", unit="cell", disable=not main) as progress:
         for name in recipe.pipelines:
             dtype = getattr(torch, recipe.dtype)
-            pipeline = open_pipeline(plan.pipelines[name]["folder"], plan.device, f"pipelines.{name}", dtype)
+            pipeline = open_any_pipeline(plan.pipelines[name]["folder"], plan.device, f"pipelines.{name}", dtype)
             if recipe.compile:
-                pipeline.transformer.compile(fullgraph=True)
+                _denoiser(pipeline).compile(fullgraph=not isinstance(pipeline, ForeignPipeline))
             for variant, num_steps, seed in itertools.product(variants, recipe.num_steps, recipe.seeds):
                 cell = _cell(plan, pipeline, name, SamplerSettings(num_steps, *variant), seed, reference)
                 content["cells"].append(cell)
@@ -111,7 +113,11 @@ def evaluate(recipe: EvaluateRecipe) -> Path:
 def _measured_reference(plan: Plan, output: Path) -> Reference:
     """The reference images measured, with the reconstructions of every tokenizer among the pipelines."""
     assert plan.images is not None
-    folders = {about["tokenizer_hash"]: Path(about["folder"]) / "vqvae" for about in plan.pipelines.values()}
+    folders = {
+        about["tokenizer_hash"]: Path(about["folder"]) / "vqvae"
+        for about in plan.pipelines.values()
+        if about["tokenizer_hash"] is not None
+    }
     tokenizers = {tokenizer: load_tokenizer(folder, plan.device) for tokenizer, folder in folders.items()}
     recipe = plan.recipe
     return make_reference(
@@ -218,21 +224,24 @@ def _cell(
         others = sorted(path.parent.glob(f"{label}-" + "?" * 12 + ".json"))
         if others:
             tqdm.write(f"{label}: {len(others)} result(s) of another protocol are left aside; measuring anew")
-    num_codes = int(pipeline.vqvae.config.num_vq_embeddings)
-    codes_folder = Path(recipe.output_dir) / "codes" / f"{label}-{short_hash(drawn)}"
-    store = DrawnCodes(codes_folder, drawn, recipe.num_samples, pipeline.transformer.grid, num_codes)
+    store = num_codes = None
+    if isinstance(pipeline, XDLMPipeline):
+        num_codes = int(pipeline.vqvae.config.num_vq_embeddings)
+        codes_folder = Path(recipe.output_dir) / "codes" / f"{label}-{short_hash(drawn)}"
+        store = DrawnCodes(codes_folder, drawn, recipe.num_samples, pipeline.transformer.grid, num_codes)
     batches = DrawnBatches(pipeline, recipe.num_samples, num_classes, seed, settings, recipe.batch_size, store)
     world = rank_and_world()[1]
+    rows_before = 0 if store else pipeline.rows
     with tqdm(total=-(-recipe.num_samples // world), desc=label, unit="image", leave=False, disable=not main) as bar:
         measured = measure(plan.extractor, batches, num_codes, bar, recipe.num_samples)
-    seconds = store.seconds + sum_over_ranks(batches.seconds, plan.device)
+    seconds = (store.seconds if store else 0.0) + sum_over_ranks(batches.seconds, plan.device)
     result = {
         "pipeline": name,
         "num_steps": settings.num_steps,
         "guidance_scale": settings.guidance_scale,
         "temperature": settings.temperature,
         "time_grid": settings.time_grid,
-        "nfe": settings.nfe,
+        "nfe": settings.nfe if store else (pipeline.rows - rows_before) / max(1, batches.called),
         "seed": seed,
         "num_samples": recipe.num_samples,
         **distances(measured, reference.images),
@@ -249,6 +258,11 @@ def _cell(
         write_json(path, {"key": key, "result": result})
     barrier()
     return result
+
+
+def _denoiser(pipeline: XDLMPipeline | ForeignPipeline) -> torch.nn.Module:
+    found: torch.nn.Module = pipeline.denoiser if isinstance(pipeline, ForeignPipeline) else pipeline.transformer
+    return found
 
 
 def _against_reconstructions(measured: Measured, reconstructions: Measured | None) -> dict[str, Any]:

@@ -1,0 +1,84 @@
+"""diffusers' DiTPipeline in a sweep beside ours."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMPipeline, DiTPipeline, DiTTransformer2DModel, UNet2DModel
+from evaluation_parts import SIZE, build_parts, one_thread  # noqa: F401
+
+from xdlm_image.evaluation import sweep
+from xdlm_image.evaluation.drawing import SamplerSettings, open_any_pipeline
+from xdlm_image.evaluation.foreign_pipelines import ForeignPipeline
+from xdlm_image.evaluation.seeds import image_generators
+from xdlm_image.evaluation.sweep import evaluate
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*images are few for the.*:UserWarning")
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    return build_parts(tmp_path_factory.mktemp("parts"))
+
+
+@pytest.fixture(scope="module")
+def dit(tmp_path_factory):
+    """A DiT of random weights for 16 x 16 images of 1,000 classes."""
+    folder = str(tmp_path_factory.mktemp("dit"))
+    torch.manual_seed(0)
+    transformer = DiTTransformer2DModel(
+        sample_size=SIZE // 2, num_layers=1, patch_size=4, attention_head_dim=8, num_attention_heads=2, in_channels=4,
+        out_channels=8, attention_bias=True, activation_fn="gelu-approximate", num_embeds_ada_norm=1000,
+        norm_type="ada_norm_zero", norm_elementwise_affine=False,
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4,
+        block_out_channels=(8, 8), latent_channels=4, sample_size=SIZE,
+    )  # fmt: skip
+    DiTPipeline(transformer.eval(), vae.eval(), DDIMScheduler()).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore:dit is a DiTPipeline.*taken on trust:UserWarning")
+def test_a_dit_is_judged_beside_ours_and_its_images_are_its_own(parts, dit, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "GRID_IMAGES", 1)
+    pipelines = {"mdlm": parts.pipelines["mdlm"], "dit": dit}
+    recipe = parts.recipe(tmp_path / "out", pipelines=pipelines, num_steps=[2], seeds=[0], guidance_scale=[1.0, 3.0])
+    content = json.loads(evaluate(recipe).read_text())
+    cells = {(cell["pipeline"], cell["guidance_scale"]): cell for cell in content["cells"]}
+    assert (
+        [cells["dit", scale]["nfe"] for scale in (1.0, 3.0)] == [2, 4] == [cells["mdlm", s]["nfe"] for s in (1.0, 3.0)]
+    )
+    assert cells["dit", 1.0]["fid"]["pooled"] != cells["dit", 3.0]["fid"]["pooled"]
+    assert cells["dit", 1.0]["code_pair_total_variation"] is None and cells["dit", 1.0]["precision"] is not None
+    about = content["protocol"]["pipelines"]["dit"]
+    assert about["class"] == "DiTPipeline" and about["scheduler"]["class"] == "DDIMScheduler"
+    assert any("taken on trust" in warning for warning in content["warnings"])
+    for name in ("grid_dit.png", "strip_dit.png", "report.html"):
+        assert (tmp_path / "out" / name).stat().st_size > 200
+
+    theirs = DiTPipeline.from_pretrained(dit)
+    theirs.set_progress_bar_config(disable=True)
+    call = {"guidance_scale": 3.0, "num_inference_steps": 2, "output_type": "np"}
+    images = theirs([0, 1, 2], generator=image_generators(0, range(3)), **call).images
+    opened = open_any_pipeline(dit, torch.device("cpu"))
+    assert isinstance(opened, ForeignPipeline)
+    drawn = opened.draw([0, 1, 2], range(3), 0, SamplerSettings(2, guidance_scale=3.0))
+    assert np.array_equal(drawn.permute(0, 2, 3, 1).numpy(), (images * 255).round().astype(np.uint8))
+    again = evaluate(dataclasses.replace(recipe, output_dir=str(tmp_path / "out")))  # finished cells are taken
+    assert json.loads(again.read_text())["cells"] == content["cells"]
+
+
+def test_what_is_no_class_conditional_pipeline_is_refused(parts, dit, tmp_path):
+    unet = UNet2DModel(16, 3, 3, block_out_channels=(4, 4), norm_num_groups=2, down_block_types=("DownBlock2D",) * 2,
+                       up_block_types=("UpBlock2D",) * 2)  # fmt: skip
+    DDPMPipeline(unet, DDIMScheduler()).save_pretrained(tmp_path / "ddpm")
+    with pytest.raises(ValueError, match="a DDPMPipeline, which is no class-conditional pipeline .*class_labels"):
+        sweep.check(parts.recipe(tmp_path / "out", pipelines={"ddpm": str(tmp_path / "ddpm")}))
+    with pytest.raises(ValueError, match="temperature=0.5, time_grid=None: a DiTPipeline has none"):
+        sweep.check(parts.recipe(tmp_path / "out", pipelines={"dit": dit}, temperature=0.5))
+    small = dataclasses.replace(parts.data, image_size=8)
+    with pytest.raises(ValueError, match=r"3 x 16 x 16 images"):
+        sweep.check(parts.recipe(tmp_path / "out", pipelines={"dit": dit}, data=small))
