@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from xdlm_image.devices import best_device
+from xdlm_image.evaluation.class_judge import ClassJudge
 from xdlm_image.evaluation.small_classifier import REMEDY, SMALL_CLASSIFIER, ExtractorConfig, SmallClassifierFeatures
 from xdlm_image.files import sha256_of_file
 
@@ -36,6 +37,7 @@ class FeatureExtractor:
         device: Where it computes.
         config: The small classifier's configuration; None without one.
         is_inception: Whether numbers of the main layer may be called Inception FID.
+        judge: Who says which class an image shows; None leaves that to `logits_layer`.
     """
 
     name: str
@@ -47,6 +49,12 @@ class FeatureExtractor:
     device: torch.device
     config: ExtractorConfig | None = None
     is_inception: bool = False
+    judge: ClassJudge | None = None
+
+    @property
+    def judges_classes(self) -> bool:
+        """Whether anything here says which class an image shows."""
+        return self.judge is not None or self.logits_layer is not None
 
     @property
     def fid_layers(self) -> tuple[str, ...]:
@@ -57,6 +65,13 @@ class FeatureExtractor:
     def __call__(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         """uint8 images (B, C, H, W), C = 1 or 3 -> layer name -> float32 features (B, D) on the CPU."""
         return {layer: values.float().cpu() for layer, values in self.compute(images.to(self.device)).items()}
+
+    @torch.no_grad()
+    def classes(self, images: torch.Tensor, features: dict[str, torch.Tensor]) -> torch.Tensor | None:
+        """Class ids (B,) of images, whose features are these already; None where nothing judges classes."""
+        if self.judge is not None:
+            return self.judge.classify(images.to(self.device))
+        return None if self.logits_layer is None else features[self.logits_layer].argmax(1)
 
     def check_images(self, channels: int, image_size: int) -> None:
         """Raise ValueError when images of this shape cannot be judged."""
@@ -78,6 +93,8 @@ class FeatureExtractor:
         if self.config is not None:
             description["test_accuracy"] = self.config.test_accuracy
             description["data_fingerprint"] = self.config.data_fingerprint
+        if self.judge is not None:
+            description["classifier"] = self.judge.describe()
         return description
 
 

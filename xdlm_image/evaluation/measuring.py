@@ -35,7 +35,7 @@ class Measured:
 
     Attributes:
         statistics: Layer -> mean and covariance.
-        class_accuracy: Share of images that the extractor's own head puts in their class; None without such a head.
+        class_accuracy: Share of images that the extractor's judge puts in their class; None without one.
         pairs: How the images' codes go together; None where they were not made of codes.
         kept: The main layer's features themselves; None where they were not asked for, and on all ranks but the first.
         score: Inception Score (`mean`, `std`); None where it was not asked for or there is no Inception.
@@ -80,8 +80,9 @@ def measure(
             collector.update(batch.start, features[extractor.fid_layers[0]], batch.labels)
         if scores is not None:
             scores.update(batch.start, features[str(extractor.score_layer)], batch.labels)
-        if extractor.logits_layer is not None:
-            right += int((features[extractor.logits_layer].argmax(1) == batch.labels.cpu()).sum())
+        classes = extractor.classes(batch.images, features)
+        if classes is not None:
+            right += int((classes == batch.labels.cpu()).sum())
         if pairs is not None and batch.codes is not None:
             pairs.update(batch.codes)
         if progress is not None:
@@ -91,7 +92,7 @@ def measure(
     if pairs is not None:
         pairs.all_reduce(extractor.device)
     count = next(iter(statistics.values())).count
-    accuracy = sum_over_ranks(right, extractor.device) / count if extractor.logits_layer is not None else None
+    accuracy = sum_over_ranks(right, extractor.device) / count if extractor.judges_classes else None
     kept = None if collector is None else collector.gather()
     logits = None if scores is None else scores.gather()
     score = None if logits is None else inception_score(logits.features)
@@ -142,6 +143,8 @@ def cached_measure(
             before it.
     """
     key = {**key, "extractor": extractor.weights_hash, "layers": list(extractor.fid_layers)}
+    if extractor.judge is not None:
+        key["classifier"] = extractor.judge.weights_hash
     place = folder / f"{label}-{short_hash(key)}"
     file = None if features is None else features / place.name / FEATURES
     found = _load_again(place, key, num_codes, file)

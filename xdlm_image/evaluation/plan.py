@@ -20,6 +20,7 @@ from xdlm_image.data.images import ImageSet
 from xdlm_image.data.labels import Labels, same_classes
 from xdlm_image.devices import best_device
 from xdlm_image.evaluation.batches import UINT8_RULE
+from xdlm_image.evaluation.class_judge import load_class_judge
 from xdlm_image.evaluation.drawing import (
     SamplerSettings,
     class_names,
@@ -97,7 +98,13 @@ def check(recipe: EvaluateRecipe) -> Plan:
     notes = []
     if extractor.config is not None and extractor.config.class_names != names:
         extractor = replace(extractor, logits_layer=None)
-        notes.append("the extractor was trained on other classes than the data's: no class accuracy is given")
+        if recipe.classifier is None:
+            notes.append("the extractor was trained on other classes than the data's: no class accuracy is given")
+    if recipe.classifier is not None:
+        extractor = replace(extractor, judge=load_class_judge(recipe.classifier, names, device))
+        if reference is not None and reference.about["class_accuracy"] is not None:
+            notes.append("the reference folder's images were judged by another classifier: their accuracy is left out")
+            reference.forget_class_accuracy()
     for layer, dim in extractor.feature_dims.items():
         smallest = recipe.num_samples if target.num_images is None else min(recipe.num_samples, target.num_images)
         if smallest < 2 * dim:

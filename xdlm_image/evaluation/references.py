@@ -54,6 +54,11 @@ class Reference:
     images: Measured
     reconstructions: dict[str, Measured]
 
+    def forget_class_accuracy(self) -> None:
+        """Leave out what another classifier said of the images."""
+        for measured in (self.about, *self.about["reconstructions"].values(), *self.about["train"]["floors"].values()):
+            measured["class_accuracy"] = None
+
     def floors(self, pipelines: Mapping[str, str], num_samples: int) -> dict[str, Any]:
         """The floors of a sweep, as `fid.json` holds them.
 

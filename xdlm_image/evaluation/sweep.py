@@ -171,7 +171,7 @@ def _judged_by(plan: Plan, reference: Reference) -> dict[str, Any]:
     return {
         "reference": reference.about["images"],
         "extractor": plan.extractor.weights_hash,
-        "class_accuracy": plan.extractor.logits_layer is not None,
+        "class_accuracy": plan.extractor.judge.weights_hash if plan.extractor.judge else plan.extractor.judges_classes,
     }
 
 

@@ -198,7 +198,9 @@ def _accuracy_tables(content: Content) -> Iterator[Table]:
     if any(value(cell) is not None for cell in content["cells"]):
         real = content["floors"]["reference_class_accuracy"]
         note = "" if real is None else f"The same classifier on the real reference images: {100 * real:.2f} %."
-        yield _table(content, "Class accuracy (%), judged by the extractor's own classifier", value, note)
+        judge = content["protocol"]["extractor"].get("classifier")
+        by = judge["name"] if judge else "the extractor's own classifier"
+        yield _table(content, f"Class accuracy (%), judged by {by}", value, note)
 
 
 def _image_sets(content: Content) -> Table:

@@ -155,13 +155,16 @@ class EvaluateRecipe:
 
     Attributes:
         output_dir: Folder for `fid.json`, `fid.md`, `fid.png` and `grid_*.png`; a killed sweep goes on from there.
-        pipelines: Name of each pipeline in the table -> its folder.
+        pipelines: Name of each pipeline in the table -> its folder; ours, or any class-conditional one of diffusers.
         images: Name of each set that is already drawn -> its folder of image files (class folders give classes) or .npz
             (ADM's format); judged as they are, never resized.
         data: The reference images.
-        reference: Folder of `xdlm-image reference` in the place of the images: no data set is then needed.
+        reference: In the place of the images: a folder of `xdlm-image reference`, a file of published statistics (.npz,
+            .pt), or a known one by name (`adm-imagenet-256`, `mar-imagenet-256`).
         extractor: `inception` (torch-fidelity's: FID, sFID, Inception Score), `dinov2` (FD-DINOv2), either with
             `:FILE` of its weights, the folder of a trained small classifier, or a list of them, the main one first.
+        classifier: Who says whether samples are of the class that was asked for: `timm:MODEL` or `timm:MODEL:FILE` for
+            ImageNet's classes, or the folder of a small classifier; None leaves it to the extractor.
         reference_split: Split whose images are the reference.
         num_steps: Step counts of the sweep.
         num_samples: Images a cell; a multiple of the class count, so that classes are balanced.
@@ -182,6 +185,7 @@ class EvaluateRecipe:
     data: DataOptions = field(default_factory=DataOptions)
     reference: str | None = None
     extractor: list[str] | str = "inception"
+    classifier: str | None = None
     reference_split: Literal["train", "validation", "test"] = "test"
     num_steps: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16, 32, 64])
     num_samples: int = 5000
