@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
 from xdlm_image.data.images import DEBIAN_FASHION_MNIST, normalise, open_images, read_image, to_uint8
@@ -38,6 +39,18 @@ def test_uint8_and_float_are_inverse():
     assert normalise(raw).min() == -1 and normalise(raw).max() == 1
     assert torch.equal(to_uint8(normalise(raw)), raw)
     assert to_uint8(torch.tensor([-3.0, 3.0])).tolist() == [0, 255]
+
+
+def test_floats_become_bytes_as_in_the_pngs_of_diffusers(tmp_path) -> None:
+    """Rounded to nearest, not cut off: the rule in every protocol. Cutting off shifts FID."""
+    levels = torch.arange(255, dtype=torch.float64)
+    for offset, wanted in ((0.49, 0), (0.51, 1)):
+        assert torch.equal(to_uint8((levels + offset) / 127.5 - 1).long(), levels.long() + wanted)
+    images = 2.4 * torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) - 1.2
+    for i, picture in enumerate(VaeImageProcessor().postprocess(images, output_type="pil")):
+        picture.save(tmp_path / "a.png")
+        with Image.open(tmp_path / "a.png") as again:
+            assert np.array_equal(np.asarray(again), to_uint8(images[i]).permute(1, 2, 0).numpy())
 
 
 # ------------------------------------------------------------------------------------------------ kinds of files

@@ -188,6 +188,7 @@ def test_scheduler_saves_and_loads(tmp_path) -> None:
         (lambda: XDLMProcess(0.1, 8, "C"), "definition='C'"),
         (lambda: XDLMScheduler(time_grid="spiral"), "time_grid='spiral'"),
         (lambda: XDLMScheduler().set_timesteps(0), "num_inference_steps=0"),
+        (lambda: XDLMScheduler().set_timesteps(10**9), "num_inference_steps=1000000000: .* from 1 to 100,000"),
         (lambda: XDLMScheduler().set_timesteps(2.5), "num_inference_steps=2.5"),
         (lambda: XDLMScheduler().set_timesteps(), "one of the two"),
         (lambda: XDLMScheduler().set_timesteps(timesteps=[1.0, 1.0]), "fall strictly"),

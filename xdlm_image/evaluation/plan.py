@@ -251,8 +251,8 @@ def protocol(plan: Plan, reference: Reference) -> dict[str, Any]:
     return {
         "reference": {**reference.about["images"], "statistics_sha256": reference.images.hashes},
         "num_samples": recipe.num_samples,
-        "samples_per_class": recipe.num_samples // classes,
-        "class_balance": f"image i has class i mod {classes}",
+        "samples_per_class": recipe.num_samples // classes if recipe.pipelines else None,
+        "class_balance": f"image i has class i mod {classes}" if recipe.pipelines else None,
         "seeds": recipe.seeds,
         "seed_rule": SEED_RULE,
         "uint8_rule": UINT8_RULE,

@@ -20,6 +20,7 @@ from diffusers.utils import BaseOutput
 
 from .process_xdlm import Generators, XDLMProcess, draw_uniforms
 
+MAX_STEPS = 100_000  # a slip of the keyboard beyond that
 TIME_GRIDS = {
     # progress r in [0, 1] -> t, from 1 to 0; alpha = 1 - t, so a grid in t is a grid in alpha
     "linear": lambda r: 1.0 - r,
@@ -98,8 +99,10 @@ class XDLMScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError("set_timesteps: give num_inference_steps or timesteps, one of the two")
         if timesteps is None:
             assert num_inference_steps is not None
-            if num_inference_steps != int(num_inference_steps) or num_inference_steps < 1:
-                raise ValueError(f"num_inference_steps={num_inference_steps!r}: must be a whole number, at least 1")
+            if num_inference_steps != int(num_inference_steps) or not 1 <= num_inference_steps <= MAX_STEPS:
+                raise ValueError(
+                    f"num_inference_steps={num_inference_steps!r}: must be a whole number from 1 to {MAX_STEPS:,}"
+                )
             n, grid = int(num_inference_steps), TIME_GRIDS[self.config.time_grid]
             if not 1e-6 <= start <= 1.0:  # below, no code of a million is noise, and steps cannot be told apart
                 raise ValueError(f"start={start!r}: must lie in (0, 1], and not below 1e-6")
