@@ -12,6 +12,7 @@ cd "$(dirname "$0")/.."
 size=${1:-}
 runs=${RUNS:-runs/shipped-$size}
 models=${MODELS:-$runs/models}
+drawing=(xdlm-image)
 declare -A k=([mdlm]=0 [xdlm-0.1]=0.1 [xdlm-0.5]=0.5 [udlm]=1) rate
 case "$size" in
     cpu)
@@ -22,7 +23,8 @@ case "$size" in
         rate=([mdlm]=8e-3 [xdlm-0.1]=8e-3 [xdlm-0.5]=8e-3 [udlm]=8e-3)
         evaluate=(--num_samples 5000 --seeds '[0, 1, 2]' --dtype bfloat16 --compile true)
         at_once=2
-        export OMP_NUM_THREADS=1 # one core a training; the verbs before and after take minutes
+        export OMP_NUM_THREADS=1 # one core a training, and two processes where images are drawn
+        drawing=(env ACCELERATE_USE_CPU=true torchrun --standalone --nproc-per-node 2 -m xdlm_image.cli)
         ;;
     gpu)
         classifier=(--batch_size 256)
@@ -77,9 +79,9 @@ xdlm-image reference --data.name fashion-mnist --extractor "$models/extractor" -
 
 pipelines="{mdlm: $models/pipelines/mdlm, xdlm-0.1: $models/pipelines/xdlm-0.1, \
 xdlm-0.5: $models/pipelines/xdlm-0.5, udlm: $models/pipelines/udlm}"
-xdlm-image evaluate --pipelines "$pipelines" --reference "$models/reference" --extractor "$models/extractor" \
+"${drawing[@]}" evaluate --pipelines "$pipelines" --reference "$models/reference" --extractor "$models/extractor" \
     --output_dir "$runs/evaluation" "${evaluate[@]}"
-xdlm-image evaluate --pipelines "$pipelines" --data.name fashion-mnist --extractor "$runs/independent" \
+"${drawing[@]}" evaluate --pipelines "$pipelines" --data.name fashion-mnist --extractor "$runs/independent" \
     --output_dir "$runs/independent_evaluation" "${evaluate[@]}" --num_steps '[8]' --seeds '[0]'
 python shipped/collect.py "$runs" "$models" --evaluation
 echo "xdlm-image demo --models $models"
