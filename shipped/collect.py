@@ -31,15 +31,16 @@ def collect_models(runs: Path, models: Path) -> None:
         pipeline.save_pretrained(partial)
         replace_folder(partial, models / "pipelines" / name)
         copy(runs / name, models / "training" / name, ("recipe.yaml", "metrics.jsonl"))
+    copy(runs / "perceptual", models / "training" / "perceptual", ("config.json", "report.json"))
     copy(runs / "tokenizer", models / "training" / "tokenizer", ("report.json", "metrics.jsonl", "reconstructions.png"))
     plot_curves(runs, models / "training" / "curves.png")
 
 
 def collect_evaluation(runs: Path, models: Path) -> None:
-    """The tables, the grids, and what the independent classifier says."""
+    """Numbers, tables, plots and grids."""
     pictures = [file.name for file in sorted((runs / "evaluation").glob("*.png"))]
-    copy(runs / "evaluation", models / "evaluation", ("fid.json", "fid.md", *pictures))
-    copy(runs / "independent_evaluation", models / "evaluation" / "independent_classifier", ("fid.json", "fid.md"))
+    copy(runs / "evaluation", models / "evaluation", ("fid.json", "fid.csv", "fid.md", "report.html", *pictures))
+    copy(runs / "independent", models / "training" / "independent", ("config.json", "report.json"))
 
 
 def copy(source: Path, target: Path, names: tuple[str, ...]) -> None:

@@ -79,9 +79,7 @@ xdlm-image reference --data.name fashion-mnist --extractor "$models/extractor" -
 
 pipelines="{mdlm: $models/pipelines/mdlm, xdlm-0.1: $models/pipelines/xdlm-0.1, \
 xdlm-0.5: $models/pipelines/xdlm-0.5, udlm: $models/pipelines/udlm}"
-"${drawing[@]}" evaluate --pipelines "$pipelines" --reference "$models/reference" --extractor "$models/extractor" \
-    --output_dir "$runs/evaluation" "${evaluate[@]}"
-"${drawing[@]}" evaluate --pipelines "$pipelines" --data.name fashion-mnist --extractor "$runs/independent" \
-    --output_dir "$runs/independent_evaluation" "${evaluate[@]}" --num_steps '[8]' --seeds '[0]'
+"${drawing[@]}" evaluate --pipelines "$pipelines" --data.name fashion-mnist --extractor "$models/extractor" \
+    --classifier "$runs/independent" --output_dir "$runs/evaluation" "${evaluate[@]}"
 python shipped/collect.py "$runs" "$models" --evaluation
 echo "xdlm-image demo --models $models"

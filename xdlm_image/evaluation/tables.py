@@ -196,8 +196,12 @@ def _pair_tables(content: Content) -> Iterator[Table]:
 def _accuracy_tables(content: Content) -> Iterator[Table]:
     value = functools.partial(_percent, "class_accuracy")
     if any(value(cell) is not None for cell in content["cells"]):
-        real = content["floors"]["reference_class_accuracy"]
+        floors = content["floors"]
+        real = floors["reference_class_accuracy"]
         note = "" if real is None else f"The same classifier on the real reference images: {100 * real:.2f} %."
+        for floor in floors["reconstruction"]:
+            if floor["class_accuracy"] is not None:
+                note += f" On their reconstructions ({_users(floor)}): {100 * floor['class_accuracy']:.2f} %."
         judge = content["protocol"]["extractor"].get("classifier")
         by = judge["name"] if judge else "the extractor's own classifier"
         yield _table(content, f"Class accuracy (%), judged by {by}", value, note)
