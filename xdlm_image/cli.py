@@ -59,6 +59,11 @@ VERBS: dict[str, tuple[type, str, str]] = {
         "xdlm_image.evaluation.sweep:evaluate",
         "FID of several pipelines over step counts: JSON with the protocol, table, plot, grids; resumes by itself.",
     ),
+    "nelbo": (
+        recipes.NelboRecipe,
+        "xdlm_image.evaluation.nelbo:nelbo",
+        "NELBO of pipelines on held-out codes: bits per token with intervals, over k and over training; resumes.",
+    ),
     "demo": (
         recipes.DemoRecipe,
         "xdlm_image.evaluation.demo:demo",
