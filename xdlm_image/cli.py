@@ -64,6 +64,11 @@ VERBS: dict[str, tuple[type, str, str]] = {
         "xdlm_image.evaluation.neighbours:neighbours",
         "Show the training images nearest to samples, and how near held-out images lie: are samples copies?",
     ),
+    "nelbo": (
+        recipes.NelboRecipe,
+        "xdlm_image.evaluation.nelbo:nelbo",
+        "NELBO of pipelines on held-out codes: bits per token with intervals, over k and over training; resumes.",
+    ),
     "demo": (
         recipes.DemoRecipe,
         "xdlm_image.evaluation.demo:demo",

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-import re
 import warnings
 from dataclasses import dataclass, replace
 from itertools import product
@@ -20,6 +19,7 @@ from xdlm_image.data.images import ImageSet
 from xdlm_image.data.labels import Labels, same_classes
 from xdlm_image.devices import best_device
 from xdlm_image.evaluation.batches import UINT8_RULE
+from xdlm_image.evaluation.cells import refuse_name
 from xdlm_image.evaluation.class_judge import load_class_judge
 from xdlm_image.evaluation.drawing import (
     SamplerSettings,
@@ -79,8 +79,7 @@ def check(recipe: EvaluateRecipe) -> Plan:
     for seed in recipe.seeds:
         image_seed(seed, recipe.num_samples - 1)
     for name in (*recipe.pipelines, *recipe.images):
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._=+-]*", name):
-            raise ValueError(f"pipelines: the name {name!r} becomes part of file names; use letters, digits, . _ = + -")
+        refuse_name("pipelines", name)
     device = best_device(recipe.device)
     processes = process_state()
     if processes is not None and recipe.device is None:

@@ -7,7 +7,6 @@ This file owns the order of a sweep and what `fid.json` holds. Numbers come from
 from __future__ import annotations
 
 import itertools
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from tqdm import tqdm
 
 from xdlm_image.data.labels import labels_of_folders
 from xdlm_image.devices import uncompiled
+from xdlm_image.evaluation.cells import read_cell
 from xdlm_image.evaluation.comparing import distances, fids
 from xdlm_image.evaluation.drawing import (
     DrawnBatches,
@@ -149,7 +149,7 @@ def _image_set(plan: Plan, name: str, reference: Reference) -> dict[str, Any]:
     given = plan.given[name]
     key = {"cell_version": CELL_VERSION, **given.describe(), **_judged_by(plan, reference)}
     path = Path(plan.recipe.output_dir) / "cells" / f"{name}-{short_hash(key)}.json"
-    done = _read_cell(path, key)
+    done = read_cell(path, key)
     if done is not None:
         return {**done, "name": name}
     main, world = rank_and_world()[0] == 0, rank_and_world()[1]
@@ -216,7 +216,7 @@ def _cell(
     )
     label = f"{name}-steps{settings.num_steps}{variant}-seed{seed}"
     path = Path(recipe.output_dir) / "cells" / f"{label}-{short_hash(key)}.json"
-    done = _read_cell(path, key)
+    done = read_cell(path, key)
     if done is not None:
         return {**done, "pipeline": name}
     main = rank_and_world()[0] == 0
@@ -273,19 +273,6 @@ def _against_reconstructions(measured: Measured, reconstructions: Measured | Non
         "fid_against_reconstructions": fids(measured, reconstructions),
         "code_pair_total_variation": measured.pairs.total_variation(reconstructions.pairs),
     }
-
-
-def _read_cell(path: Path, key: dict[str, Any]) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        if stored["key"] != json.loads(json.dumps(key)):
-            raise ValueError("it is of another protocol")
-        return dict(stored["result"])
-    except (ValueError, KeyError, TypeError) as error:
-        tqdm.write(f"{path}: this result cannot be used ({error}); measuring anew")
-        return None
 
 
 def _pictures(plan: Plan, pipeline: Any, name: str, output: Path) -> None:

@@ -7,6 +7,7 @@ the rooms (`data`, `tokenizer`, `training`, `evaluation`, `cli`) read them.
 
 from .conversion import ConversionRecipe, ConvertXDLMRecipe
 from .data import DataOptions, EncodeRecipe
+from .nelbo import NelboRecipe
 from .publishing import ExportRecipe
 from .sampling import DemoRecipe, EvaluateRecipe, NeighboursRecipe, ReferenceRecipe, SampleRecipe
 from .tokenizer import ExtractorRecipe, TokenizerModelOptions, TokenizerRecipe
@@ -21,6 +22,7 @@ __all__ = [
     "EvaluateRecipe",
     "ExportRecipe",
     "ExtractorRecipe",
+    "NelboRecipe",
     "NeighboursRecipe",
     "ProcessOptions",
     "ReferenceRecipe",

@@ -1,0 +1,53 @@
+"""Recipe of the verb `nelbo`: which pipelines, on which held-out codes, with how much noise."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from .checks import require
+
+
+@dataclass
+class NelboRecipe:
+    """NELBO of one or more pipelines on held-out codes, bits per token with 95 % intervals over images.
+
+    Attributes:
+        pipelines: Name of each pipeline in the table -> its folder.
+        codes: Code cache of held-out images (from `encode`), made by the pipelines' own tokenizer.
+        output_dir: Folder for `nelbo.json`, `nelbo.md`, `nelbo.csv` and `nelbo.png`; a killed run goes on from there.
+        runs: Name -> folder of a training run, whose validation curve goes into `nelbo_training.csv` and
+            `nelbo_training.png`.
+        num_images: Images of the cache, spread over all of it; None takes every one.
+        num_times: Noise levels an image; each is one evaluation of the network.
+        t_min: Least t that training saw; how much of the NELBO lies below it is told apart.
+        seed: Chooses the images and their noise.
+        dtype: What the network computes in; the loss stays in float32.
+        batch_size: Noisy images that the network sees at once.
+        device: torch device; None picks the best there is.
+    """
+
+    pipelines: dict[str, str]
+    codes: str
+    output_dir: str
+    runs: dict[str, str] = field(default_factory=dict)
+    num_images: int | None = None
+    num_times: int = 8
+    t_min: float = 1e-3
+    seed: int = 0
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    batch_size: int = 256
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        require(len(self.pipelines) > 0, "pipelines", self.pipelines, "name at least one, as NAME: FOLDER")
+        require(
+            self.num_images is None or self.num_images >= 2,
+            "num_images",
+            self.num_images,
+            "an interval takes at least 2 images, and many for one that means much",
+        )
+        require(self.num_times >= 1, "num_times", self.num_times, "must be at least 1")
+        require(0 < self.t_min < 1, "t_min", self.t_min, "must lie in (0, 1)")
+        require(self.seed >= 0, "seed", self.seed, "must be at least 0")
+        require(self.batch_size >= 1, "batch_size", self.batch_size, "must be at least 1")
