@@ -11,6 +11,8 @@ from evaluation_parts import build_parts, one_thread  # noqa: F401
 from PIL import Image
 
 from xdlm_image.evaluation import sweep
+from xdlm_image.evaluation.plan import _add_nelbo
+from xdlm_image.evaluation.plots import write_plots
 from xdlm_image.evaluation.sweep import evaluate
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*images are few for the.*:UserWarning")
@@ -81,6 +83,31 @@ def test_names_with_markup_do_not_become_markup(finished, tmp_path):
     content["warnings"] = ["<script>alert(1)</script>"]
     page = write_html(tmp_path, content).read_text()
     assert "<script>" not in page and "&lt;script&gt;" in page and "<img" not in page  # no pictures lie there
+
+
+def test_fid_against_nelbo(finished, tmp_path):
+    content = json.loads((finished / "fid.json").read_text())
+    told = content["protocol"]["pipelines"]
+    measured = {
+        "protocol": {"pipelines": {name: {"weights_hash": about["weights_hash"]} for name, about in told.items()}},
+        "results": [
+            {"pipeline": name, "bits_per_token": {"mean": 5.0 + i, "low": 4.9 + i, "high": 5.1 + i}}
+            for i, name in enumerate(told)
+        ],
+    }
+    (tmp_path / "nelbo.json").write_text(json.dumps(measured))
+    _add_nelbo(str(tmp_path / "nelbo.json"), told)
+    assert [about["nelbo_bits_per_token"]["mean"] for about in told.values()] == [5.0, 6.0]
+    assert tmp_path / "fid_nelbo.png" in write_plots(tmp_path, content)
+    measured["results"].pop()
+    (tmp_path / "nelbo.json").write_text(json.dumps(measured))
+    with pytest.raises(ValueError, match="holds no pipeline of the weights of xdlm-0.1"):
+        _add_nelbo(str(tmp_path / "nelbo.json"), told)
+    (tmp_path / "nelbo.json").write_text("{}")
+    with pytest.raises(ValueError, match="no file of the verb nelbo"):
+        _add_nelbo(str(tmp_path / "nelbo.json"), told)
+    with pytest.raises(FileNotFoundError, match="`xdlm-image nelbo` writes it"):
+        _add_nelbo(str(tmp_path / "none.json"), told)
 
 
 def test_plots_of_nfe_time_and_k(finished):

@@ -6,10 +6,12 @@ This file owns the checks before expensive work and the content of `fid.json`'s 
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import platform
 import warnings
 from dataclasses import dataclass, replace
 from itertools import product
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -119,6 +121,8 @@ def check(recipe: EvaluateRecipe) -> Plan:
             notes.append(
                 f"{name} is a {about['class']}: that its class ids mean the reference's classes is taken on trust"
             )
+    if recipe.nelbo is not None:
+        _add_nelbo(recipe.nelbo, pipelines)
     given = {name: GivenImages(path, *shape, names) for name, path in recipe.images.items()}
     for name, images_given in given.items():
         notes += images_given.notes
@@ -232,6 +236,22 @@ def _check_pipeline(
         "conditional": num_classes is not None,
         "grid": list(pipeline.transformer.grid),
     }
+
+
+def _add_nelbo(file: str, pipelines: dict[str, dict[str, Any]]) -> None:
+    """Put what the verb `nelbo` measured beside the pipelines of the same weights."""
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"nelbo={file!r}: no such file; `xdlm-image nelbo` writes it")
+    try:
+        content = json.loads(Path(file).read_text(encoding="utf-8"))
+        told = content["protocol"]["pipelines"]
+        found = {told[cell["pipeline"]]["weights_hash"]: cell["bits_per_token"] for cell in content["results"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"nelbo={file!r}: no file of the verb nelbo ({error!r})") from error
+    for name, about in pipelines.items():
+        if about["weights_hash"] not in found:
+            raise ValueError(f"nelbo={file!r}: holds no pipeline of the weights of {name}; measure it there too")
+        about["nelbo_bits_per_token"] = found[about["weights_hash"]]
 
 
 def metric_name(extractor: FeatureExtractor) -> str:

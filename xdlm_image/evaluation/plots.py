@@ -14,11 +14,15 @@ from typing import Any
 from xdlm_image.evaluation.tables import Content, floor_images, measured_layers, rows
 from xdlm_image.files import write_atomic
 
+NELBO = "nelbo_bits_per_token"
 Point = tuple[float, float, float]  # x, mean, standard deviation (nan of one value)
 
 
 def write_plots(output_dir: str | Path, content: Content) -> list[Path]:
-    """Write `fid.png` and `fid_time.png`, and `fid_k.png` where the pipelines differ in k; a panel a feature layer."""
+    """Write `fid.png` and `fid_time.png`; `fid_k.png` where pipelines differ in k, `fid_nelbo.png` where NELBO is known.
+
+    Each has a panel for every feature layer.
+    """
     output = Path(output_dir)
     lines = rows(content)
     found = [
@@ -35,9 +39,17 @@ def write_plots(output_dir: str | Path, content: Content) -> list[Path]:
             f"milliseconds an image ({content['cells'][0]['device']})",
         ),
     ]
-    of_k = _curves_over_k(content)
-    if of_k:
-        found.append(_panels(output / "fid_k.png", content, of_k, "k (0: MDLM, 1: UDLM)", linear_x=True))
+    pipelines = content["protocol"]["pipelines"]
+    k = {name: float(about["scheduler"]["k"]) for name, about in pipelines.items() if "k" in about["scheduler"]}
+    if len(set(k.values())) > 1:
+        found.append(
+            _panels(output / "fid_k.png", content, _curves_over(content, k), "k (0: MDLM, 1: UDLM)", linear_x=True)
+        )
+    nelbo = {name: about[NELBO]["mean"] for name, about in pipelines.items() if NELBO in about}
+    if nelbo:
+        curves = _curves_over(content, nelbo)
+        label = "NELBO on held-out codes, bits per token"
+        found.append(_panels(output / "fid_nelbo.png", content, curves, label, linear_x=True, marks=nelbo))
     return found
 
 
@@ -57,12 +69,8 @@ def _curve(cells: list[Content], x: Callable[[Content], float]) -> Curve:
     return points
 
 
-def _curves_over_k(content: Content) -> dict[str, Curve]:
-    """A line a step count, at the first of every other setting; none unless the pipelines have several k."""
-    pipelines = content["protocol"]["pipelines"].items()
-    about = {name: pipeline for name, pipeline in pipelines if "k" in pipeline["scheduler"]}
-    if len({pipeline["scheduler"]["k"] for pipeline in about.values()}) < 2:
-        return {}
+def _curves_over(content: Content, places: dict[str, float]) -> dict[str, Curve]:
+    """A line a step count through the pipelines, each at its place, at the first of every other setting."""
     first = {axis: values[0] for axis, values in content["protocol"]["sampler"].items() if isinstance(values, list)}
     first.pop("num_steps")
     cells = [cell for cell in content["cells"] if all(cell[axis] == value for axis, value in first.items())]
@@ -71,10 +79,10 @@ def _curves_over_k(content: Content) -> dict[str, Curve]:
 
         def points(layer: str, steps: int = steps) -> list[Point]:
             found = []
-            for name, pipeline in sorted(about.items(), key=lambda item: item[1]["scheduler"]["k"]):
+            for name, place in sorted(places.items(), key=lambda item: item[1]):
                 own = [cell for cell in cells if cell["pipeline"] == name and cell["num_steps"] == steps]
                 if own:
-                    found.append((float(pipeline["scheduler"]["k"]), *_mean_and_deviation(own, layer)))
+                    found.append((place, *_mean_and_deviation(own, layer)))
             return found
 
         curves[f"{steps} step{'s' if steps > 1 else ''}"] = points
@@ -86,8 +94,15 @@ def _mean_and_deviation(cells: list[Content], layer: str) -> tuple[float, float]
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else math.nan
 
 
-def _panels(path: Path, content: Content, curves: dict[str, Curve], x_label: str, linear_x: bool = False) -> Path:
-    """A panel for each feature layer: the curves with their spread over seeds, the floors as lines."""
+def _panels(
+    path: Path,
+    content: Content,
+    curves: dict[str, Curve],
+    x_label: str,
+    linear_x: bool = False,
+    marks: dict[str, float] | None = None,
+) -> Path:
+    """A panel for each feature layer: the curves with their spread over seeds, the floors as lines, names at places."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter, NullLocator, StrMethodFormatter
@@ -111,6 +126,8 @@ def _panels(path: Path, content: Content, curves: dict[str, Curve], x_label: str
         train = floors["train_against_reference"]
         if train is not None:
             panel.axhline(train["fid"][layer], linestyle=":", color="black", linewidth=1, label=floor_images(content))
+        for name, place in (marks or {}).items():
+            panel.text(place, 0.02, f" {name}", transform=panel.get_xaxis_transform(), rotation=90, fontsize=8)
         if not linear_x:
             panel.set_xscale("log", base=2)
         if linear_x or len(places) <= 10:

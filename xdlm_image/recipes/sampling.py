@@ -165,6 +165,7 @@ class EvaluateRecipe:
             `:FILE` of its weights, the folder of a trained small classifier, or a list of them, the main one first.
         classifier: Who says whether samples are of the class that was asked for: `timm:MODEL` or `timm:MODEL:FILE` for
             ImageNet's classes, or the folder of a small classifier; None leaves it to the extractor.
+        nelbo: `nelbo.json` of the verb `nelbo` on these pipelines, for a plot of FID against NELBO; None leaves it out.
         reference_split: Split whose images are the reference.
         num_steps: Step counts of the sweep.
         num_samples: Images a cell; a multiple of the class count, so that classes are balanced.
@@ -186,6 +187,7 @@ class EvaluateRecipe:
     reference: str | None = None
     extractor: list[str] | str = "inception"
     classifier: str | None = None
+    nelbo: str | None = None
     reference_split: Literal["train", "validation", "test"] = "test"
     num_steps: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16, 32, 64])
     num_samples: int = 5000
