@@ -19,7 +19,7 @@ Point = tuple[float, float, float]  # x, mean, standard deviation (nan of one va
 
 
 def write_plots(output_dir: str | Path, content: Content) -> list[Path]:
-    """Write `fid.png` and `fid_time.png`; `fid_k.png` where pipelines differ in k, `fid_nelbo.png` where NELBO is known.
+    """Write `fid.png` and `fid_time.png`; `fid_k.png` if pipelines differ in k, `fid_nelbo.png` if NELBO is known.
 
     Each has a panel for every feature layer.
     """
