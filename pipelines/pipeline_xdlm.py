@@ -359,6 +359,7 @@ class XDLMPipeline(SelfContainedPipeline):
         times_on_device = times.float().to(device)  # all at once: no step waits for its time to arrive
         self._num_timesteps = len(times)
         latents = self.prepare_latents(batch_size, generator, device, latents)  # (B, h, w)
+        generator = self.scheduler.draw_ahead(generator, latents.flatten(1).shape)
 
         # 4. Reverse steps
         with self.progress_bar(total=len(times)) as progress_bar:

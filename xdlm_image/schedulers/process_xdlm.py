@@ -18,6 +18,7 @@ This file travels to the Hub beside weights: it imports torch and the standard l
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -25,7 +26,41 @@ from typing import NamedTuple
 
 import torch
 
-Generators = torch.Generator | Sequence[torch.Generator] | None
+
+class UniformsAhead:
+    """What `draw_uniforms` would give in the next calls, from one generator an image, in one loop over the images.
+
+    Call i gives the very numbers that it would give without this. The generators are drawn from at once, so whoever
+    stops early leaves them further on.
+
+    Args:
+        generators: One per image, on the CPU.
+        shape: Shape of one of the two results of a call, images first.
+        calls: How many calls.
+    """
+
+    def __init__(self, generators: Sequence[torch.Generator], shape: Sequence[int], calls: int) -> None:
+        self.shape = tuple(shape)
+        full = (calls, *self.shape[1:], 2)
+        numbers = [torch.rand(full, generator=g, dtype=torch.float64) for g in generators]  # (calls, ..., 2) each
+        self._calls = iter(torch.stack(numbers, dim=1))  # (B, ..., 2) each
+
+    def take(self) -> torch.Tensor:
+        """The numbers of the next call, float64 (*shape, 2)."""
+        return next(self._calls)
+
+
+Generators = torch.Generator | Sequence[torch.Generator] | UniformsAhead | None
+AHEAD_ELEMENTS = 1 << 24  # numbers drawn ahead: 128 MiB
+
+
+def draw_ahead(generator: Generators, shape: Sequence[int], calls: int) -> Generators:
+    """`UniformsAhead` where there is a generator per image on the CPU and memory for the numbers; else `generator`."""
+    one_an_image = isinstance(generator, list | tuple) and len(generator) == shape[0] > 0
+    if one_an_image and all(g.device.type == "cpu" for g in generator):  # type: ignore[union-attr]
+        fits = 2 * calls * math.prod(shape) <= AHEAD_ELEMENTS
+        return UniformsAhead(generator, shape, calls) if fits else generator  # type: ignore[arg-type]
+    return generator
 
 
 class MixtureWeights(NamedTuple):
@@ -233,11 +268,15 @@ def draw_uniforms(
         device: Where the results go.
 
     Raises:
-        ValueError: If the list's length is not the number of images.
+        ValueError: If the list's length is not the number of images, or numbers were drawn ahead for another shape.
     """
     device = torch.device(device) if device is not None else torch.device("cpu")
     full = (*shape, 2)
-    if isinstance(generator, torch.Generator) or generator is None:
+    if isinstance(generator, UniformsAhead):
+        if generator.shape != tuple(shape):
+            raise ValueError(f"generator: numbers were drawn ahead for shape {generator.shape}, not for {tuple(shape)}")
+        u = generator.take()
+    elif isinstance(generator, torch.Generator) or generator is None:
         source = generator.device if generator is not None else device
         u = torch.rand(full, generator=generator, device=source, dtype=_uniform_dtype(source))
     else:

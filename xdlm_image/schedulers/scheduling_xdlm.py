@@ -18,7 +18,8 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 
-from .process_xdlm import Generators, XDLMProcess, draw_uniforms
+from .process_xdlm import Generators, XDLMProcess, draw_ahead, draw_uniforms
+from .row_draw import draw_rows
 
 MAX_STEPS = 100_000  # a slip of the keyboard beyond that
 TIME_GRIDS = {
@@ -126,6 +127,14 @@ class XDLMScheduler(SchedulerMixin, ConfigMixin):
         """Codes at t = 1: int64 of `shape`, images first."""
         return self.process.prior(shape, generator, device)
 
+    def draw_ahead(self, generator: Generators, shape: Sequence[int]) -> Generators:
+        """Stands for `generator` in the steps to come on codes of `shape`, with the same result.
+
+        A generator per image then costs one loop over the images instead of one a step. The generators end where they
+        would after all steps of the grid, also if fewer are taken.
+        """
+        return draw_ahead(generator, shape, len(self.timesteps))
+
     def add_noise(
         self, original_samples: torch.Tensor, timesteps: torch.Tensor, generator: Generators = None
     ) -> torch.Tensor:
@@ -224,27 +233,24 @@ class XDLMScheduler(SchedulerMixin, ConfigMixin):
         z_rows = z[rows]  # (R,)
         if z_rows.numel() == 0:
             return prev
-        scores = logits[rows].float() / temperature  # (R, V)
-        if process.excluded_column is not None:
-            scores[:, process.excluded_column] = -torch.inf
-        p = torch.softmax(scores, dim=-1)
+        flat, places = logits.reshape(-1, logits.shape[-1]), rows.flatten().nonzero()[:, 0]
         u_rows, v_rows, mask_rows = u[rows], v[rows], is_mask[rows]
 
         # thinning: given its branch, u is uniform on the branch's interval
         start = torch.where(u_rows < end_model, 0.0, torch.where(u_rows < end_uniform, end_model, end_uniform))
         end = torch.where(u_rows < end_model, end_model, torch.where(u_rows < end_uniform, end_uniform, end_move))
         left_of_u = (u_rows - start) / (end - start)
-        p_z = p.gather(-1, z_rows.clamp(max=p.shape[-1] - 1)[:, None])[:, 0].to(u.dtype)
+        drawn, p_z = draw_rows(flat, places, z_rows, v_rows, temperature, process.excluded_column)
         c = float(process.signal_ratio(alpha_t, beta_t))
         accepted = mask_rows | (left_of_u * (1.0 + c * p_z) < 1.0)
         if last and process.num_ids > process.num_codes + 1:
             # definition B: the last draw is from the codes only, and so is the result; normalised among them, as all of
             # their p may have underflowed beside an id that is no code
-            p = torch.softmax(scores[:, : process.num_codes], dim=-1)
+            drawn, _ = draw_rows(flat[:, : process.num_codes], places, z_rows, v_rows, temperature)
             accepted |= z_rows >= process.num_codes
         moved = torch.where(
             u_rows < end_model,
-            _inverse_cdf(p, v_rows),
+            drawn,
             torch.where(u_rows < end_uniform, process._uniform_id(v_rows), process.mask),
         )
         prev[rows] = torch.where(accepted, moved, z_rows)
@@ -257,13 +263,3 @@ def _progress_at(grid: Callable[[float], float], t: float) -> float:
     while t < 1.0 and low < (middle := (low + high) / 2) < high:
         low, high = (middle, high) if grid(middle) > t else (low, middle)
     return low
-
-
-def _inverse_cdf(p: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Index drawn from unnormalised p (R, V) by one uniform v (R,) each: the first whose CDF exceeds v."""
-    cdf = p.to(v.dtype).cumsum(dim=-1)
-    total = cdf[:, -1]
-    if not bool(torch.isfinite(total).all()):
-        raise ValueError("model_output: holds NaN or infinities; the network diverged, or overflowed in half precision")
-    target = torch.minimum(v * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cdf, target[:, None], right=True)[:, 0]
