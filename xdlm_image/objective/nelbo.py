@@ -65,7 +65,8 @@ def xdlm_nelbo(
         raise ValueError(f"logits: width {logits.shape[-1]}, but the process has logits_width={process.logits_width}")
     wide = logits.reshape(-1, logits.shape[-1])
     wide = wide if wide.stride(1) == 1 else wide.contiguous()
-    return _XDLMNelbo.apply(wide, *rows, process, passes_for(logits.device, logits.dtype, backend), in_place).view(x.shape)
+    passes = passes_for(logits.device, logits.dtype, backend)
+    return _XDLMNelbo.apply(wide, *rows, process, passes, in_place).view(x.shape)
 
 
 def rows_of(
@@ -77,16 +78,14 @@ def rows_of(
     alpha: torch.Tensor,
     beta: torch.Tensor,
 ) -> Rows:
-    """z, x, alpha, beta and c of all tokens of `wide` (B, L, V), which errors call `name`; checked, flattened to (B L,)."""
+    """z, x, alpha, beta, c of the tokens of `wide` (B, L, V), which errors call `name`: checked and flattened."""
     if wide.ndim != 3 or wide.shape[:2] != x.shape or z.shape != x.shape:
         shapes = f"{name} {tuple(wide.shape)}, z {tuple(z.shape)}, x {tuple(x.shape)}"
         raise ValueError(f"{shapes}: need (B, L, V), (B, L), (B, L)")
     process.check_ids("x", x, process.num_codes)
     process.check_ids("z", z, process.num_ids)
     dtype = torch.float64 if wide.dtype == torch.float64 else torch.float32
-    alpha, beta = (
-        a.to(dtype).reshape(a.shape + (1,) * (x.ndim - a.ndim)).expand(x.shape) for a in (alpha, beta)
-    )
+    alpha, beta = (a.to(dtype).reshape(a.shape + (1,) * (x.ndim - a.ndim)).expand(x.shape) for a in (alpha, beta))
     rows = (z, x, alpha, beta, process.signal_ratio(alpha, beta))
     return Rows(*(value.contiguous().view(-1) for value in rows))
 

@@ -15,8 +15,8 @@ from ..schedulers import XDLMProcess
 from .row_scalars import TINY as TINY_NUMBER
 from .row_scalars import Rows, RowScalars
 
-FORWARD_BLOCK = 16384  # widest row kept in registers
-BACKWARD_BLOCK = 4096
+ROW_IN_REGISTERS = 16384  # widest row that the forward pass reads once
+BLOCK = 4096  # of wider rows, and of the backward pass
 NO_COLUMN = -1
 TINY = tl.constexpr(TINY_NUMBER)
 
@@ -27,7 +27,7 @@ def forward(logits: torch.Tensor, rows: Rows, process: XDLMProcess) -> tuple[tor
     loss = torch.empty(count, dtype=torch.float32, device=logits.device)
     scalars = torch.empty(len(RowScalars._fields), count, dtype=torch.float32, device=logits.device)
     if count:
-        block = min(triton.next_power_of_2(width), FORWARD_BLOCK)
+        block = triton.next_power_of_2(width) if width <= ROW_IN_REGISTERS else BLOCK
         with torch.cuda.device_of(logits):
             _forward_kernel[(count,)](
                 logits, logits.stride(0), *rows, loss, scalars, count, width, process.mask, _excluded(process),
@@ -48,7 +48,7 @@ def backward(
     """Write the gradient (R, V) into `out`, which may be the logits themselves; arguments as in `nelbo_eager`."""
     count, width = logits.shape
     if count:
-        block = min(triton.next_power_of_2(width), BACKWARD_BLOCK)
+        block = min(triton.next_power_of_2(width), BLOCK)
         with torch.cuda.device_of(logits):
             _backward_kernel[(count, triton.cdiv(width, block))](
                 logits, logits.stride(0), out, out.stride(0), rows.z, rows.x, rows.c, *scalars,
@@ -69,7 +69,7 @@ def _excluded(process: XDLMProcess) -> int:
 
 
 def _warps(block: int) -> int:
-    return min(16, max(1, block // 1024))
+    return min(32, max(1, block // 512))  # 16 logits a thread, 32 at most
 
 
 @triton.jit
