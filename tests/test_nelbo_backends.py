@@ -66,7 +66,7 @@ def test_equals_the_definition(backend: str, k: float, definition: str, K: int, 
         lambda *a, **o: xdlm_nelbo(*a[:3], process, *a[4:], **o), *given, process, *times, backend=backend
     )
     torch.testing.assert_close(actual[0], expected[0], rtol=5e-6, atol=5e-6)
-    rounding = 2.0**-8 if dtype == torch.bfloat16 else 0.0
+    rounding = 2.0**-7 if dtype == torch.bfloat16 else 0.0  # Triton's interpreter cuts off where others round
     torch.testing.assert_close(actual[1], expected[1], rtol=5e-6 + rounding, atol=2e-5)
 
 
@@ -150,8 +150,9 @@ def test_in_place_gradient_is_the_gradient_and_takes_the_memory_of_the_logits(ba
 @backends
 def test_in_place_is_refused_where_it_would_destroy_something(backend: str) -> None:
     base, *rest = in_place_case()
-    with pytest.raises(ValueError, match="in_place=True"):
-        xdlm_nelbo(base, *rest, in_place=True, backend=backend)
+    for leaf in (base, base.view(6, 40)[None]):
+        with pytest.raises(ValueError, match="in_place=True"):
+            xdlm_nelbo(leaf, *rest, in_place=True, backend=backend)
     logits = base * 2.0
     other = logits.square().sum()  # its backward pass reads the logits after ours has overwritten them
     ours = xdlm_nelbo(logits, *rest, in_place=True, backend=backend).sum()

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from ..schedulers import XDLMProcess
 from . import nelbo_eager
-from .row_scalars import Rows, RowScalars
+from .row_scalars import Rows
 
 BACKENDS = ("auto", "eager", "triton")
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -56,10 +56,11 @@ def xdlm_nelbo(
 
     Raises:
         ValueError: If shapes do not fit, ids are out of range (looked for on the CPU only), the backend is unknown, or
-            `in_place` would overwrite a leaf such as a parameter.
+            `in_place` would overwrite a leaf of autograd, such as a parameter.
     """
-    if in_place and logits.is_leaf and logits.requires_grad:
-        raise ValueError("in_place=True: the logits are a leaf, whose values the gradient would overwrite")
+    owner = logits if logits._base is None else logits._base
+    if in_place and owner.is_leaf and owner.requires_grad:
+        raise ValueError("in_place=True: the logits are a leaf or a view of one, which the gradient would overwrite")
     rows = rows_of("logits", logits, z, x, process, alpha, beta)
     if logits.shape[-1] != process.logits_width:
         raise ValueError(f"logits: width {logits.shape[-1]}, but the process has logits_width={process.logits_width}")
@@ -124,15 +125,15 @@ class _XDLMNelbo(torch.autograd.Function):
         rows = Rows(z, x, alpha, beta, c)
         loss, scalars = passes.forward(logits, rows, process)
         ctx.save_for_backward(logits, *rows, *scalars)
-        ctx.settings = (process, passes, in_place)
+        ctx.settings = (process, passes, in_place, type(scalars))
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_loss):  # (R,)
-        process, passes, in_place = ctx.settings
-        logits, *rest = ctx.saved_tensors
-        rows, scalars = Rows(*rest[: len(Rows._fields)]), RowScalars(*rest[len(Rows._fields) :])
+        process, passes, in_place, scalars_type = ctx.settings
+        logits, z, x, alpha, beta, c, *scalars = ctx.saved_tensors
+        rows, scalars = Rows(z, x, alpha, beta, c), scalars_type(*scalars)
         logits = logits.detach()
         out = logits if in_place else torch.empty_like(logits)
         passes.backward(logits, rows, scalars, grad_loss, process, out)

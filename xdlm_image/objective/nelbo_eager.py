@@ -16,33 +16,36 @@ BLOCK_ELEMENTS_DEVICE = 1 << 24
 
 
 def forward(logits: torch.Tensor, rows: Rows, process: XDLMProcess) -> tuple[torch.Tensor, RowScalars]:
-    """Loss (R,) and the scalars of logits (R, V)."""
+    """Loss (R,) of logits (R, V), and what `backward` needs to know of the rows."""
     columns, is_wrong = columns_of(rows, process)
-    picked = logits.gather(1, columns).to(rows.c.dtype)
-    step, p, d = _workspace(logits, rows.c.dtype)
-    sums = RowSums(*torch.empty(5, len(logits), dtype=rows.c.dtype, device=logits.device))
+    picked = torch.empty(len(logits), 2, dtype=rows.c.dtype, device=logits.device)  # p_x, p_z
+    others, log_terms, damped = torch.empty(3, len(logits), dtype=rows.c.dtype, device=logits.device)
     # L(c p) as the log of the rounded 1 + c p errs by V 2^-24 / (beta c) = 2^-24 k / alpha of the loss at most
     rounded = rows.alpha >= process.k / 16
-    blocks = (value.split(step) for value in (logits, columns, picked, is_wrong, rows.c, rounded, *sums))
-    for block, at, picked_rows, wrong, c, is_rounded, top, norm, others, log_terms, damped in zip(*blocks):
+    step, p, d = _workspace(logits, rows.c.dtype)
+    blocks = (v.split(step) for v in (logits, columns, rows.c, rounded, picked, others, log_terms, damped))
+    for block, at, c, is_rounded, p_at, rest, logs, damps in zip(*blocks):
         p, d = p[: len(block)], d[: len(block)]
-        scores = _scores(block, p, process)
-        torch.amax(scores, 1, out=top)
-        torch.sub(scores, top[:, None], out=p).exp_()
-        p.scatter_(1, at, 0.0)
-        torch.sum(p, 1, out=others)
-        at_x, at_z = (picked_rows - top[:, None]).exp_().unbind(1)
-        torch.add(others, at_x, out=norm).add_(at_z * wrong)
+        scores = _scores(block, d, process)
+        if process.k == 0.0:
+            torch.log_softmax(scores, 1, out=p)
+            torch.gather(p, 1, at[:, :1], out=logs[:, None])
+            p.exp_()
+        else:
+            torch.softmax(scores, 1, out=p)
+        torch.gather(p, 1, at, out=p_at)
+        torch.sum(p.scatter_(1, at, 0.0), 1, out=rest)
         if process.k > 0.0:
-            torch.mul(p, (c / norm)[:, None], out=d)  # c p_j
+            torch.mul(p, c[:, None], out=d)  # c p_j
             if bool(is_rounded.all()):
                 p.div_(d.add_(1.0))
-                torch.sum(d.log_(), 1, out=log_terms)
+                torch.sum(d.log_(), 1, out=logs)
             else:
-                torch.sum(d.log1p(), 1, out=log_terms)
+                torch.sum(d.log1p(), 1, out=logs)
                 p.div_(d.add_(1.0))
-            torch.sum(p, 1, out=damped)
-    return loss_and_scalars(sums, picked, rows, is_wrong, process)
+            torch.sum(p, 1, out=damps)
+    p_x, p_z = picked.unbind(1)
+    return loss_and_scalars(RowSums(p_x, p_z * is_wrong, others, log_terms, damped), rows, process)
 
 
 def backward(
@@ -64,14 +67,14 @@ def backward(
         out: (R, V), the logits' dtype.
     """
     columns, _ = columns_of(rows, process)
-    weight = scalars.g * scalars.inverse_norm * grad_loss
-    picked_grads = (torch.stack([scalars.grad_x, scalars.grad_z], 1) * grad_loss[:, None]).to(out.dtype)
+    grads_at = (torch.stack([scalars.grad_x, scalars.grad_z], 1) * grad_loss[:, None]).to(out.dtype)
     step, p, d = _workspace(logits, rows.c.dtype)
-    wide = (scalars.top, rows.c * scalars.inverse_norm, scalars.kappa, weight)
-    blocks = (value.split(step) for value in (logits, out, columns, picked_grads, *(v[:, None] for v in wide)))
-    for block, out_rows, at, grads, top, c, kappa, g in zip(*blocks):
+    wide = (v[:, None] for v in (rows.c, scalars.kappa, scalars.g * grad_loss))
+    for block, out_rows, at, at_grads, c, kappa, g in zip(
+        *(v.split(step) for v in (logits, out, columns, grads_at, *wide))
+    ):
         p, d = p[: len(block)], d[: len(block)]
-        torch.sub(_scores(block, p, process), top, out=p).exp_()
+        torch.softmax(_scores(block, d, process), 1, out=p)
         grad = out_rows if out_rows.dtype == p.dtype else torch.empty_like(p)
         if process.k == 0.0:
             torch.mul(p, g, out=grad)
@@ -81,7 +84,7 @@ def backward(
             torch.addcdiv(kappa, d, grad, out=grad).mul_(p).mul_(g)
         if grad is not out_rows:
             out_rows.copy_(grad)
-        out_rows.scatter_(1, at, grads)
+        out_rows.scatter_(1, at, at_grads)
 
 
 def _workspace(logits: torch.Tensor, dtype: torch.dtype) -> tuple[int, torch.Tensor, torch.Tensor]:

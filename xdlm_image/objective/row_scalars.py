@@ -39,20 +39,18 @@ class Rows(NamedTuple):
 
 
 class RowSums(NamedTuple):
-    """Sums over a row, each (R,), of e_j = exp(logit_j - top); `others` are the ids that are neither x nor z."""
+    """What a row's loss reads, each (R,); `others` are the ids that are neither x nor z."""
 
-    top: torch.Tensor  # the largest logit
-    norm: torch.Tensor  # sum of e_j
-    others: torch.Tensor  # sum of e_j over the others
-    log_terms: torch.Tensor  # sum of L(c p_j) over the others
-    damped: torch.Tensor  # sum of e_j / (1 + c p_j) over the others
+    p_x: torch.Tensor
+    p_z: torch.Tensor  # 0 unless z is a wrong code
+    others: torch.Tensor  # sum of p_j over the others
+    log_terms: torch.Tensor  # sum of L(c p_j) over the others; at k = 0: log p_x
+    damped: torch.Tensor  # sum of p_j / (1 + c p_j) over the others; at k = 0 not read
 
 
 class RowScalars(NamedTuple):
-    """All that the gradient of a row needs beside its logits, each (R,)."""
+    """What the gradient of a row reads beside its logits, each (R,)."""
 
-    top: torch.Tensor
-    inverse_norm: torch.Tensor  # p_j = exp(logit_j - top) inverse_norm
     g: torch.Tensor
     kappa: torch.Tensor  # at k = 0 the gradient is g p_j
     grad_x: torch.Tensor  # dl/dlogit_x
@@ -65,39 +63,28 @@ def columns_of(rows: Rows, process: XDLMProcess) -> tuple[torch.Tensor, torch.Te
     return torch.stack([rows.x, torch.where(is_wrong, rows.z, rows.x)], dim=1), is_wrong
 
 
-def loss_and_scalars(
-    sums: RowSums, picked: torch.Tensor, rows: Rows, is_wrong: torch.Tensor, process: XDLMProcess
-) -> tuple[torch.Tensor, RowScalars]:
-    """Loss l (R,) and the row's scalars.
-
-    Args:
-        sums: Over the rows; at k = 0 its last two are not read.
-        picked: Logits (R, 2) at the columns of `columns_of`.
-        rows: z, x, alpha, beta, c.
-        is_wrong: (R,), from `columns_of`.
-        process: The noise process.
-    """
+def loss_and_scalars(sums: RowSums, rows: Rows, process: XDLMProcess) -> tuple[torch.Tensor, RowScalars]:
+    """Loss l (R,) and the row's scalars, by the equations above."""
     alpha, beta, c = rows.alpha, rows.beta, rows.c
-    inverse_norm = 1.0 / sums.norm
-    p_x, p_z = ((picked - sums.top[:, None]).exp() * inverse_norm[:, None]).unbind(1)
-    p_z = torch.where(is_wrong, p_z, 0.0)
-    others = sums.others * inverse_norm
+    p_x, p_z, others, log_terms, damped = sums
     q = others + p_z
     one_over_beta = 1.0 / beta.clamp(min=TINY)
 
     if process.k == 0.0:
-        nll = torch.where(q < 0.5, torch.log1p(q / p_x.clamp(min=0.25)), sums.top - picked[:, 0] + sums.norm.log())
+        log_p_x = log_terms
+        nll = torch.where(q < 0.5, torch.log1p(q / p_x.clamp(min=0.25)), -log_p_x)
         g = torch.where(rows.z == process.mask, one_over_beta, 0.0)
-        return g * nll, RowScalars(sums.top, inverse_norm, g, torch.zeros_like(g), -g * q, -g * q)
+        return g * nll, RowScalars(g, torch.zeros_like(g), -g * q, -g * q)
 
     u = c * p_z
     saturation = 1.0 / (1.0 + c * p_x)
     r = c * p_x * saturation
     w = c * q * saturation
     A = torch.log1p(w)
-    S = torch.where(c > 0, (A - sums.log_terms - torch.log1p(u)) / c.clamp(min=TINY), 0.0)
+    S = torch.where(c > 0, (A - log_terms - torch.log1p(u)) / c.clamp(min=TINY), 0.0)
     one_over_alpha = torch.where(alpha > 0, 1.0 / alpha.clamp(min=TINY), 0.0)
     is_right = rows.z == rows.x
+    is_wrong = ~is_right & (rows.z != process.mask)
     # 1 / (beta (1 + c)) with beta c = alpha N / k, finite at beta = 0
     g = torch.where(is_right, 1.0 / (beta + alpha * (process.num_uniform / process.k)), one_over_beta)
     extra = torch.where(is_right, _w_minus_log1p(w), _log1p_minus_ratio(u)) * one_over_alpha  # 0 at z = m: u = 0
@@ -105,11 +92,11 @@ def loss_and_scalars(
 
     h = torch.where(is_right, w * one_over_alpha, 0.0)
     az = one_over_alpha * (u / (1.0 + u)) ** 2
-    common = sums.damped * inverse_norm + p_z / (1.0 + u) - q * saturation
+    common = damped + p_z / (1.0 + u) - q * saturation
     grad_x = g * (p_x * (common - az) - r * q * (1.0 + h))
     grad_z = g * (p_z * (common + u / (1.0 + u)) + az * (others + p_x))  # others + p_x = 1 - p_z
     kappa = common + r * h - az
-    return loss, RowScalars(sums.top, inverse_norm, g, kappa, grad_x, torch.where(is_wrong, grad_z, grad_x))
+    return loss, RowScalars(g, kappa, grad_x, torch.where(is_wrong, grad_z, grad_x))
 
 
 def _log1p_minus_ratio(u: torch.Tensor) -> torch.Tensor:
