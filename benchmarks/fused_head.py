@@ -50,10 +50,10 @@ def candidates_at(width: int, features: int, rows: int, arguments) -> dict:
 
     def run(loss):
         def once():
-            hidden.grad = weight.grad = bias.grad = None
             with torch.autocast(device.type, arguments.dtype, enabled=arguments.dtype != torch.float32):
                 value = loss(hidden, weight, bias)
             value.backward()
+            hidden.grad = weight.grad = bias.grad = None  # a call leaves nothing behind
 
         return once
 

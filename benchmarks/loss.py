@@ -2,7 +2,7 @@
 
     python benchmarks/loss.py [--device cuda] [--widths 1024 16384 65536 262144] [--rows N] [--repeats 7] [--threads 1]
 
-Beside `xdlm_nelbo` (and its in-place gradient) stands the same objective as the paper writes it down, dense and left
+Beside `xdlm_nelbo` stands the same objective as the paper writes it down, dense and left
 to autograd. All take turns in one process; the JSON lands beside this file.
 """
 
@@ -43,8 +43,8 @@ def candidates_at(width: int, rows: int, arguments) -> dict:
 
     def run(loss):
         def once():
-            logits.grad = None
             loss(logits).backward()
+            logits.grad = None  # a call leaves nothing behind
 
         return once
 
