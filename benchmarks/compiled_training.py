@@ -43,7 +43,7 @@ def main() -> None:
         network.zero_grad(set_to_none=True)
         with torch.compiler.set_stance(stance):
             start = time.perf_counter()
-            loss(*inputs).mean().backward()
+            loss(*inputs).mean.backward()
             if device.type == "cuda":
                 torch.cuda.synchronize()
             return time.perf_counter() - start

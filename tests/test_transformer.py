@@ -237,10 +237,10 @@ def test_swiglu_width_is_rounded_and_bias_free():
 # --- precision, memory, speed switches ------------------------------------------------------------
 
 
-def test_encode_is_all_but_the_projection():
+def test_features_are_all_but_the_projection():
     model = tiny()
     codes, labels = codes_and_labels(model)
-    features = model.encode(codes, class_labels=labels)
+    features = model(codes, class_labels=labels, project=False).sample
     assert features.shape == (3, 15, 16)
     assert torch.equal(model.proj_out(features), model(codes, class_labels=labels, return_dict=False)[0])
 

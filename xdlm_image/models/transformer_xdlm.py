@@ -38,7 +38,7 @@ class XDLMTransformer2DModelOutput(BaseOutput):
     """Output of `XDLMTransformer2DModel`.
 
     Attributes:
-        sample: (B, L, out_channels) logits over the clean codes.
+        sample: (B, L, out_channels) logits over the clean codes; (B, L, D) features with `project=False`.
     """
 
     sample: torch.Tensor
@@ -338,21 +338,26 @@ class XDLMTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin):
         size = self.config.sample_size
         return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
-    def encode(
+    def forward(
         self,
         hidden_states: torch.Tensor,
         timestep: torch.Tensor | float | None = None,
         class_labels: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """All but the output projection: `proj_out(encode(...))` are the logits.
+        return_dict: bool = True,
+        project: bool = True,
+    ) -> XDLMTransformer2DModelOutput | tuple[torch.Tensor]:
+        """Logits over the clean codes.
 
         Args:
             hidden_states: (B, L) int64 ids in raster order, L = rows x columns.
             timestep: t in [0, 1], scalar or (B,); needed and read only with `time_conditioning="time"`.
             class_labels: (B,) int64, `num_classes` for the null class; None for an unconditional model.
+            return_dict: Whether to return `XDLMTransformer2DModelOutput`, or a tuple of its `sample` alone.
+            project: False stops short of the output projection: `sample` is then the normalised and modulated
+                features (B, L, D), D = heads x head width, and `proj_out(sample)` are the logits.
 
         Returns:
-            (B, L, D) normalised and modulated features, D = heads x head width.
+            `sample` (B, L, out_channels).
 
         Raises:
             ValueError: On a wrong shape or dtype, or a missing or unexpected label or time. Ranges are not
@@ -372,25 +377,9 @@ class XDLMTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin):
             else:
                 x = block(x, c, rotary)  # (B, L, D)
         shift, scale = self.adaln_out(c)[:, None].chunk(2, dim=-1)  # 2 x (B, 1, D)
-        return modulate(self.norm_out(x), shift, scale)  # (B, L, D)
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        timestep: torch.Tensor | float | None = None,
-        class_labels: torch.Tensor | None = None,
-        return_dict: bool = True,
-    ) -> XDLMTransformer2DModelOutput | tuple[torch.Tensor]:
-        """Logits over the clean codes; arguments and errors as in `encode`.
-
-        Returns:
-            `XDLMTransformer2DModelOutput` with `sample` (B, L, out_channels), or a tuple of that alone.
-        """
-        features = self.encode(hidden_states, timestep, class_labels)  # (B, L, D)
-        logits = self.proj_out(features)  # (B, L, out_channels)
-        if not return_dict:
-            return (logits,)
-        return XDLMTransformer2DModelOutput(sample=logits)
+        x = modulate(self.norm_out(x), shift, scale)  # (B, L, D)
+        sample = self.proj_out(x) if project else x  # (B, L, out_channels) or (B, L, D)
+        return XDLMTransformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
     def _check_inputs(
         self,

@@ -1,6 +1,7 @@
 """The network and its loss as one module, so that DDP, FSDP and autocast see a single forward.
 
-Owns the step from clean codes' noisy version to loss per token; the maths is `nelbo.py`'s, the network the caller's.
+Owns the step from clean codes' noisy version to the loss; the maths is `nelbo.py`'s and `head.py`'s, the network the
+caller's.
 """
 
 from __future__ import annotations
@@ -8,12 +9,17 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from ..models import XDLMTransformer2DModel
 from ..schedulers import XDLMProcess
+from .head import XDLMLossOutput, xdlm_head_nelbo
 from .nelbo import xdlm_nelbo
 
 
 class XDLMLoss(nn.Module):
-    """NELBO density per token of a denoising transformer.
+    """NELBO of a denoising transformer.
+
+    The logits of an `XDLMTransformer2DModel` never exist as a whole: its output projection runs by blocks inside the
+    loss, unless something (an adapter, a wrapper, a hook) has taken the place of the plain linear layer.
 
     Args:
         transformer: Called as `transformer(z, timestep=t, class_labels=labels).sample` -> logits (B, L, V).
@@ -27,18 +33,29 @@ class XDLMLoss(nn.Module):
 
     def forward(
         self, z: torch.Tensor, x: torch.Tensor, t: torch.Tensor, class_labels: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Loss l in nats per token and unit of -alpha'(t), float32.
+    ) -> XDLMLossOutput:
+        """Loss l in nats per token and unit of -alpha'(t), float32: `mean` () to minimise and `per_token` (B, L).
 
         Args:
             z: Noisy codes (B, L) int64.
             x: Clean codes (B, L) int64.
             t: Times (B,) in (0, 1], float32 or float64.
             class_labels: (B,) int64; the null class is the number of classes. None for unconditional networks.
-
-        Returns:
-            (B, L).
         """
-        logits = self.transformer(z, timestep=t.float(), class_labels=class_labels).sample  # (B, L, V)
         alpha, beta = self.process.alpha_beta(t)
-        return xdlm_nelbo(logits, z, x, self.process, alpha, beta)
+        inputs = {"timestep": t.float(), "class_labels": class_labels}
+        head = _plain_head(self.transformer)
+        if head is None:
+            logits = self.transformer(z, **inputs).sample  # (B, L, V)
+            loss = xdlm_nelbo(logits, z, x, self.process, alpha, beta)
+            return XDLMLossOutput(loss.mean(), loss.detach())
+        features = self.transformer(z, **inputs, project=False).sample  # (B, L, D)
+        return xdlm_head_nelbo(features, head.weight, head.bias, z, x, self.process, alpha, beta)
+
+
+def _plain_head(transformer: nn.Module) -> nn.Linear | None:
+    """The output projection, if it is a linear layer and nothing else."""
+    head = transformer.proj_out if isinstance(transformer, XDLMTransformer2DModel) else None
+    if type(head) is not nn.Linear or head._forward_hooks or head._forward_pre_hooks or head._backward_hooks:
+        return None
+    return head

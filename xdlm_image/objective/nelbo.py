@@ -1,29 +1,26 @@
-"""The XDLM objective for training: loss and gradient from five scalars per token, by blocks of rows.
+"""The XDLM objective for training: loss and gradient from a few scalars per token.
 
-Owns `xdlm_nelbo` and its own backward (arXiv 2602.01362; the equations stand in `reference.py`). It reads the
-process and never an inference scheduler; no vocabulary-wide tensor outlives a block but the logits and their gradient.
-
-The definition cancels in floating point (1 - p_x, L(c) - L(c p_x)), so this file computes
-
-    q = sum_{e != x} p_e,   w = c q / (1 + c p_x),   A = L(w),   S = (A - sum_{e != x} L(c p_e)) / c
-    dl/dlogit_j = p_j (K + g c p_j / (1 + c p_j))    for j not in {x, z}
-    g  = 1/beta  or, at z = x, 1/(beta (1+c));       h = w/alpha at z = x, else 0
-    az = [z not in {m, x}] (g/alpha) (u/(1+u))^2,    u = c p_z
-    K  = g (sum_{e != x} p_e/(1 + c p_e) - q/(1 + c p_x) + r h) - az,   r = c p_x / (1 + c p_x)
-
-which is the paper's gradient with p_x - 1 written as -q. The scalars kept are logsumexp, g, K and the two gradients
-at x and at z.
+Owns `xdlm_nelbo`, its place in autograd, and the choice between the passes over the logits: Triton kernels where they
+run, plain torch elsewhere. It reads the process and never an inference scheduler; nothing as wide as the vocabulary
+outlives a block of rows but the logits and their gradient.
 """
 
 from __future__ import annotations
+
+import functools
+import importlib.util
+import warnings
+from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from ..schedulers import XDLMProcess
+from . import nelbo_eager
+from .row_scalars import Rows
 
-BLOCK_ELEMENTS = {"cpu": 1 << 18}  # logits a block: 1 MiB of float32 stays in a core's cache
-BLOCK_ELEMENTS_DEVICE = 1 << 24
+BACKENDS = ("auto", "eager", "triton")
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def xdlm_nelbo(
@@ -33,6 +30,9 @@ def xdlm_nelbo(
     process: XDLMProcess,
     alpha: torch.Tensor,
     beta: torch.Tensor,
+    *,
+    in_place: bool = False,
+    backend: str = "auto",
 ) -> torch.Tensor:
     """The NELBO's density l(x, z, alpha) per token; NELBO = E_x integral of -alpha'(t) E_z[l] dt (nats a token).
 
@@ -44,156 +44,99 @@ def xdlm_nelbo(
         process: The noise process.
         alpha: Signal kept, in [0, 1]: (B,) or (B, 1) or (B, L).
         beta: 1 - alpha, computed from t and not from alpha; same shape.
+        in_place: The backward pass writes the gradient over the logits, which saves their size in memory and destroys
+            them: read them before. Autograd refuses a second backward pass, and any other use of the logits that comes
+            later than this one in the backward pass.
+        backend: Who reads the logits: `"triton"` (float32 arithmetic on CUDA, or on the CPU under Triton's
+            interpreter), `"eager"` (plain torch, everywhere), or `"auto"`: Triton on CUDA where it works.
 
     Returns:
         (B, L), float32 (float64 for float64 logits), never below -5e-6. Finite for alpha and beta in [0, 1] and
         finite logits. At beta = 0 a z other than x has no probability; its loss then stands for infinity.
 
     Raises:
-        ValueError: If shapes do not fit, or ids are out of range (looked for on the CPU only).
+        ValueError: If shapes do not fit, ids are out of range (looked for on the CPU only), the backend is unknown, or
+            `in_place` would overwrite a leaf of autograd, such as a parameter.
     """
-    if logits.ndim != 3 or logits.shape[:2] != x.shape or z.shape != x.shape:
-        raise ValueError(
-            f"logits {tuple(logits.shape)}, z {tuple(z.shape)}, x {tuple(x.shape)}: need (B, L, V), (B, L), (B, L)"
-        )
+    owner = logits if logits._base is None else logits._base
+    if in_place and owner.is_leaf and owner.requires_grad:
+        raise ValueError("in_place=True: the logits are a leaf or a view of one, which the gradient would overwrite")
+    rows = rows_of("logits", logits, z, x, process, alpha, beta)
     if logits.shape[-1] != process.logits_width:
         raise ValueError(f"logits: width {logits.shape[-1]}, but the process has logits_width={process.logits_width}")
+    wide = logits.reshape(-1, logits.shape[-1])
+    wide = wide if wide.stride(1) == 1 else wide.contiguous()
+    passes = passes_for(logits.device, logits.dtype, backend)
+    return _XDLMNelbo.apply(wide, *rows, process, passes, in_place).view(x.shape)
+
+
+def rows_of(
+    name: str,
+    wide: torch.Tensor,
+    z: torch.Tensor,
+    x: torch.Tensor,
+    process: XDLMProcess,
+    alpha: torch.Tensor,
+    beta: torch.Tensor,
+) -> Rows:
+    """z, x, alpha, beta, c of the tokens of `wide` (B, L, V), which errors call `name`: checked and flattened."""
+    if wide.ndim != 3 or wide.shape[:2] != x.shape or z.shape != x.shape:
+        shapes = f"{name} {tuple(wide.shape)}, z {tuple(z.shape)}, x {tuple(x.shape)}"
+        raise ValueError(f"{shapes}: need (B, L, V), (B, L), (B, L)")
     process.check_ids("x", x, process.num_codes)
     process.check_ids("z", z, process.num_ids)
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    alpha, beta = (
-        a.to(dtype).reshape(a.shape + (1,) * (x.ndim - a.ndim)).expand(x.shape).reshape(-1) for a in (alpha, beta)
-    )
-    loss = _XDLMNelbo.apply(logits.reshape(-1, logits.shape[-1]), z.reshape(-1), x.reshape(-1), alpha, beta, process)
-    return loss.view(x.shape)
+    dtype = torch.float64 if wide.dtype == torch.float64 else torch.float32
+    alpha, beta = (a.to(dtype).reshape(a.shape + (1,) * (x.ndim - a.ndim)).expand(x.shape) for a in (alpha, beta))
+    rows = (z, x, alpha, beta, process.signal_ratio(alpha, beta))
+    return Rows(*(value.contiguous().view(-1) for value in rows))
+
+
+def passes_for(device: torch.device, dtype: torch.dtype, backend: str) -> Any:
+    """The module whose `forward` and `backward` pass over logits of this dtype on this device."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r}: must be one of {', '.join(BACKENDS)}")
+    if backend == "eager" or (backend == "auto" and not _triton_runs(device.type, dtype)):
+        return nelbo_eager
+    if dtype not in TRITON_DTYPES:
+        raise ValueError(f"backend='triton': computes in float32, the logits are {dtype}; use 'eager'")
+    from . import nelbo_triton
+
+    return nelbo_triton
+
+
+@functools.cache
+def _triton_runs(device_type: str, dtype: torch.dtype) -> bool:
+    """Whether Triton's kernels work here; asked once, by running one."""
+    if device_type != "cuda" or dtype not in TRITON_DTYPES or importlib.util.find_spec("triton") is None:
+        return False
+    try:
+        from . import nelbo_triton
+
+        nelbo_triton.self_check(device_type, dtype)
+    except Exception as error:  # a missing compiler, an old GPU: whatever it is, the other passes do without
+        warnings.warn(f"Triton cannot run here ({error}); the objective takes its slower path in torch", stacklevel=2)
+        return False
+    return True
 
 
 class _XDLMNelbo(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, z, x, alpha, beta, process):  # (R, V), (R,), (R,), (R,), (R,)
-        c = process.signal_ratio(alpha, beta)
-        loss = torch.empty_like(alpha)
-        scalars = torch.empty(5, len(alpha), dtype=alpha.dtype, device=alpha.device)
-        for rows in _row_blocks(logits):
-            loss[rows], scalars[:, rows] = _forward_rows(
-                logits[rows], z[rows], x[rows], alpha[rows], beta[rows], c[rows], process
-            )
-        ctx.save_for_backward(logits, z, x, c, scalars)
-        ctx.process = process
+    def forward(ctx, logits, z, x, alpha, beta, c, process, passes, in_place):  # (R, V), then (R,) each
+        rows = Rows(z, x, alpha, beta, c)
+        loss, scalars = passes.forward(logits, rows, process)
+        ctx.save_for_backward(logits, *rows, *scalars)
+        ctx.settings = (process, passes, in_place, type(scalars))
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_loss):  # (R,)
-        logits, z, x, c, scalars = ctx.saved_tensors
-        grad = torch.empty_like(logits)
-        for rows in _row_blocks(logits):
-            grad[rows] = _backward_rows(
-                logits[rows], z[rows], x[rows], c[rows], scalars[:, rows], grad_loss[rows], ctx.process
-            )
-        return grad, None, None, None, None, None
-
-
-def _row_blocks(logits: torch.Tensor) -> list[slice]:
-    rows, width = logits.shape
-    step = max(1, BLOCK_ELEMENTS.get(logits.device.type, BLOCK_ELEMENTS_DEVICE) // width)
-    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
-
-
-def _forward_rows(logits, z, x, alpha, beta, c, process):
-    """Loss (r,) and the five scalars (5, r) of rows (r, V)."""
-    tiny = 1e-30
-    scores = _scores(logits, c.dtype, process)  # (r, V)
-    top = scores.amax(-1, keepdim=True)
-    p = (scores - top).exp_()
-    norm = p.sum(-1, keepdim=True)
-    p /= norm
-    log_norm = norm[:, 0].log()
-    logsumexp = top[:, 0] + log_norm
-
-    is_mask, is_right = z == process.mask, z == x
-    is_wrong = ~(is_mask | is_right)
-    x_column = x[:, None]
-    z_column = z.clamp(max=p.shape[-1] - 1)[:, None]
-    p_x = p.gather(-1, x_column)[:, 0]
-    p_z = torch.where(is_wrong, p.gather(-1, z_column)[:, 0], 0.0)
-    p.scatter_(-1, x_column, 0.0)
-    others = p.sum(-1)  # q
-    one_over_beta = 1.0 / beta.clamp(min=tiny)
-
-    if process.k == 0.0:
-        log_p_x = scores.gather(-1, x_column)[:, 0] - top[:, 0] - log_norm
-        nll = torch.where(others < 0.5, torch.log1p(others / p_x.clamp(min=0.25)), -log_p_x)
-        g = torch.where(is_mask, one_over_beta, 0.0)
-        grad_x = -g * others
-        return g * nll, torch.stack([logsumexp, g, torch.zeros_like(g), grad_x, grad_x])
-
-    cp = p * c[:, None]
-    log_terms = torch.log1p(cp).sum(-1)
-    damped = (p / (1.0 + cp)).sum(-1)
-    p.scatter_(-1, torch.where(is_wrong[:, None], z_column, x_column), 0.0)
-    others_than_z = p.sum(-1) + p_x  # 1 - p_z, summed
-
-    saturation = 1.0 / (1.0 + c * p_x)
-    r = c * p_x * saturation
-    w = c * others * saturation
-    u = c * p_z
-    A = torch.log1p(w)
-    S = torch.where(c > 0, (A - log_terms) / c.clamp(min=tiny), 0.0)
-    one_over_alpha = torch.where(alpha > 0, 1.0 / alpha.clamp(min=tiny), 0.0)
-    # 1 / (beta (1 + c)) with beta c = alpha N / k, finite at beta = 0
-    g = torch.where(is_right, 1.0 / (beta + alpha * (process.num_uniform / process.k)), one_over_beta)
-    extra = torch.where(is_right, _w_minus_log1p(w), _log1p_minus_ratio(u)) * one_over_alpha
-    loss = g * (A + S + torch.where(is_mask, 0.0, extra))
-
-    h = torch.where(is_right, w * one_over_alpha, 0.0)
-    az = g * one_over_alpha * (u / (1.0 + u)) ** 2  # 0 unless z is wrong: p_z = 0
-    common = g * (damped - others * saturation)
-    K = common + g * r * h - az
-    grad_x = p_x * (common - az) - g * r * others * (1.0 + h)
-    grad_z = p_z * (common + g * u / (1.0 + u)) + az * others_than_z
-    return loss, torch.stack([logsumexp, g, K, grad_x, torch.where(is_wrong, grad_z, grad_x)])
-
-
-def _backward_rows(logits, z, x, c, scalars, grad_loss, process):
-    """Gradient (r, V): one elementwise pass, then the entries at x and z."""
-    logsumexp, g, K, grad_x, grad_z = scalars
-    p = (_scores(logits, c.dtype, process) - logsumexp[:, None]).exp_()
-    if process.k == 0.0:
-        grad = p * g[:, None]
-    else:
-        cp = p * c[:, None]
-        grad = p * (K[:, None] + g[:, None] * (cp / (1.0 + cp)))
-    x_column = x[:, None]
-    is_wrong = (z != process.mask)[:, None]
-    grad.scatter_(-1, torch.where(is_wrong, z.clamp(max=p.shape[-1] - 1)[:, None], x_column), grad_z[:, None])
-    grad.scatter_(-1, x_column, grad_x[:, None])
-    return (grad * grad_loss[:, None]).to(logits.dtype)
-
-
-def _scores(logits: torch.Tensor, dtype: torch.dtype, process: XDLMProcess) -> torch.Tensor:
-    scores = logits.to(dtype)
-    if process.excluded_column is not None:
-        scores = scores.clone() if scores is logits else scores
-        scores[:, process.excluded_column] = -torch.inf
-    return scores
-
-
-def _log1p_minus_ratio(u: torch.Tensor) -> torch.Tensor:
-    """L(u) - u/(1+u) = sum_{n>=2} (-1)^n (n-1)/n u^n, without cancellation at small u >= 0."""
-    return _series_or(u, [(n - 1) / n * (-1) ** n for n in range(2, 12)], torch.log1p(u) - u / (1.0 + u))
-
-
-def _w_minus_log1p(w: torch.Tensor) -> torch.Tensor:
-    """expm1(A) - A with A = L(w): w - L(w) = sum_{n>=2} (-1)^n w^n / n, without cancellation at small w >= 0."""
-    return _series_or(w, [(-1) ** n / n for n in range(2, 12)], w - torch.log1p(w))
-
-
-def _series_or(a: torch.Tensor, coefficients: list[float], direct: torch.Tensor) -> torch.Tensor:
-    """sum_n coefficients[n-2] a^n where it has converged, `direct` elsewhere."""
-    limit = 0.1 if a.dtype == torch.float32 else 1e-2
-    series = torch.zeros_like(a)
-    small = a.clamp(max=limit)
-    for coefficient in reversed(coefficients):
-        series = series * small + coefficient
-    return torch.where(a < limit, series * small * small, direct)
+        process, passes, in_place, scalars_type = ctx.settings
+        logits, z, x, alpha, beta, c, *scalars = ctx.saved_tensors
+        rows, scalars = Rows(z, x, alpha, beta, c), scalars_type(*scalars)
+        logits = logits.detach()
+        out = logits if in_place else torch.empty_like(logits)
+        passes.backward(logits, rows, scalars, grad_loss, process, out)
+        if in_place:
+            torch.autograd.graph.increment_version(out)  # autograd now refuses whoever saved the logits
+        return out, *(None,) * 8

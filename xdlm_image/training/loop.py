@@ -203,14 +203,14 @@ class TrainingRun:
         for micro_batch in range(recipe.gradient_accumulation_steps):
             z, x, t, labels = (a.to(device) for a in self._draw(micro_batch))
             with self.accelerator.accumulate(self.model):
-                loss = self.model(z, x, t, labels)  # (B, L)
-                self.accelerator.backward(loss.mean())
+                loss = self.model(z, x, t, labels)
+                self.accelerator.backward(loss.mean)
                 if self.accelerator.sync_gradients and recipe.gradient_clip > 0:
                     self.gradient_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), recipe.gradient_clip)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
-            self.meter.update(loss, z, x, t)
-            losses.append(loss.detach().mean())
+            self.meter.update(loss.per_token, z, x, t)
+            losses.append(loss.mean.detach())
         self.schedule.step()
         self.ema.step(self.transformer.parameters())
         self.step += 1

@@ -50,7 +50,7 @@ def validation_nelbo(
         with accelerator.autocast():
             loss = model(
                 z.to(device), x.to(device), times[start:stop].float().to(device), _labels(model, labels, device)
-            )
+            ).per_token
         image = loss.cpu().double().mean(1) / math.log(2.0)  # (b,) bits per token
         total += image.sum().item()
         total_squares += image.square().sum().item()

@@ -1,0 +1,96 @@
+"""Output projection and objective as one, forward and backward, against the layers apart and against others' kernels.
+
+    python benchmarks/fused_head.py [--device cuda] [--shapes 512x128 16384x768] [--rows N] [--repeats 7] [--compile]
+
+A shape is V x D. Liger's and Apple's fused linear cross-entropy are measured where they are installed and there is a
+GPU; they compute another, simpler loss. Weights are float32 and products run under autocast unless --dtype float32.
+"""
+
+import json
+import math
+from functools import partial
+
+import torch
+from measuring import images_of, machine, measure, parser_of, prepare, show
+
+from xdlm_image.objective import xdlm_head_nelbo, xdlm_nelbo
+from xdlm_image.schedulers import XDLMProcess
+
+
+def others_on_gpu(dtype: torch.dtype) -> dict:
+    """name -> loss of (features, weight, bias, targets), of the libraries that are here."""
+    found = {}
+    try:
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+        liger = LigerFusedLinearCrossEntropyLoss()
+        found["Liger"] = lambda h, w, b, x: liger(w.to(dtype), h.flatten(0, 1).to(dtype), x.flatten(), b.to(dtype))
+    except ImportError:
+        print("Liger is not installed: not measured")
+    try:
+        from cut_cross_entropy import linear_cross_entropy
+
+        found["cut-cross-entropy"] = lambda h, w, b, x: linear_cross_entropy(h.to(dtype), w.to(dtype), x, b.to(dtype))
+    except ImportError:
+        print("cut-cross-entropy is not installed: not measured")
+    return found
+
+
+def candidates_at(width: int, features: int, rows: int, arguments) -> dict:
+    process = XDLMProcess(0.1, width)
+    (batch, length), device = images_of(rows), torch.device(arguments.device)
+    hidden = torch.randn(batch, length, features, device=device, requires_grad=True)
+    weight = (torch.randn(width, features, device=device) / features**0.5).requires_grad_()
+    bias = torch.zeros(width, device=device, requires_grad=True)
+    x = torch.randint(width, (batch, length))
+    t = torch.linspace(0.02, 0.98, batch)
+    z = process.noise(x, *process.alpha_beta(t)).to(device)
+    x = x.to(device)
+    rest = (z, x, process, *(value.to(device) for value in process.alpha_beta(t)))
+
+    def run(loss):
+        def once():
+            with torch.autocast(device.type, arguments.dtype, enabled=arguments.dtype != torch.float32):
+                value = loss(hidden, weight, bias)
+            value.backward()
+            hidden.grad = weight.grad = bias.grad = None  # a call leaves nothing behind
+
+        return once
+
+    def cross_entropy(h, w, b):
+        logits = torch.nn.functional.linear(h, w, b)
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), x.flatten())
+
+    candidates = {
+        "linear + cross_entropy": run(cross_entropy),
+        "linear + xdlm_nelbo": run(lambda h, w, b: xdlm_nelbo(torch.nn.functional.linear(h, w, b), *rest).mean()),
+        "xdlm_head_nelbo": run(lambda h, w, b: xdlm_head_nelbo(h, w, b, *rest).mean),
+    }
+    if arguments.compile:
+        candidates["linear + cross_entropy, compiled"] = run(torch.compile(cross_entropy))
+    if device.type == "cuda":
+        for name, loss in others_on_gpu(arguments.dtype).items():
+            candidates[name] = run(partial(lambda loss, h, w, b: loss(h, w, b, x), loss))
+    return candidates
+
+
+def main() -> None:
+    parser = parser_of(__file__, __doc__)
+    parser.add_argument("--shapes", nargs="+", default=["512x128", "1024x256", "16384x768"], help="V x D each")
+    parser.add_argument("--compile", action="store_true", help="measure torch.compile of the layers apart, too")
+    arguments = parser.parse_args()
+    prepare(arguments)
+    result = machine(arguments) | {"memory_unit": "bytes of the logits", "shapes": {}}
+    for shape in arguments.shapes:
+        width, features = (int(side) for side in shape.split("x"))
+        rows = math.prod(images_of(arguments.rows or arguments.elements // width))
+        unit = rows * width * arguments.dtype.itemsize
+        measured = measure(candidates_at(width, features, rows, arguments), arguments.device, arguments.repeats, unit)
+        result["shapes"][shape] = {"rows": rows, "candidates": measured}
+        show(f"V x D = {shape}, {rows} rows", measured, "linear + cross_entropy", "logits")
+    arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+    print(f"\n{arguments.output}")
+
+
+if __name__ == "__main__":
+    main()

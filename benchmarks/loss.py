@@ -1,0 +1,83 @@
+"""The objective given logits, forward and backward, against cross_entropy on the same logits: time and peak memory.
+
+    python benchmarks/loss.py [--device cuda] [--widths 1024 16384 65536 262144] [--rows N] [--repeats 7] [--threads 1]
+
+Beside `xdlm_nelbo` stands the same objective as the paper writes it down, dense and left
+to autograd. All take turns in one process; the JSON lands beside this file.
+"""
+
+import json
+import math
+
+import torch
+from measuring import images_of, machine, measure, parser_of, prepare, show
+
+from xdlm_image.objective import nelbo, xdlm_nelbo
+from xdlm_image.schedulers import XDLMProcess
+
+
+def dense_nelbo(logits, z, x, process, alpha, beta):
+    """The NELBO's density as a divergence of jump rates (arXiv 2602.01362), definition A, every id of every token:
+
+    l = r(z)/alpha sum_e [f_p(e)/f_p(z) - f_x(e)/f_x(z) + f_x(e)/f_x(z) log((f_x(e)/f_x(z)) / (f_p(e)/f_p(z)))]
+    with f_p = alpha p + beta r and f_x = alpha onehot(x) + beta r.
+    """
+    alpha, beta = alpha[:, None, None], beta[:, None, None]
+    r = process.prior_probs(torch.float32).to(logits.device)
+    p = torch.nn.functional.pad(torch.softmax(logits.float(), -1), (0, 1))
+    f_p = alpha * p + beta * r
+    f_x = alpha * torch.nn.functional.one_hot(x, process.num_ids) + beta * r
+    ratio_p, ratio_x = (f / f.gather(-1, z[..., None]) for f in (f_p, f_x))
+    terms = ratio_p - ratio_x + torch.xlogy(ratio_x, ratio_x) - torch.xlogy(ratio_x, ratio_p)
+    return (r[z, None] / alpha * terms).sum(-1)
+
+
+def candidates_at(width: int, rows: int, arguments) -> dict:
+    process = XDLMProcess(arguments.k, width)
+    batch, length = images_of(rows)
+    logits = torch.randn(batch, length, width, device=arguments.device).to(arguments.dtype).requires_grad_()
+    x = torch.randint(width, (batch, length))
+    t = torch.linspace(0.02, 0.98, batch)
+    inputs = [value.to(arguments.device) for value in (process.noise(x, *process.alpha_beta(t)), x)]
+    inputs += [process, *(value.to(arguments.device) for value in process.alpha_beta(t))]
+
+    def run(loss):
+        def once():
+            loss(logits).backward()
+            logits.grad = None  # a call leaves nothing behind
+
+        return once
+
+    candidates = {
+        "cross_entropy": run(
+            lambda a: torch.nn.functional.cross_entropy(a.view(-1, width), inputs[1].view(-1)),
+        ),
+        "as the paper writes it": run(lambda a: dense_nelbo(a, *inputs).mean()),
+        "xdlm_nelbo, plain torch": run(lambda a: xdlm_nelbo(a, *inputs, backend="eager").mean()),
+    }
+    if nelbo.passes_for(logits.device, logits.dtype, "auto").__name__.endswith("triton"):
+        candidates["xdlm_nelbo, Triton"] = run(lambda a: xdlm_nelbo(a, *inputs).mean())
+    ours, paper = xdlm_nelbo(logits, *inputs).detach(), dense_nelbo(logits, *inputs).detach()
+    assert torch.allclose(ours, paper, rtol=1e-2, atol=2e-2), (ours - paper).abs().max()  # the latter cancels
+    return candidates
+
+
+def main() -> None:
+    parser = parser_of(__file__, __doc__)
+    parser.add_argument("--widths", type=int, nargs="+", default=[1024, 16384, 65536, 262144], help="vocabularies")
+    parser.add_argument("--k", type=float, default=0.1)
+    arguments = parser.parse_args()
+    prepare(arguments)
+    result = machine(arguments) | {"k": arguments.k, "memory_unit": "bytes of the logits", "widths": {}}
+    for width in arguments.widths:
+        rows = math.prod(images_of(arguments.rows or arguments.elements // width))
+        unit = rows * width * arguments.dtype.itemsize
+        measured = measure(candidates_at(width, rows, arguments), arguments.device, arguments.repeats, unit)
+        result["widths"][width] = {"rows": rows, "candidates": measured}
+        show(f"V = {width}, {rows} rows", measured, "cross_entropy", "logits")
+    arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+    print(f"\n{arguments.output}")
+
+
+if __name__ == "__main__":
+    main()

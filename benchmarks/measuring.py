@@ -1,0 +1,130 @@
+"""What the benchmarks of the objective share: time and peak memory of candidates that take turns, and the machine."""
+
+import argparse
+import ctypes
+import gc
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def parser_of(script: str, description: str) -> argparse.ArgumentParser:
+    """The options that every such script has."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on a GPU")
+    parser.add_argument("--rows", type=int, help="tokens; default: as many as give 2^25 logits (a GPU: 2^29)")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=1, help="of the CPU")
+    parser.add_argument("--output", type=Path, help="default: beside the script, named after the device")
+    parser.set_defaults(script=Path(script))
+    return parser
+
+
+def prepare(arguments: argparse.Namespace) -> None:
+    """Fill in the defaults that hang on the device, and settle torch."""
+    on_gpu = torch.device(arguments.device).type != "cpu"
+    arguments.dtype = getattr(torch, arguments.dtype or ("bfloat16" if on_gpu else "float32"))
+    arguments.output = arguments.output or arguments.script.with_name(
+        f"{arguments.script.stem}_{torch.device(arguments.device).type}.json"
+    )
+    arguments.elements = 1 << (29 if on_gpu else 25)
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+
+
+def images_of(rows: int) -> tuple[int, int]:
+    """(B, L) with B L about `rows`, for images of 256 tokens or less."""
+    return max(1, rows // 256), min(rows, 256)
+
+
+def machine(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Where and with what the numbers were taken."""
+    on_gpu = torch.device(arguments.device).type == "cuda"
+    versions = {"python": platform.python_version()}
+    for name in ("torch", "triton", "liger-kernel", "cut-cross-entropy"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return {
+        "machine": torch.cuda.get_device_name() if on_gpu else platform.machine(),
+        "threads": arguments.threads,
+        "dtype": str(arguments.dtype),
+        "repeats": arguments.repeats,
+        "versions": versions,
+    }
+
+
+def measure(
+    candidates: dict[str, Callable[[], Any]], device: str, repeats: int, unit: int
+) -> dict[str, dict[str, float]]:
+    """Run the candidates in turns: once to warm up and for memory, then `repeats` times.
+
+    Returns:
+        For each: `seconds` (median), `low`, `high`, `processor_seconds` (median, this process, all threads: what other
+        load on a CPU disturbs least) and `memory`: the peak above what was there before, in units of `unit` bytes
+        (NaN where this platform does not tell).
+    """
+    on_gpu = torch.device(device).type == "cuda"
+    memory, wall, processor = {}, {name: [] for name in candidates}, {name: [] for name in candidates}
+    for name, candidate in candidates.items():
+        candidate()
+        memory[name] = peak_bytes(candidate, on_gpu) / unit
+    for _ in range(repeats):
+        for name, candidate in candidates.items():
+            began = time.perf_counter(), time.process_time()
+            candidate()
+            if on_gpu:
+                torch.cuda.synchronize()
+            wall[name].append(time.perf_counter() - began[0])
+            processor[name].append(time.process_time() - began[1])
+    return {
+        name: {
+            "seconds": statistics.median(wall[name]),
+            "low": min(wall[name]),
+            "high": max(wall[name]),
+            "processor_seconds": statistics.median(processor[name]),
+            "memory": memory[name],
+        }
+        for name in candidates
+    }
+
+
+def peak_bytes(candidate: Callable[[], Any], on_gpu: bool) -> float:
+    """Most memory in use during a call, less what was in use before."""
+    gc.collect()
+    if on_gpu:
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        candidate()
+        return torch.cuda.max_memory_allocated() - before
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # what lies free in the heap would hide the same again
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak begins anew
+        before = _resident("VmRSS")
+        candidate()
+        return _resident("VmHWM") - before
+    except OSError:
+        return float("nan")
+
+
+def _resident(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
+
+
+def show(title: str, results: dict[str, dict[str, float]], baseline: str, unit: str) -> None:
+    """A table, times also as multiples of the baseline's."""
+    on_gpu = torch.cuda.is_available()
+    print(f"\n{title}\n{'':28}     ms  (low to high)      x   x processor   peak, {unit}")
+    for name, row in results.items():
+        ratio, processor = (row[key] / results[baseline][key] for key in ("seconds", "processor_seconds"))
+        times = f"{1e3 * row['seconds']:8.2f}  ({1e3 * row['low']:.2f} to {1e3 * row['high']:.2f})"
+        print(f"{name:27}{times:28}{ratio:6.2f}{'' if on_gpu else f'{processor:8.2f}':>12}{row['memory']:10.2f}")

@@ -1,0 +1,177 @@
+"""Projection and loss as one: the numbers of the two layers apart, without ever holding all logits."""
+
+import pytest
+import torch
+from torch.nn.functional import linear
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from xdlm_image.models import XDLMTransformer2DModel
+from xdlm_image.objective import XDLMLoss, head, xdlm_head_nelbo, xdlm_nelbo
+from xdlm_image.schedulers import XDLMProcess
+
+B, L, D, K = 3, 10, 6, 21
+PROCESS = XDLMProcess(0.1, K)
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch) -> None:
+    monkeypatch.setattr(head, "BLOCK_ELEMENTS_CPU", 4 * K)  # 4 rows: 30 rows end in half a block
+
+
+def case(dtype: torch.dtype = torch.float64):
+    """features, weight, bias with gradients; z, x, process, alpha, beta."""
+    torch.manual_seed(0)
+    leaves = [torch.randn(*shape, dtype=dtype, requires_grad=True) for shape in ((B, L, D), (K, D), (K,))]
+    x = torch.randint(K, (B, L))
+    alpha = torch.tensor([0.8, 0.3, 0.6], dtype=dtype)
+    return leaves, (PROCESS.noise(x, alpha, 1 - alpha), x, PROCESS, alpha, 1 - alpha)
+
+
+def gradients(loss: torch.Tensor, leaves: list[torch.Tensor]) -> list[torch.Tensor]:
+    return torch.autograd.grad(loss, leaves)
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("weighted", [True, False])
+def test_loss_and_gradients_equal_the_layers_apart(with_bias: bool, weighted: bool) -> None:
+    leaves, rest = case()
+    leaves = leaves[: 3 if with_bias else 2]
+    bias = leaves[2] if with_bias else None
+    token_weight = torch.rand(B, L, dtype=torch.float64) if weighted else None
+    for factor in (1.0, -3.0):  # a factor may follow: gradient accumulation, loss scaling
+        per_token = xdlm_nelbo(linear(leaves[0], leaves[1], bias), *rest)
+        expected = (per_token if token_weight is None else token_weight * per_token).mean()
+        output = xdlm_head_nelbo(leaves[0], leaves[1], bias, *rest, token_weight=token_weight)
+        torch.testing.assert_close(output.mean, expected, rtol=1e-12, atol=0)
+        torch.testing.assert_close(output.per_token, per_token.detach(), rtol=1e-12, atol=1e-12)
+        assert not output.per_token.requires_grad
+        for actual, wanted in zip(gradients(factor * output.mean, leaves), gradients(factor * expected, leaves)):
+            torch.testing.assert_close(actual, wanted, rtol=1e-11, atol=1e-13)
+
+
+def test_only_the_gradients_asked_for_are_computed() -> None:
+    (features, weight, bias), rest = case()
+    frozen = xdlm_head_nelbo(features, weight.detach(), bias.detach(), *rest).mean
+    assert [node is None for node, _ in frozen.grad_fn.next_functions[:3]] == [False, True, True]
+    whole = gradients(xdlm_head_nelbo(features, weight, bias, *rest).mean, [features])[0]
+    assert torch.equal(gradients(frozen, [features])[0], whole)
+    with torch.no_grad():
+        assert not xdlm_head_nelbo(features, weight, bias, *rest).mean.requires_grad
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the most elements that any operation's result had."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for value in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(value, torch.Tensor):
+                self.elements = max(self.elements, value.numel())
+        return result
+
+
+def test_no_tensor_is_larger_than_a_block_or_an_argument() -> None:
+    leaves, rest = case()
+    with LargestTensor() as largest:
+        gradients(xdlm_head_nelbo(*leaves, *rest).mean, leaves)
+    assert largest.elements <= max(B * L * D, K * D, 4 * K) < B * L * K
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_multiplies_in_its_dtype_and_adds_in_float32(dtype: torch.dtype) -> None:
+    leaves, rest = case(torch.float32)
+    with torch.autocast("cpu", dtype):
+        output = xdlm_head_nelbo(*leaves, *rest)
+        apart = xdlm_nelbo(linear(*leaves), *rest)
+    assert output.mean.dtype == output.per_token.dtype == torch.float32
+    torch.testing.assert_close(output.per_token, apart, rtol=1e-5, atol=1e-5)
+    exact = gradients(xdlm_nelbo(linear(*leaves), *rest).mean(), leaves)
+    for actual, wanted in zip(gradients(output.mean, leaves), exact):
+        assert actual.dtype == torch.float32
+        assert (actual - wanted).norm() < 2e-2 * wanted.norm()
+
+
+def test_tied_weights_add_up() -> None:
+    leaves, rest = case()
+    table, z = leaves[1], rest[0].clamp(max=K - 1)
+
+    def of(loss) -> torch.Tensor:
+        return gradients(loss(torch.nn.functional.embedding(z, table), table, None), [table])[0]
+
+    fused = of(lambda *layer: xdlm_head_nelbo(*layer, *rest).mean)
+    torch.testing.assert_close(fused, of(lambda *layer: xdlm_nelbo(linear(*layer), *rest).mean()))
+
+
+def test_checkpointing_changes_nothing() -> None:
+    leaves, rest = case()
+    expected = gradients(xdlm_head_nelbo(*leaves, *rest).mean, leaves)
+    output = checkpoint(xdlm_head_nelbo, *leaves, *rest, use_reentrant=False)
+    assert all(torch.equal(a, b) for a, b in zip(gradients(output.mean, leaves), expected))
+
+
+def test_what_does_not_fit_is_named() -> None:
+    (features, weight, bias), rest = case()
+    with pytest.raises(ValueError, match=r"weight \(21, 5\).*need \(V, D\) = \(21, 6\)"):
+        xdlm_head_nelbo(features, weight[:, 1:], bias, *rest)
+    with pytest.raises(ValueError, match=r"bias \(20,\)"):
+        xdlm_head_nelbo(features, weight, bias[1:], *rest)
+    with pytest.raises(ValueError, match=r"features \(3, 9, 6\)"):
+        xdlm_head_nelbo(features[:, 1:], weight, bias, *rest)
+    with pytest.raises(ValueError, match=r"token_weight \(3,\)"):
+        xdlm_head_nelbo(features, weight, bias, *rest, token_weight=torch.ones(B))
+
+
+# --- in XDLMLoss ----------------------------------------------------------------------------------
+
+
+def network() -> XDLMTransformer2DModel:
+    torch.manual_seed(1)
+    model = XDLMTransformer2DModel(
+        sample_size=[2, 5], num_embeds=K + 1, out_channels=K, num_classes=2, num_layers=1, num_attention_heads=2,
+        attention_head_dim=4,
+    )  # fmt: skip
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+class Wrapped(torch.nn.Module):
+    """A network that XDLMLoss knows nothing of."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args, **kwargs):
+        return self.inner(*args, **kwargs)
+
+
+def batch() -> tuple[torch.Tensor, ...]:
+    _, (z, x, _, _, beta) = case(torch.float32)
+    return z, x, beta, torch.tensor([0, 1, 2])
+
+
+def test_module_gives_the_same_with_the_head_inside_the_loss() -> None:
+    results = []
+    for wrap in (lambda model: model, Wrapped):
+        model = network()
+        output = XDLMLoss(wrap(model), PROCESS)(*batch())
+        output.mean.backward()
+        results.append([output.mean, output.per_token, *(p.grad for p in model.parameters())])
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=2e-5, atol=1e-6)
+
+
+def test_what_took_the_place_of_the_plain_head_is_run() -> None:
+    model = network()
+    expected = XDLMLoss(model, PROCESS)(*batch()).per_token
+    calls = []
+    hook = model.proj_out.register_forward_hook(lambda *_: calls.append(1))
+    torch.testing.assert_close(XDLMLoss(model, PROCESS)(*batch()).per_token, expected, rtol=1e-5, atol=1e-5)
+    hook.remove()
+    model.proj_out = torch.nn.Sequential(model.proj_out)  # an adapter, say
+    torch.testing.assert_close(XDLMLoss(model, PROCESS)(*batch()).per_token, expected, rtol=1e-5, atol=1e-5)
+    assert calls == [1]

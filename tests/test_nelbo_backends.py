@@ -1,0 +1,226 @@
+"""Every way to read the logits gives the same loss and gradient: torch, and Triton's kernels (without a GPU, in
+Triton's interpreter, which is slow: cases are few and tiny)."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from xdlm_image.objective import nelbo, nelbo_eager, reference_nelbo, xdlm_nelbo
+from xdlm_image.schedulers import XDLMProcess
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed here")
+backends = pytest.mark.parametrize("backend", ["eager", pytest.param("triton", marks=needs_triton)])
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch) -> None:
+    """Small vocabularies then take several blocks."""
+    monkeypatch.setattr(nelbo_eager, "BLOCK_ELEMENTS_CPU", 200)
+    if importlib.util.find_spec("triton") is not None:
+        from xdlm_image.objective import nelbo_triton
+
+        monkeypatch.setattr(nelbo_triton, "ROW_IN_REGISTERS", 16)
+        monkeypatch.setattr(nelbo_triton, "BLOCK", 32)
+
+
+def process_of(k: float, K: int, definition: str) -> XDLMProcess:
+    extra = {"vocab_size": K + 3, "mask_id": K + 1} if definition == "B" else {}
+    return XDLMProcess(k, K, definition, **extra)
+
+
+def codes(process: XDLMProcess, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """z and x (1, rows): mask, right and (for k > 0) wrong in turn."""
+    x = torch.randint(process.num_codes, (1, rows))
+    kind = torch.arange(rows)[None] % 3
+    wrong = (x + 1) % process.num_codes if process.k > 0 else torch.tensor(process.mask)
+    return torch.where(kind == 0, process.mask, torch.where(kind == 1, x, wrong)), x
+
+
+def loss_and_gradient(function, logits, z, x, process, alpha, beta, **options):
+    """Loss (1, R) and the gradient of its sum weighted by 1, 2, 3, ..., both float64 on the CPU."""
+    logits = logits.clone().requires_grad_()
+    loss = function(logits, z, x, process, alpha, beta, **options)
+    (loss * torch.arange(1, 1 + loss.shape[1], device=loss.device)).sum().backward()
+    return loss.detach().double().cpu(), logits.grad.double().cpu()
+
+
+@backends
+@pytest.mark.parametrize("definition", ["A", "B"])
+@pytest.mark.parametrize("k", [0.0, 0.1, 0.5, 1.0])
+@pytest.mark.parametrize(("K", "dtype"), [(13, torch.float32), (70, torch.float32), (70, torch.bfloat16)], ids=str)
+def test_equals_the_definition(backend: str, k: float, definition: str, K: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(1)
+    process = process_of(k, K, definition)
+    z, x = codes(process, 6)
+    logits = (2.0 * torch.randn(1, 6, process.logits_width)).to(dtype)
+    alpha = torch.tensor([[0.7, 0.7, 0.7, 0.3, 0.05, 0.95]], dtype=torch.float64)
+    expected = loss_and_gradient(reference_nelbo, logits.double(), z, x, process, alpha, 1 - alpha)
+    given = (a.to(DEVICE) for a in (logits, z, x))
+    times = (a.float().to(DEVICE) for a in (alpha, 1 - alpha))
+    actual = loss_and_gradient(
+        lambda *a, **o: xdlm_nelbo(*a[:3], process, *a[4:], **o), *given, process, *times, backend=backend
+    )
+    torch.testing.assert_close(actual[0], expected[0], rtol=5e-6, atol=5e-6)
+    rounding = 2.0**-7 if dtype == torch.bfloat16 else 0.0  # Triton's interpreter cuts off where others round
+    torch.testing.assert_close(actual[1], expected[1], rtol=5e-6 + rounding, atol=2e-5)
+
+
+def hostile_logits(x: torch.Tensor, z: torch.Tensor, width: int) -> torch.Tensor:
+    """(1, R, width), each three rows: all zeros, +-1e4, x all but impossible, x all but certain, z likewise."""
+    logits = torch.randn(x.shape[1], width)
+    logits[0:3] = 0.0
+    logits[3:6] = 1e4 * logits[3:6].sign()
+    rows = torch.arange(x.shape[1])
+    logits[rows[6:9], x[0, 6:9]] = -1e4
+    logits[rows[9:12], x[0, 9:12]] = 1e4
+    logits[rows[12:15], z[0, 12:15].clamp(max=width - 1)] = 20.0
+    return logits[None]
+
+
+@backends
+@pytest.mark.parametrize("beta", [0.0, 1e-6, 0.5, 1.0 - 1e-6, 1.0])
+@pytest.mark.parametrize("k", [0.0, 0.1, 1.0])
+def test_hostile_numbers_follow_float64(backend: str, k: float, beta: float) -> None:
+    torch.manual_seed(2)
+    process = process_of(k, 40, "A")
+    z, x = codes(process, 15)
+    if beta == 0.0:
+        z = x.clone()  # nothing else has any probability
+    logits = hostile_logits(x, z, 40)
+    if beta == 0.0:
+        logits[:, 3:9] = 0.0  # an impossible truth is infinitely wrong there
+    beta64 = torch.tensor([beta], dtype=torch.float64)
+    alpha32, beta32 = (1 - beta64).float(), beta64.float()
+    expected = loss_and_gradient(
+        xdlm_nelbo, logits.double(), z, x, process, alpha32.double(), beta32.double(), backend="eager"
+    )
+    given = [a.to(DEVICE) for a in (logits, z, x)]
+    actual = loss_and_gradient(xdlm_nelbo, *given, process, alpha32.to(DEVICE), beta32.to(DEVICE), backend=backend)
+    assert all(torch.isfinite(value).all() for value in actual)
+    error = (actual[0] - expected[0]).abs() / expected[0].abs().clamp(min=1.0)
+    assert error.max() < 1e-5
+    largest = expected[1].abs().amax(-1, keepdim=True)
+    weight = torch.arange(1.0, 16.0)[:, None]
+    assert ((actual[1] - expected[1]).abs() <= 4e-6 * (largest + weight / max(beta, 1e-2 if beta == 0 else beta))).all()
+
+
+@backends
+def test_no_tokens_are_no_loss(backend: str) -> None:
+    process = XDLMProcess(0.1, 5)
+    logits = torch.zeros(0, 4, 5, device=DEVICE, requires_grad=True)
+    ids, alpha = torch.zeros(0, 4, dtype=torch.long, device=DEVICE), torch.zeros(0, device=DEVICE)
+    loss = xdlm_nelbo(logits, ids, ids, process, alpha, alpha, backend=backend)
+    loss.sum().backward()
+    assert loss.shape == (0, 4) and logits.grad.shape == (0, 4, 5)
+
+
+# --- the gradient written over the logits ---------------------------------------------------------
+
+
+def in_place_case():
+    torch.manual_seed(3)
+    process = XDLMProcess(0.1, 40)
+    z, x = (ids.to(DEVICE) for ids in codes(process, 6))
+    half = torch.full((1,), 0.5, device=DEVICE)
+    base = torch.randn(1, 6, 40, device=DEVICE, requires_grad=True)
+    return base, z, x, process, half, half
+
+
+@backends
+def test_in_place_gradient_is_the_gradient_and_takes_the_memory_of_the_logits(backend: str) -> None:
+    base, *rest = in_place_case()
+    xdlm_nelbo(base * 2.0, *rest, backend=backend).sum().backward()
+    expected, base.grad = base.grad, None
+    logits = base * 2.0
+    seen = []
+    logits.register_hook(lambda grad: seen.append(grad.data_ptr()))
+    loss = xdlm_nelbo(logits, *rest, in_place=True, backend=backend)
+    address = logits.data_ptr()
+    loss.sum().backward(retain_graph=True)
+    assert torch.equal(base.grad, expected) and seen == [address]
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.sum().backward()
+
+
+@backends
+def test_in_place_is_refused_where_it_would_destroy_something(backend: str) -> None:
+    base, *rest = in_place_case()
+    for leaf in (base, base.view(6, 40)[None]):
+        with pytest.raises(ValueError, match="in_place=True"):
+            xdlm_nelbo(leaf, *rest, in_place=True, backend=backend)
+    logits = base * 2.0
+    other = logits.square().sum()  # its backward pass reads the logits after ours has overwritten them
+    ours = xdlm_nelbo(logits, *rest, in_place=True, backend=backend).sum()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (ours + other).backward()
+
+
+# --- the choice -----------------------------------------------------------------------------------
+
+
+def test_backends_are_chosen_by_device_and_refused_by_name() -> None:
+    cpu = torch.device("cpu")
+    assert nelbo.passes_for(cpu, torch.float32, "auto") is nelbo_eager
+    assert nelbo.passes_for(torch.device("cuda"), torch.float64, "auto") is nelbo_eager
+    with pytest.raises(ValueError, match="backend='cuda'.*auto, eager, triton"):
+        nelbo.passes_for(cpu, torch.float32, "cuda")
+    with pytest.raises(ValueError, match="float64"):
+        nelbo.passes_for(cpu, torch.float64, "triton")
+
+
+@needs_triton
+def test_a_triton_that_cannot_run_is_told_and_done_without(monkeypatch) -> None:
+    from xdlm_image.objective import nelbo_triton
+
+    def fail(*_) -> None:
+        raise RuntimeError("no C compiler")
+
+    monkeypatch.setattr(nelbo_triton, "self_check", fail)
+    with pytest.warns(UserWarning, match="no C compiler"):
+        assert not nelbo._triton_runs.__wrapped__("cuda", torch.float32)
+
+
+@needs_triton
+def test_kernels_compile_for_a_gpu() -> None:
+    """The interpreter forgives what the compiler does not; this needs no GPU."""
+    subprocess.run([sys.executable, Path(__file__).parent / "compile_kernels.py"], check=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("width", [1000, 16387, 70_000])
+def test_gpu_kernels_follow_float64_on_wide_rows(width: int, dtype: torch.dtype, monkeypatch) -> None:
+    from xdlm_image.objective import nelbo_triton
+
+    monkeypatch.undo()
+    assert nelbo.passes_for(DEVICE, dtype, "auto") is nelbo_triton
+    process = process_of(0.1, width - 3, "B")
+    z, x = (ids.to(DEVICE) for ids in codes(process, 96))
+    logits = (3.0 * torch.randn(1, 96, width, device=DEVICE)).to(dtype)
+    beta = torch.tensor([0.4], device=DEVICE)
+    expected = loss_and_gradient(xdlm_nelbo, logits.double(), z, x, process, 1 - beta, beta)
+    actual = loss_and_gradient(xdlm_nelbo, logits, z, x, process, 1 - beta, beta)
+    torch.testing.assert_close(actual[0], expected[0], rtol=5e-6, atol=5e-6)
+    rounding = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}.get(dtype, 0.0)
+    torch.testing.assert_close(actual[1], expected[1], rtol=5e-6 + rounding, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("in_place", [False, True])
+def test_gpu_memory_is_that_of_the_gradient_or_nothing(in_place: bool) -> None:
+    process = XDLMProcess(0.1, 16384)
+    base = torch.randn(4, 256, 16384, device=DEVICE, requires_grad=True)
+    logits = base * 1.0
+    z, x = (ids.view(4, 256).to(DEVICE) for ids in codes(process, 1024))
+    beta = torch.full((4,), 0.5, device=DEVICE)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    loss = xdlm_nelbo(logits, z, x, process, 1 - beta, beta, in_place=in_place).sum()
+    torch.autograd.grad(loss, logits)
+    size = logits.numel() * logits.element_size()
+    assert torch.cuda.max_memory_allocated() - before < (0.01 if in_place else 1.01) * size

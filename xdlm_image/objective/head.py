@@ -1,0 +1,131 @@
+"""The output projection and the objective as one: the logits of a block of rows at a time, never all of them.
+
+Owns `xdlm_head_nelbo`. The gradient of a mean is known up to a factor as soon as a row's loss is, so the forward pass
+turns every block of logits into its share of the gradients on the spot and lets it go; backward multiplies. This takes
+no product of matrices more than the plain layers do, and is why the mean is taken inside.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from ..schedulers import XDLMProcess
+from .nelbo import passes_for, rows_of
+from .row_scalars import Rows
+
+BLOCK_ELEMENTS_CPU = 1 << 23  # fewer rows, and the weight gradient would be added up too often
+BLOCK_ELEMENTS_DEVICE = 1 << 25  # enough rows for a GPU's products; 64 MiB of bfloat16
+
+
+class XDLMLossOutput(NamedTuple):
+    """What training minimises, and what it looks at.
+
+    Attributes:
+        mean: () nats per token; the only one of the two with a gradient.
+        per_token: (B, L) the loss of each token, before any weight.
+    """
+
+    mean: torch.Tensor
+    per_token: torch.Tensor
+
+
+def xdlm_head_nelbo(
+    features: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    z: torch.Tensor,
+    x: torch.Tensor,
+    process: XDLMProcess,
+    alpha: torch.Tensor,
+    beta: torch.Tensor,
+    *,
+    token_weight: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> XDLMLossOutput:
+    """`xdlm_nelbo(linear(features, weight, bias), ...)` and its mean, without the (B, L, V) logits.
+
+    Under autocast the products run in its dtype; loss and weight gradients add up in float32. A weight that other
+    layers share (tied embeddings) gets its gradient as from any layer.
+
+    Args:
+        features: (B, L, D) what the projection reads.
+        weight: (V, D), V = `process.logits_width`.
+        bias: (V,) or None.
+        z, x, process, alpha, beta, backend: As in `xdlm_nelbo`.
+        token_weight: (B, L), w of mean = sum(w l) / (B L); None is 1. It gets no gradient.
+
+    Returns:
+        `mean` and `per_token`, float32 (float64 where the products are).
+
+    Raises:
+        ValueError: As `xdlm_nelbo`; or if the weights do not fit the features and the process.
+    """
+    rows = rows_of("features", features, z, x, process, alpha, beta)
+    expected = (process.logits_width, features.shape[-1])
+    if tuple(weight.shape) != expected or (bias is not None and bias.shape != expected[:1]):
+        shapes = f"weight {tuple(weight.shape)}, bias {None if bias is None else tuple(bias.shape)}"
+        raise ValueError(f"{shapes}: need (V, D) = {expected} and (V,)")
+    if token_weight is not None:
+        if token_weight.shape != x.shape:
+            raise ValueError(f"token_weight {tuple(token_weight.shape)}: need (B, L) = {tuple(x.shape)}")
+        token_weight = token_weight.detach().to(rows.c.dtype).reshape(-1)
+    device, dtype = features.device.type, features.dtype
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+    settings = (process, passes_for(features.device, dtype, backend), dtype)
+    flat = features.reshape(-1, features.shape[-1])
+    mean, loss = _XDLMHeadNelbo.apply(flat, weight, bias, token_weight, rows, settings)
+    return XDLMLossOutput(mean, loss.view(x.shape))
+
+
+class _XDLMHeadNelbo(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, features, weight, bias, token_weight, rows: Rows, settings):  # (R, D), (V, D), (V,), (R,)
+        process, passes, dtype = settings
+        wants_features, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        loss = torch.empty_like(rows.c)
+        if token_weight is None:
+            token_weight = torch.ones_like(rows.c)
+        # gradients of sum(token_weight loss)
+        grad_features = torch.empty_like(features, dtype=dtype) if wants_features else None
+        grad_weight = torch.zeros_like(weight, dtype=rows.c.dtype) if wants_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=rows.c.dtype) if wants_bias else None
+        with torch.autocast(features.device.type, enabled=False):
+            matrix = weight.to(dtype)
+            offset = None if bias is None else bias.to(dtype)
+            for block in _blocks(features, len(weight)):
+                h = features[block].to(dtype)  # (r, D)
+                logits = torch.nn.functional.linear(h, matrix, offset)  # (r, V)
+                loss[block], scalars = passes.forward(logits, rows[block], process)
+                if not any(ctx.needs_input_grad[:3]):
+                    continue
+                passes.backward(logits, rows[block], scalars, token_weight[block], process, out=logits)
+                if grad_features is not None:
+                    torch.mm(logits, matrix, out=grad_features[block])
+                if grad_weight is not None:
+                    grad_weight += logits.T @ h
+                if grad_bias is not None:
+                    grad_bias += logits.sum(0, dtype=grad_bias.dtype)
+        ctx.save_for_backward(grad_features, grad_weight, grad_bias)
+        ctx.rows = len(features)
+        ctx.dtypes = [None if value is None else value.dtype for value in (features, weight, bias)]
+        ctx.mark_non_differentiable(loss)
+        return (token_weight * loss).mean(), loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_mean, _):
+        scale = grad_mean / ctx.rows
+        grads = [
+            None if grad is None else (grad.to(torch.promote_types(grad.dtype, dtype)) * scale).to(dtype)
+            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes)
+        ]
+        return *grads, None, None, None
+
+
+def _blocks(features: torch.Tensor, width: int) -> list[slice]:
+    step = max(1, (BLOCK_ELEMENTS_CPU if features.device.type == "cpu" else BLOCK_ELEMENTS_DEVICE) // width)
+    return [slice(start, min(start + step, len(features))) for start in range(0, len(features), step)]
