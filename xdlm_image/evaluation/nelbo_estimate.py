@@ -246,7 +246,7 @@ class NelboEstimator:
         for start in range(0, len(x), self.batch_size):
             rows = slice(start, start + self.batch_size)
             loss = self.model(z[rows], x[rows], t_rows[rows], None if labels is None else labels[rows])
-            losses.append(loss.cpu().double().mean(1))  # (rows,)
+            losses.append(loss.per_token.cpu().double().mean(1))  # (rows,)
         return torch.cat(losses).view_as(t)
 
     def _weighted_losses(
