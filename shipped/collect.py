@@ -2,7 +2,7 @@
 
     python shipped/collect.py RUNS MODELS [--evaluation]
 
-Transformers go in as float16, tokenizers as they are; recipes, curves and reports of every training lie beside them.
+Weights go in as float16 (they load as float32); recipes, curves and reports of every training lie beside them.
 With --evaluation the finished tables are added.
 """
 
@@ -27,6 +27,7 @@ def collect_models(runs: Path, models: Path) -> None:
     for name in NAMES:
         pipeline = XDLMPipeline.from_pretrained(runs / name / "pipeline")
         pipeline.transformer.to(torch.float16)
+        pipeline.vqvae.to(torch.float16)
         partial = models / "pipelines" / f".{name}.{os.getpid()}"
         pipeline.save_pretrained(partial)
         replace_folder(partial, models / "pipelines" / name)
