@@ -7,7 +7,6 @@ import torch
 from xdlm_image.objective import posterior
 from xdlm_image.schedulers import XDLMProcess, XDLMScheduler
 from xdlm_image.schedulers.process_xdlm import UniformsAhead, draw_uniforms
-from xdlm_image.schedulers.row_draw import draw_rows
 
 KS = [0.0, 1e-3, 0.1, 0.5, 1.0]
 DRAWS = 60_000
@@ -242,37 +241,3 @@ def test_numbers_drawn_ahead_are_those_of_the_calls_one_by_one() -> None:
     assert scheduler.draw_ahead(one, (3, 7)) is one and scheduler.draw_ahead(None, (3, 7)) is None
     scheduler.set_timesteps(100_000)
     assert scheduler.draw_ahead(ahead, (3, 49)) is ahead  # too many numbers to hold
-
-
-@pytest.mark.parametrize("width", [5, 64, 130, 512])
-def test_a_row_is_drawn_as_its_cdf_says(width: int) -> None:
-    """Against softmax and searchsorted in float64, with weights that differ by 30 orders of magnitude."""
-    generator = torch.Generator().manual_seed(width)
-    logits = 12 * torch.randn(400, width, generator=generator)
-    logits[:50] = 0.0
-    rows = torch.randperm(400, generator=generator)[:300]
-    z = torch.randint(width + 1, (300,), generator=generator)
-    v = torch.rand(300, generator=generator, dtype=torch.float64)
-    v[:4] = torch.tensor([0.0, 1.0 - 2**-53, 2**-40, 0.5])
-    for temperature, excluded in ((1.0, None), (0.7, 2)):
-        drawn, p_z = draw_rows(logits, rows, z, v, temperature, excluded)
-        scores = (logits[rows] / temperature).double()
-        if excluded is not None:
-            scores[:, excluded] = -torch.inf
-        p = scores.softmax(-1)
-        cdf = torch.nn.functional.pad(p.cumsum(-1), (1, 0))
-        low, high = cdf.gather(1, drawn[:, None])[:, 0], cdf.gather(1, drawn[:, None] + 1)[:, 0]
-        assert bool(((low <= v + 1e-6) & (v <= high + 1e-6)).all()) and bool((p.gather(1, drawn[:, None]) > 0).all())
-        wanted = torch.where(z < width, torch.nn.functional.pad(p, (0, 1)).gather(1, z[:, None])[:, 0], 0.0)
-        torch.testing.assert_close(p_z, wanted, rtol=2e-5, atol=1e-30)
-
-
-def test_rare_codes_are_drawn_as_often_as_they_should() -> None:
-    """A code of probability 1e-9: float32's CDF would give it 0 or 6e-8."""
-    logits = torch.zeros(1, 256)
-    logits[0, 100] = 20.7  # the other 255 have about 1e-9 each
-    p = logits.double().softmax(-1)[0]
-    start = float(p[:30].sum())
-    inside = start + float(p[30]) * torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64)
-    rows = torch.zeros(3, dtype=torch.int64)
-    assert draw_rows(logits, rows, rows, inside)[0].tolist() == [30, 30, 30]

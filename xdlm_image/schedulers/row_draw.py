@@ -8,11 +8,14 @@ This file travels to the Hub beside weights: it imports torch only.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 COLUMNS = 64  # the CDF is summed over so many columns at once, and looked into only where the draw falls
 BLOCK_ELEMENTS = {"cpu": 1 << 18}  # logits a block of rows: 1 MiB of float32 stays in a core's cache
 BLOCK_ELEMENTS_DEVICE = 1 << 26
+FAST: dict[str, Callable[..., tuple[torch.Tensor, torch.Tensor]]] = {}  # kind of device -> a kernel in our place
 
 
 def draw_rows(
@@ -42,6 +45,8 @@ def draw_rows(
     Raises:
         ValueError: If a row holds NaN or infinities.
     """
+    if logits.device.type in FAST and logits.dtype != torch.float64:
+        return FAST[logits.device.type](logits, rows, z, v, temperature, excluded)
     drawn, p_z = torch.empty_like(rows), torch.empty_like(v)
     step = max(1, BLOCK_ELEMENTS.get(logits.device.type, BLOCK_ELEMENTS_DEVICE) // logits.shape[-1])
     finite = torch.ones((), dtype=torch.bool, device=logits.device)
