@@ -1,0 +1,92 @@
+"""A reverse step given logits, against softmax + multinomial on the same logits and against the network: time, memory.
+
+    python benchmarks/sampling_step.py [--device cuda] [--widths 512 16384] [--rows N] [--repeats 7] [--threads 1]
+
+The step is that in the middle of an 8-step grid at k = 0.1, on codes noised to its time, with a generator for every
+image. "bare network" is the official size of the transformer at that vocabulary (--layers 12 --dim 768), or smaller.
+All take turns in one process; the JSON lands beside this file.
+"""
+
+import json
+import math
+
+import torch
+from measuring import images_of, machine, measure, parser_of, prepare, show
+
+from xdlm_image import XDLMScheduler
+from xdlm_image.models import XDLMTransformer2DModel
+from xdlm_image.schedulers import row_draw
+
+
+def candidates_at(width: int, rows: int, arguments) -> dict:
+    device = arguments.device
+    batch, length = images_of(rows)
+    scheduler = XDLMScheduler(k=arguments.k, num_codes=width)
+    scheduler.set_timesteps(8)
+    t = scheduler.timesteps[4]
+    logits = (3 * torch.randn(batch, length, width, device=device)).to(arguments.dtype)
+    x = torch.randint(width, (batch, length), device=device)
+    z = scheduler.add_noise(x, t.expand(batch))
+    generators = [torch.Generator().manual_seed(i) for i in range(batch)]
+    side = math.isqrt(length)
+    network = XDLMTransformer2DModel(
+        sample_size=[side, length // side],
+        num_embeds=width + 1,
+        out_channels=width,
+        num_classes=10,
+        num_layers=arguments.layers,
+        num_attention_heads=arguments.dim // 64,
+        attention_head_dim=64,
+    )
+    network = network.to(device, arguments.dtype).eval()
+    labels, time = torch.zeros(batch, dtype=torch.int64, device=device), t.to(device, torch.float32)
+
+    @torch.no_grad()
+    def bare():
+        return network(z, timestep=time, class_labels=labels).sample
+
+    def ours(fast):
+        def once():
+            kept = dict(row_draw.FAST)
+            if not fast:
+                row_draw.FAST.clear()
+            try:
+                return scheduler.step(logits, t, z, generators).prev_sample
+            finally:
+                row_draw.FAST.update(kept)
+
+        return once
+
+    candidates = {
+        "softmax + multinomial": lambda: torch.multinomial(logits.view(-1, width).float().softmax(-1), 1),
+        "reverse step, plain torch": ours(False),
+        "bare network": bare,
+    }
+    if torch.device(device).type in row_draw.FAST:
+        candidates["reverse step, Triton"] = ours(True)
+    return candidates
+
+
+def main() -> None:
+    parser = parser_of(__file__, __doc__)
+    parser.add_argument("--widths", type=int, nargs="+", default=[512, 16384], help="vocabularies")
+    parser.add_argument("--k", type=float, default=0.1)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--dim", type=int, default=768, help="width of the network, a multiple of 64")
+    arguments = parser.parse_args()
+    prepare(arguments)
+    network = {"layers": arguments.layers, "dim": arguments.dim}
+    result = machine(arguments) | {"k": arguments.k, "network": network, "memory_unit": "bytes of the logits"}
+    result["widths"] = {}
+    for width in arguments.widths:
+        rows = math.prod(images_of(arguments.rows or min(arguments.elements // width, 1 << 14)))
+        unit = rows * width * arguments.dtype.itemsize
+        measured = measure(candidates_at(width, rows, arguments), arguments.device, arguments.repeats, unit)
+        result["widths"][width] = {"rows": rows, "candidates": measured}
+        show(f"V = {width}, {rows} rows", measured, "softmax + multinomial", "logits")
+    arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+    print(f"\n{arguments.output}")
+
+
+if __name__ == "__main__":
+    main()
