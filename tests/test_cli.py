@@ -151,3 +151,11 @@ def test_names_of_recipes_are_offered_where_they_fit(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["train", "--config", str(twice)])
     assert "has max_steps twice" in capsys.readouterr().err
+
+
+def test_names_with_a_dot_are_told_where_to_go(capsys) -> None:
+    with pytest.raises(SystemExit):
+        parse("evaluate", ["--pipelines.xdlm-0.1", "folder", "--output_dir", "out"])
+    assert "--pipelines '{xdlm-0.1: VALUE}'" in capsys.readouterr().err
+    recipe = parse("evaluate", ["--pipelines", "{xdlm-0.1: folder}", "--output_dir", "out"])
+    assert recipe.pipelines == {"xdlm-0.1": "folder"}

@@ -178,6 +178,8 @@ def _spelled(arguments: Sequence[str], free: set[str], groups: set[str]) -> Iter
             head, dot, key = name[2:].partition(".")
             head = head.replace("-", "_")
             name = "--" + head + dot + (key if head in free else key.replace("-", "_"))
+            if head in free and "." in key:
+                raise ValueError(f"{name}: a name with a dot goes in braces, as in --{head} '{{{key}: VALUE}}'")
             if name[2:] in groups:
                 raise ValueError(f"{name}: name one of its options, as in {name}.NAME VALUE")
             if name == "--config" and equals:
