@@ -73,6 +73,7 @@ def saved_pipeline(tmp_path_factory):
 def place(saved_pipeline, tmp_path, monkeypatch) -> Path:
     """The folder where a document's code runs."""
     shutil.copytree(saved_pipeline, tmp_path / "runs/fashion_mnist/xdlm/pipeline")
+    (tmp_path / "shipped").symlink_to(ROOT / "shipped")
     monkeypatch.chdir(tmp_path)
     matplotlib.use("Agg")
     return tmp_path

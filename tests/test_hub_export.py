@@ -131,7 +131,7 @@ def altered_scheduler(folder: Path, monkeypatch) -> type:
     home = Path(sys.modules["xdlm_image.schedulers.scheduling_xdlm"].__file__).parent
     (folder / "altered").mkdir()
     (folder / "altered" / "__init__.py").touch()
-    for name in ("scheduling_xdlm.py", "process_xdlm.py"):
+    for name in ("scheduling_xdlm.py", "process_xdlm.py", "row_draw.py"):
         shutil.copy(home / name, folder / "altered")
     with (folder / "altered" / "process_xdlm.py").open("a") as file:
         file.write("\nXDLMProcess.altered = True\n")

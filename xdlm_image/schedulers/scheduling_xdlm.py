@@ -4,7 +4,7 @@ Owns which times are visited and how codes move from t to s (arXiv 2602.01362, t
 scalar branches). The noise itself is `process_xdlm`'s. It never builds a (batch, length, vocabulary) posterior:
 softmax and draw happen only in the rows that may move.
 
-This file travels to the Hub beside weights: it imports torch, diffusers, the standard library and its sibling only.
+This file travels to the Hub beside weights: it imports torch, diffusers, the standard library and its siblings only.
 """
 
 from __future__ import annotations
