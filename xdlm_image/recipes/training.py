@@ -75,7 +75,7 @@ class TrainRecipe:
         gradient_accumulation_steps: Batches a step.
         max_steps: Optimizer steps in all.
         optimizer: `adamw`; or `muon`: Muon for the weights of attention and feed-forward, AdamW for the rest, with one
-            learning rate for both. It learns faster: see shipped/train.sh.
+            learning rate for both. shipped/README.md compares them.
         learning_rate: Peak learning rate.
         warmup_steps: Steps of linear warm-up.
         lr_schedule: After warm-up: `constant`, `cosine` or `linear` (to 0 at max_steps).
