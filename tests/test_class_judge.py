@@ -57,25 +57,34 @@ def test_timm_classifiers_see_what_timm_shows_them(weights):
         wanted = net(create_shown(net)).argmax(1)
     synsets = ImageNetInfo().label_names()
     images = torch.from_numpy(pictures()).permute(0, 3, 1, 2)
-    judge = load_class_judge(f"timm:{MODEL}:{path}", synsets, CPU)
+    judge = load_class_judge(f"timm:{MODEL}:{path}", synsets, (3, 16), CPU)
     agreed = (judge.classify(images) == wanted).float().mean()
     assert len(wanted.unique()) > 4 and agreed > 0.9  # Pillow's and torch's resize differ in rounding
     kept = [synsets[i] for i in wanted.unique().tolist()][::-1]  # a part of the classes, in another order
-    part = load_class_judge(f"timm:{MODEL}:{path}", kept[:-1], CPU).classify(images)
+    part = load_class_judge(f"timm:{MODEL}:{path}", kept[:-1], (3, 16), CPU).classify(images)
     names = [synsets[i] for i in judge.classify(images).tolist()]
     assert [kept[i] if i >= 0 else None for i in part.tolist()] == [n if n in kept[:-1] else None for n in names]
 
 
 def test_strange_classes_and_files_are_refused(weights, tmp_path):
     with pytest.raises(ValueError, match="knows ImageNet-1K's classes, the data's are ant"):
-        load_class_judge(f"timm:{MODEL}:{weights[1]}", ["ant", "n01440764"], CPU)
+        load_class_judge(f"timm:{MODEL}:{weights[1]}", ["ant", "n01440764"], (3, 16), CPU)
     with pytest.raises(OSError, match="could not be loaded .* name it as timm:MODEL:FILE"):
-        load_class_judge("timm:no_such_model", ["n01440764"], CPU)
+        load_class_judge("timm:no_such_model", ["n01440764"], (3, 16), CPU)
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(OSError, match="could not be loaded"):
-        load_class_judge(f"timm:{MODEL}:{tmp_path / 'other.safetensors'}", ["n01440764"], CPU)
+        load_class_judge(f"timm:{MODEL}:{tmp_path / 'other.safetensors'}", ["n01440764"], (3, 16), CPU)
     with pytest.raises(FileNotFoundError):
-        load_class_judge(str(tmp_path / "nothing"), ["ant"], CPU)
+        load_class_judge(str(tmp_path / "nothing"), ["ant"], (3, 16), CPU)
+
+
+def test_a_small_judge_of_other_images_is_refused_at_once(tmp_path):
+    parts = build_parts(tmp_path)
+    names = ["ant", "bee, wasp", "cat"]
+    with pytest.raises(ValueError, match=r"takes images of \(channels, size\) \(3, 16\), these have \(3, 32\)"):
+        load_class_judge(str(parts.extractor), names, (3, 32), CPU)
+    with pytest.raises(ValueError, match="its classes are"):
+        load_class_judge(str(parts.extractor), names[:2], (3, 16), CPU)
 
 
 def test_an_independent_classifier_judges_the_sweep_and_its_floors(tmp_path, monkeypatch):
@@ -85,9 +94,7 @@ def test_an_independent_classifier_judges_the_sweep_and_its_floors(tmp_path, mon
     recipe = parts.recipe(tmp_path / "out", num_steps=[1], seeds=[0], classifier=str(judge))
     plain = json.loads(sweep.evaluate(parts.recipe(tmp_path / "out", num_steps=[1], seeds=[0])).read_text())
     content = json.loads(sweep.evaluate(recipe).read_text())  # in the same folder: other cells, the same codes
-    from xdlm_image.evaluation.class_judge import load_class_judge
-
-    judged = load_class_judge(str(judge), content["protocol"]["reference"]["class_names"], CPU)
+    judged = load_class_judge(str(judge), content["protocol"]["reference"]["class_names"], (3, 16), CPU)
     images = list(Uint8Images(open_images(parts.data, "test")))
     right = judged.classify(torch.stack([image for image, _ in images])) == torch.tensor([label for _, label in images])
     assert content["floors"]["reference_class_accuracy"] == pytest.approx(float(right.float().mean()))

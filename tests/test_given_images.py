@@ -79,6 +79,10 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path):
     whole.write_bytes(whole.read_bytes()[:-60])
     with pytest.raises(ValueError, match="cannot be read as ADM's .npz"):
         GivenImages(whole, 3, 8, CLASSES)
+    (tmp_path / "small").mkdir()
+    Image.fromarray(PIXELS[0, :6]).save(tmp_path / "small" / "a.png")
+    with pytest.raises(ValueError, match=r"a\.png has 6 x 8 pixels, the reference 8 x 8"):
+        GivenImages(tmp_path / "small", 3, 8, CLASSES)  # at once, not when it is measured
     for path in (tmp_path / "none", tmp_path / "empty"):
         Path(tmp_path / "empty").mkdir(exist_ok=True)
         with pytest.raises(FileNotFoundError, match="neither a folder nor an .npz|no image file"):

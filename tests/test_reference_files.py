@@ -152,11 +152,12 @@ def test_known_files_are_told_by_their_content(tmp_path, monkeypatch):
     np.savez(tmp_path / "mine.npz", mu=MU, sigma=SIGMA)
     content = (tmp_path / "mine.npz").read_bytes()
     git = subprocess.run(["git", "hash-object", tmp_path / "mine.npz"], capture_output=True, text=True, check=True)
-    for digest in ("sha256:" + hashlib.sha256(content).hexdigest(), "git:" + git.stdout.strip()):
+    sha256 = hashlib.sha256(content).hexdigest()
+    for digest in ("sha256:" + sha256, "git:" + git.stdout.strip()):
         known = KnownFile("mine.npz", (tmp_path / "mine.npz").as_uri(), digest, 16, "mine")
         monkeypatch.setitem(KNOWN, "mine", known)
-        assert find_reference_file("mine") == (tmp_path / "mine.npz", known)
-        assert find_reference_file(str(tmp_path / "mine.npz")) == (tmp_path / "mine.npz", known)
+        assert find_reference_file("mine") == (tmp_path / "mine.npz", sha256, known)
+        assert find_reference_file(str(tmp_path / "mine.npz")) == (tmp_path / "mine.npz", sha256, known)
     monkeypatch.setattr(reference_files, "CACHE", tmp_path / "cache")
     assert find_reference_file("mine")[0].read_bytes() == content  # fetched
     (tmp_path / "cache" / "mine.npz").write_bytes(b"other")

@@ -44,21 +44,22 @@ class ClassJudge:
         return {"name": self.name, "weights_sha256": self.weights_hash}
 
 
-def load_class_judge(name: str, class_names: Sequence[str], device: torch.device) -> ClassJudge:
+def load_class_judge(name: str, class_names: Sequence[str], shape: tuple[int, int], device: torch.device) -> ClassJudge:
     """A classifier of the data's classes.
 
     Args:
         name: `timm:MODEL`, an ImageNet-1K classifier of timm's hub, `timm:MODEL:FILE` with its safetensors file, or the
             folder of a small classifier (`xdlm-image train-extractor`).
         class_names: Folder names by class id; WordNet ids for timm.
+        shape: (channels, side in pixels) of the images; a small classifier takes only those that it was trained on.
         device: Where it computes.
 
     Raises:
         FileNotFoundError, OSError: It cannot be had.
-        ValueError: It knows other classes.
+        ValueError: It knows other classes, or takes other images.
     """
     if not name.startswith(TIMM):
-        return _small(name, class_names, device)
+        return _small(name, class_names, shape, device)
     model, _, file = name.removeprefix(TIMM).partition(":")
     synsets = ImageNetInfo().label_names()
     strangers = [folder for folder in class_names if folder not in synsets]
@@ -95,7 +96,7 @@ class _Transform:
     def __init__(self, net: nn.Module) -> None:
         config = resolve_model_data_config(net)
         self.size = config["input_size"][1:]
-        self.resized = [int(side / config["crop_pct"]) for side in self.size][0]
+        self.resized = int(self.size[0] / config["crop_pct"])
         self.mean, self.std = config["mean"], config["std"]
         self.interpolation = InterpolationMode(config["interpolation"])
 
@@ -105,12 +106,17 @@ class _Transform:
         return tv.normalize(tv.center_crop(images, list(self.size)).float() / 255, self.mean, self.std)
 
 
-def _small(folder: str, class_names: Sequence[str], device: torch.device) -> ClassJudge:
+def _small(folder: str, class_names: Sequence[str], shape: tuple[int, int], device: torch.device) -> ClassJudge:
     small = SmallClassifierFeatures(SMALL_CLASSIFIER, ["logits"], feature_extractor_weights_path=folder).to(device)
     if small.config.class_names != list(class_names):
         raise ValueError(
             f"classifier={folder!r}: its classes are {small.config.class_names[:3]}, ..., the data's "
             f"{list(class_names)[:3]}, ...; train one on these data"
+        )
+    if (small.config.channels, small.config.image_size) != shape:
+        raise ValueError(
+            f"classifier={folder!r}: it takes images of (channels, size) "
+            f"{(small.config.channels, small.config.image_size)}, these have {shape}; train one on these data"
         )
     return ClassJudge(
         f"{SMALL_CLASSIFIER} {Path(folder).name} (test accuracy {100 * small.config.test_accuracy:.1f} %)",

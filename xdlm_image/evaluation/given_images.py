@@ -85,6 +85,7 @@ class GivenImages:
         self._files = sorted(p for p in self.path.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
         if not self._files:
             raise FileNotFoundError(f"images={str(self.path)!r}: no image file in it ({', '.join(EXTENSIONS)})")
+        self._read(self._files[0])  # another size is refused before anything is measured
         ids = {name: i for i, name in enumerate(class_names)}
         below = [file.relative_to(self.path).parts[0] for file in self._files]
         self.labels = np.array([ids.get(name, NO_CLASS) for name in below], dtype=np.int64)

@@ -34,7 +34,7 @@ from xdlm_image.evaluation.drawing import (
 from xdlm_image.evaluation.extractor import FeatureExtractor, load_extractor
 from xdlm_image.evaluation.foreign_pipelines import ForeignPipeline
 from xdlm_image.evaluation.given_images import GivenImages, images_in_npz
-from xdlm_image.evaluation.reference_files import find_reference_file, is_reference_file, open_reference_file
+from xdlm_image.evaluation.reference_files import is_reference_file, open_reference_file
 from xdlm_image.evaluation.references import Reference, open_reference, open_reference_images
 from xdlm_image.evaluation.seeds import SEED_RULE, image_seed
 from xdlm_image.evaluation.statistics import rank_and_world
@@ -102,7 +102,7 @@ def check(recipe: EvaluateRecipe) -> Plan:
         if recipe.classifier is None:
             notes.append("the extractor was trained on other classes than the data's: no class accuracy is given")
     if recipe.classifier is not None:
-        extractor = replace(extractor, judge=load_class_judge(recipe.classifier, names, device))
+        extractor = replace(extractor, judge=load_class_judge(recipe.classifier, names, shape, device))
         if reference is not None and reference.about["class_accuracy"] is not None:
             notes.append("the reference folder's images were judged by another classifier: their accuracy is left out")
             reference.forget_class_accuracy()
@@ -185,14 +185,13 @@ def _open_target(recipe: EvaluateRecipe, extractor: FeatureExtractor, device: to
 
 def _open_target_file(recipe: EvaluateRecipe, file: str, extractor: FeatureExtractor, device: torch.device) -> _Target:
     """A file of statistics: the size is its own if it has one; classes, and else the size, are the first pipeline's."""
-    reference = open_reference_file(file, extractor)
+    reference, path = open_reference_file(file, extractor)
     names: list[str] = []
     shape = (int(recipe.data.channels), recipe.data.image_size)
     if recipe.pipelines:
         name, folder = next(iter(recipe.pipelines.items()))
         pipeline = open_any_pipeline(folder, device, f"pipelines.{name}")
         names, shape = folder_names(pipeline), image_shape(pipeline)
-    path = find_reference_file(file)[0]
     images = images_in_npz(path)
     size = reference.about["images"]["image_size"] if images is None else images[1]
     if size is not None:

@@ -12,7 +12,7 @@ import pickle
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -69,8 +69,16 @@ KNOWN = {
 }
 
 
-def find_reference_file(reference: str) -> tuple[Path, KnownFile | None]:
-    """The file that `reference` names, by its path or by a key of `KNOWN`, and what is known of it.
+class FoundFile(NamedTuple):
+    """A file of statistics on disk: its SHA-256, and what is known of it."""
+
+    path: Path
+    sha256: str
+    known: KnownFile | None
+
+
+def find_reference_file(reference: str) -> FoundFile:
+    """The file that `reference` names, by its path or by a key of `KNOWN`; read once for its hash.
 
     A known file is taken from `~/.cache/xdlm_image/references`, or fetched there once.
 
@@ -84,13 +92,16 @@ def find_reference_file(reference: str) -> tuple[Path, KnownFile | None]:
         path = CACHE / known.file
         if not path.is_file():
             _fetch(known, path)
-        if not _is(known, path):
+        sha256 = sha256_of_file(path)
+        if not _is(known, path, sha256):
             raise ValueError(f"reference={reference!r}: {path} is not the file of {known.digest}; remove it")
-        return path, known
+        return FoundFile(path, sha256, known)
     path = Path(reference)
     if not path.is_file():
         raise FileNotFoundError(f"reference={reference!r}: no such file; by name are known {', '.join(KNOWN)}")
-    return path, next((known for known in KNOWN.values() if known.file == path.name and _is(known, path)), None)
+    sha256 = sha256_of_file(path)
+    of_this_name = [known for known in KNOWN.values() if known.file == path.name]
+    return FoundFile(path, sha256, next((known for known in of_this_name if _is(known, path, sha256)), None))
 
 
 def is_reference_file(reference: str) -> bool:
@@ -98,8 +109,8 @@ def is_reference_file(reference: str) -> bool:
     return reference in KNOWN or Path(reference).suffix in (".npz", ".pt", ".pth")
 
 
-def open_reference_file(reference: str, extractor: FeatureExtractor) -> Reference:
-    """Statistics of a file as a reference: of Inception's layers, without floors and without images.
+def open_reference_file(reference: str, extractor: FeatureExtractor) -> tuple[Reference, Path]:
+    """Statistics of a file as a reference: of Inception's layers, without floors; and where the file is.
 
     Raises:
         FileNotFoundError, OSError: As `find_reference_file`.
@@ -110,7 +121,7 @@ def open_reference_file(reference: str, extractor: FeatureExtractor) -> Referenc
             f"reference={reference!r}: published statistics are of Inception, the extractor is {extractor.name}; set "
             "extractor: inception (first in a list), or make a reference folder with `xdlm-image reference`"
         )
-    path, known = find_reference_file(reference)
+    path, digest, known = find_reference_file(reference)
     statistics = {layer: found for layer, found in read_moments(path).items() if layer in extractor.feature_dims}
     for layer, found in statistics.items():
         if found.dim != extractor.feature_dims[layer]:
@@ -118,7 +129,6 @@ def open_reference_file(reference: str, extractor: FeatureExtractor) -> Referenc
                 f"reference={reference!r}: its {layer!r} has {found.dim} features, {extractor.name} "
                 f"{extractor.feature_dims[layer]}"
             )
-    digest = sha256_of_file(path)
     about: dict[str, Any] = {
         "images": {
             "name": str(path) if known is None else known.about,
@@ -136,7 +146,7 @@ def open_reference_file(reference: str, extractor: FeatureExtractor) -> Referenc
         "reconstructions": {},
     }
     measured = Measured(statistics, None, None, dict.fromkeys(statistics, digest))
-    return Reference(about, measured, {})
+    return Reference(about, measured, {}), path
 
 
 def _fetch(known: KnownFile, path: Path) -> None:
@@ -148,9 +158,11 @@ def _fetch(known: KnownFile, path: Path) -> None:
         raise OSError(f"reference: {known.url} cannot be fetched ({error}); put the file at {path}") from error
 
 
-def _is(known: KnownFile, path: Path) -> bool:
+def _is(known: KnownFile, path: Path, sha256: str) -> bool:
     kind, _, wanted = known.digest.partition(":")
-    digest = hashlib.sha256() if kind == "sha256" else hashlib.sha1(b"blob %d\0" % path.stat().st_size)
+    if kind == "sha256":
+        return sha256 == wanted
+    digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size)
     with open(path, "rb") as file:
         for block in iter(lambda: file.read(1 << 20), b""):
             digest.update(block)
