@@ -74,7 +74,7 @@ def test_strange_classes_and_files_are_refused(weights, tmp_path):
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(OSError, match="could not be loaded"):
         load_class_judge(f"timm:{MODEL}:{tmp_path / 'other.safetensors'}", ["n01440764"], (3, 16), CPU)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match="^classifier=.*cannot be opened"):
         load_class_judge(str(tmp_path / "nothing"), ["ant"], (3, 16), CPU)
 
 

@@ -99,6 +99,8 @@ def test_folders_that_do_not_fit_are_refused(parts, folder, tmp_path):
     out = tmp_path / "out"
     with pytest.raises(FileNotFoundError, match=r"reference=.*xdlm-image reference"):
         evaluate(_recipe(parts, out, tmp_path / "none"))
+    with pytest.raises(FileNotFoundError, match="adm-imagenet-265.*or adm-imagenet-256, mar-imagenet-256"):
+        evaluate(_recipe(parts, out, "adm-imagenet-265"))
     with pytest.raises(ValueError, match="reference_split='train': the images of .* are of the split 'test'"):
         evaluate(_recipe(parts, out, folder, reference_split="train"))
     with pytest.raises(ValueError, match="give one of the two"):

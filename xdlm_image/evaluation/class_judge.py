@@ -107,7 +107,10 @@ class _Transform:
 
 
 def _small(folder: str, class_names: Sequence[str], shape: tuple[int, int], device: torch.device) -> ClassJudge:
-    small = SmallClassifierFeatures(SMALL_CLASSIFIER, ["logits"], feature_extractor_weights_path=folder).to(device)
+    try:
+        small = SmallClassifierFeatures(SMALL_CLASSIFIER, ["logits"], feature_extractor_weights_path=folder).to(device)
+    except (FileNotFoundError, ValueError) as error:  # they name the argument extractor
+        raise type(error)(f"classifier={folder!r}: cannot be opened ({error})") from error
     if small.config.class_names != list(class_names):
         raise ValueError(
             f"classifier={folder!r}: its classes are {small.config.class_names[:3]}, ..., the data's "

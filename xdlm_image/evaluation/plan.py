@@ -34,7 +34,7 @@ from xdlm_image.evaluation.drawing import (
 from xdlm_image.evaluation.extractor import FeatureExtractor, load_extractor
 from xdlm_image.evaluation.foreign_pipelines import ForeignPipeline
 from xdlm_image.evaluation.given_images import GivenImages, images_in_npz
-from xdlm_image.evaluation.reference_files import is_reference_file, open_reference_file
+from xdlm_image.evaluation.reference_files import KNOWN, is_reference_file, open_reference_file
 from xdlm_image.evaluation.references import Reference, open_reference, open_reference_images
 from xdlm_image.evaluation.seeds import SEED_RULE, image_seed
 from xdlm_image.evaluation.statistics import rank_and_world
@@ -171,6 +171,11 @@ def _open_target(recipe: EvaluateRecipe, extractor: FeatureExtractor, device: to
         raise ValueError(
             f"reference={recipe.reference!r} and data.name={recipe.data.name!r}: a reference folder stands for the "
             "images; give one of the two"
+        )
+    if not Path(recipe.reference).exists():
+        raise FileNotFoundError(
+            f"reference={recipe.reference!r}: no such folder or file; make one with `xdlm-image reference`, or name "
+            f"published statistics: a .npz or .pt file, or {', '.join(KNOWN)}"
         )
     reference = open_reference(recipe.reference, extractor)
     about = reference.about["images"]
