@@ -80,8 +80,9 @@ def check(recipe: EvaluateRecipe) -> Plan:
     """
     for seed in recipe.seeds:
         image_seed(seed, recipe.num_samples - 1)
-    for name in (*recipe.pipelines, *recipe.images):
-        refuse_name("pipelines", name)
+    for argument, names_given in (("pipelines", recipe.pipelines), ("images", recipe.images)):
+        for name in names_given:
+            refuse_name(argument, name)
     device = best_device(recipe.device)
     processes = process_state()
     if processes is not None and recipe.device is None:
