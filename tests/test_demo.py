@@ -1,13 +1,18 @@
 """The demo on a tiny folder of models, laid out as the shipped one."""
 
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 from evaluation_parts import build_parts, one_thread, save_pipeline  # noqa: F401
 
 from xdlm_image.cli import main
+from xdlm_image.devices import why_not_compiled
 from xdlm_image.evaluation import demo as demo_module
 from xdlm_image.evaluation import sweep
 from xdlm_image.evaluation.demo import models_folder, shipped_pipelines
@@ -34,6 +39,7 @@ def test_the_demo_prints_tables_and_says_where_everything_is(models, tmp_path, m
     monkeypatch.setattr(demo_module, "QUICK", {"num_samples": 6, "num_steps": [1, 2], "seeds": [0]})
     monkeypatch.setattr(sweep, "GRID_IMAGES", 1)
     arguments = ["demo", "--models", str(models), "--output_dir", str(tmp_path / "demo"), "--device", "cpu"]
+    arguments += ["--compile", "false", "--dtype", "float32"]
     assert main(arguments) == 0
     first = capsys.readouterr().out
     assert "6 images a cell (indicative)" in first and "Committed" not in first
@@ -47,6 +53,32 @@ def test_the_demo_prints_tables_and_says_where_everything_is(models, tmp_path, m
     again = capsys.readouterr().out
     assert "Committed table, 6 images a cell, 1 sampling seeds" in again and again.count("| udlm |") == 2
     shutil.rmtree(models / "evaluation")
+
+
+def test_it_draws_in_the_way_that_is_fast_here(models, tmp_path, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(demo_module, "evaluate", lambda recipe: asked.append(recipe) or tmp_path)
+    monkeypatch.setattr(demo_module, "_summary", lambda *_: [])
+    for units, why_not, expected in [
+        ({"amx_bf16": True}, None, ("bfloat16", True)),
+        ({"avx2": True}, "no compiler", ("float32", False)),
+    ]:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda units=units: units, raising=False)
+        monkeypatch.setattr(demo_module, "why_not_compiled", lambda device, why_not=why_not: why_not)
+        assert main(["demo", "--models", str(models), "--device", "cpu"]) == 0
+        assert (asked[-1].dtype, asked[-1].compile) == expected
+        assert ("(no compiler): the demo takes about twice as long" in capsys.readouterr().err) == bool(why_not)
+    assert main(["demo", "--models", str(models), "--dtype", "float16", "--compile", "true", "--device", "cpu"]) == 0
+    assert (asked[-1].dtype, asked[-1].compile) == ("float16", True)  # what is asked for is done, whatever it takes
+
+
+def test_a_machine_without_a_compiler_says_so():
+    """In a process of its own: PyTorch looks for its compiler once."""
+    code = "import torch; from xdlm_image.devices import why_not_compiled; print(why_not_compiled(torch.device('cpu')))"
+    environment = {**os.environ, "CXX": "/no/such/compiler"}
+    told = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert "compiler" in told.stdout and told.stdout != "None\n"
+    assert "CPUs only" in why_not_compiled(torch.device("meta"))
 
 
 def test_without_models_it_says_where_they_are(tmp_path, capsys):

@@ -276,6 +276,22 @@ def test_cells_of_another_protocol_are_not_taken_for_this_one(parts, finished, t
     assert after == pytest.approx(before["fid"], rel=1e-6)
 
 
+def test_metrics_that_are_not_wanted_are_left_out_and_the_rest_is_the_same(parts, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "sweep")
+    recipe = parts.recipe(tmp_path / "sweep", pipelines={"mdlm": parts.pipelines["mdlm"]}, num_steps=[3], seeds=[0])
+    before = next(c for c in _numbers(finished) if (c["pipeline"], c["num_steps"], c["seed"]) == ("mdlm", 3, 0))
+    evaluate(dataclasses.replace(recipe, feature_metrics=["coverage"]))  # cells with all metrics are not taken for it
+    cell = _numbers(tmp_path / "sweep")[0]
+    for name in ("fid", "coverage"):
+        assert cell[name] == before[name] is not None
+    for name in ("kid", "kid_of_classes", "precision", "recall"):
+        assert cell[name] is None and before[name] is not None
+    page = (tmp_path / "sweep" / "fid.md").read_text()
+    assert "Coverage" in page and "KID" not in page and "Precision" not in page
+    evaluate(recipe)
+    assert _numbers(tmp_path / "sweep")[0]["kid"] == before["kid"]
+
+
 def test_numbers_do_not_depend_on_the_batch_size(parts, finished, tmp_path):
     evaluate(parts.recipe(tmp_path, batch_size=18, pipelines={"xdlm-0.1": parts.pipelines["xdlm-0.1"]}, seeds=[1]))
     expected = [c for c in _numbers(finished) if c["pipeline"] == "xdlm-0.1" and c["seed"] == 1]

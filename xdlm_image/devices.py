@@ -1,8 +1,9 @@
-"""Which device a verb runs on, and where it steps around compiled code."""
+"""Which device a verb runs on, what that device is fast at, and where a verb steps around compiled code."""
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
 
 import torch
 
@@ -22,6 +23,29 @@ def best_device(device: str | torch.device | None = None) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device={str(device)!r}: not to be had here ({reason}); leave it out for the best") from error
+
+
+def fast_dtype(device: torch.device) -> Literal["float32", "bfloat16"]:
+    """The type in which a CPU multiplies matrices fastest: bfloat16 if it has units for it, else float32."""
+    if device.type != "cpu":
+        return "float32"
+    units: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # older versions cannot be asked
+    return "bfloat16" if units.get("amx_bf16") or units.get("avx512_bf16") else "float32"
+
+
+def why_not_compiled(device: torch.device) -> str | None:
+    """None if torch.compile pays and works here, else the reason: a small function is compiled to see.
+
+    It pays on a CPU, where eager code passes through memory once an operation; it needs a C++ compiler and Python's
+    headers there.
+    """
+    if device.type != "cpu":
+        return f"it pays on CPUs only, this is {device.type}"
+    try:
+        torch.compile(torch.sin)(torch.zeros(4))
+    except Exception as error:  # whatever compilers, linkers and file systems raise
+        return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+    return None
 
 
 def uncompiled(is_compiled: bool) -> AbstractContextManager:

@@ -6,11 +6,13 @@ This file owns which metrics there are and what they are called in `fid.json`; t
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from xdlm_image.evaluation.feature_metrics import NEIGHBOUR, coverage, kid, kid_of_classes, precision_recall
 from xdlm_image.evaluation.fid import fid_from_statistics
 from xdlm_image.evaluation.measuring import Measured
+from xdlm_image.recipes.sampling import FEATURE_METRICS
 
 
 def fids(a: Measured, b: Measured) -> dict[str, float]:
@@ -22,27 +24,33 @@ def fids(a: Measured, b: Measured) -> dict[str, float]:
     }
 
 
-def distances(samples: Measured, reference: Measured) -> dict[str, Any]:
+def distances(
+    samples: Measured, reference: Measured, feature_metrics: Collection[str] = FEATURE_METRICS
+) -> dict[str, Any]:
     """Distances of a set from the reference images.
 
     Args:
         samples: The set that is judged.
         reference: What it is held against; of the same extractor.
+        feature_metrics: Of `FEATURE_METRICS`: what is computed beside FID and Inception Score.
 
     Returns:
         `fid` (layer -> value); of the main layer `kid` (`mean`, `std`), `kid_of_classes` (class id as JSON has it ->
-        value), `precision`, `recall`, `coverage`; of the samples alone `inception_score`. These are None where the
-        features of one of the two were not kept, or are of fewer images than have a third neighbour.
+        value), `precision`, `recall`, `coverage`; of the samples alone `inception_score`. These are None where they
+        are not wanted, the features of one of the two were not kept, or are of fewer images than have a third
+        neighbour.
     """
     found: dict[str, Any] = {"fid": fids(samples, reference), "inception_score": samples.score}
+    found |= dict.fromkeys(("kid", "kid_of_classes", "precision", "recall", "coverage"))
     ours, theirs = samples.kept, reference.kept
     if ours is None or theirs is None or min(len(ours.labels), len(theirs.labels)) <= NEIGHBOUR:
-        return found | dict.fromkeys(("kid", "kid_of_classes", "precision", "recall", "coverage"))
-    classes = kid_of_classes(ours.features, ours.labels, theirs.features, theirs.labels)
-    return {
-        **found,
-        "kid": kid(ours.features, theirs.features),
-        "kid_of_classes": {str(label): value for label, value in classes.items()},
-        **precision_recall(ours.features, theirs.features),
-        "coverage": coverage(ours.features, theirs.features),
-    }
+        return found
+    if "kid" in feature_metrics:
+        classes = kid_of_classes(ours.features, ours.labels, theirs.features, theirs.labels)
+        found["kid"] = kid(ours.features, theirs.features)
+        found["kid_of_classes"] = {str(label): value for label, value in classes.items()}
+    if "precision_recall" in feature_metrics:
+        found |= precision_recall(ours.features, theirs.features)
+    if "coverage" in feature_metrics:
+        found["coverage"] = coverage(ours.features, theirs.features)
+    return found

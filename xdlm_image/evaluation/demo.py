@@ -12,14 +12,19 @@ of shipped models holds
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+from tqdm import tqdm
+
+from xdlm_image.devices import best_device, fast_dtype, why_not_compiled
 from xdlm_image.evaluation.sweep import evaluate
 from xdlm_image.evaluation.tables import metric_table
 from xdlm_image.recipes import DemoRecipe, EvaluateRecipe
 
-QUICK = {"num_samples": 1000, "num_steps": [1, 2, 4, 8, 16], "seeds": [0]}
+QUICK = {"num_samples": 1000, "num_steps": [1, 2, 4, 8, 16], "seeds": [0], "feature_metrics": []}
 FULL = {"num_samples": 5000, "num_steps": [1, 2, 4, 8, 16, 32, 64], "seeds": [0, 1, 2]}
 
 
@@ -35,6 +40,7 @@ def demo(recipe: DemoRecipe) -> str:
     folder = models_folder(recipe.models)
     pipelines = shipped_pipelines(folder)
     protocol: dict[str, Any] = FULL if recipe.full else QUICK
+    device = best_device(recipe.device)
     path = evaluate(
         EvaluateRecipe(
             pipelines={name: str(place) for name, place in pipelines.items()},
@@ -42,6 +48,8 @@ def demo(recipe: DemoRecipe) -> str:
             reference=str(folder / "reference"),
             extractor=str(folder / "extractor"),
             batch_size=recipe.batch_size,
+            dtype=recipe.dtype or fast_dtype(device),
+            compile=_compiled(device) if recipe.compile is None else recipe.compile,
             device=recipe.device,
             **protocol,
         )
@@ -76,6 +84,14 @@ def shipped_pipelines(folder: Path) -> dict[str, Path]:
     if not found:
         raise FileNotFoundError(f"models={str(folder)!r}: no pipeline in its folder pipelines/; clone it again")
     return {name: place for name, (_, place) in sorted(found.items(), key=lambda item: item[1][0])}
+
+
+def _compiled(device: torch.device) -> bool:
+    """Whether to compile; on a CPU that cannot, the visitor is told what it costs."""
+    reason = why_not_compiled(device)
+    if reason is not None and device.type == "cpu":
+        tqdm.write(f"torch.compile does not work here ({reason}): the demo takes about twice as long", file=sys.stderr)
+    return reason is None
 
 
 def _summary(path: Path, folder: Path, full: bool) -> list[str]:

@@ -41,6 +41,7 @@ from xdlm_image.files import refuse_unwritable, write_json
 from xdlm_image.pipelines import XDLMPipeline
 from xdlm_image.processes import process_state
 from xdlm_image.recipes import EvaluateRecipe
+from xdlm_image.recipes.sampling import FEATURE_METRICS
 from xdlm_image.tokenizer.codes import load_tokenizer
 
 CELL_VERSION = 3  # raise it when what a cell means changes: older cells are then measured anew
@@ -158,7 +159,7 @@ def _image_set(plan: Plan, name: str, reference: Reference) -> dict[str, Any]:
     result = {
         "name": name,
         **given.describe(),
-        **distances(measured, reference.images),
+        **distances(measured, reference.images, plan.recipe.feature_metrics),
         "class_accuracy": measured.class_accuracy if (given.labels >= 0).all() else None,
     }
     if main:
@@ -168,7 +169,9 @@ def _image_set(plan: Plan, name: str, reference: Reference) -> dict[str, Any]:
 
 
 def _judged_by(plan: Plan, reference: Reference) -> dict[str, Any]:
+    left_out = sorted(set(FEATURE_METRICS) - set(plan.recipe.feature_metrics))
     return {
+        **({"feature_metrics_left_out": left_out} if left_out else {}),
         "reference": reference.about["images"],
         "extractor": plan.extractor.weights_hash,
         "class_accuracy": plan.extractor.judge.weights_hash if plan.extractor.judge else plan.extractor.judges_classes,
@@ -244,7 +247,7 @@ def _cell(
         "nfe": settings.nfe if store else (pipeline.rows - rows_before) / max(1, batches.called),
         "seed": seed,
         "num_samples": recipe.num_samples,
-        **distances(measured, reference.images),
+        **distances(measured, reference.images, recipe.feature_metrics),
         **_against_reconstructions(measured, reconstructions),
         "class_accuracy": measured.class_accuracy if plan.pipelines[name]["conditional"] else None,
         "sampling_seconds": round(seconds, 3),  # of all processes together

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from .checks import require
 from .data import DataOptions
 
 TraceKind = Literal["strip", "gif", "codes"]
+FeatureMetric = Literal["kid", "precision_recall", "coverage"]
+FEATURE_METRICS: tuple[FeatureMetric, ...] = get_args(FeatureMetric)
 TimeGrid = Literal["linear", "cosine", "arccos"]
 
 
@@ -173,6 +175,8 @@ class EvaluateRecipe:
         temperature: One or several; divides the logits.
         time_grid: `linear`, `cosine`, `arccos`, or several; None keeps each pipeline's own.
         seeds: Sampling seeds; each gives its own set of images, and the table shows their mean and spread.
+        feature_metrics: What is computed from features beside FID: `kid`, `precision_recall`, `coverage`; `[]` is none.
+            On two CPU cores all of them take ten seconds a cell.
         dtype: What the network computes in; softmax, draws and the tokenizer stay in float32.
         compile: Draw through torch.compile; the first cell takes about a minute longer, and on a CPU a C++ compiler is
             needed. Images of a seed then differ in rounding.
@@ -195,6 +199,7 @@ class EvaluateRecipe:
     temperature: list[float] | float = 1.0
     time_grid: list[TimeGrid] | TimeGrid | None = None
     seeds: list[int] = field(default_factory=lambda: [0])
+    feature_metrics: list[FeatureMetric] = field(default_factory=lambda: [*FEATURE_METRICS])
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     compile: bool = False
     batch_size: int = 250
@@ -257,13 +262,19 @@ class DemoRecipe:
         full: The whole protocol, as in the committed table (5,000 images, three seeds, 1 to 64 steps; hours on a
             CPU), instead of the quick one (1,000 images, one seed, 1 to 16 steps; minutes).
         batch_size: Images drawn at once.
+        dtype: What the networks compute in; None is bfloat16 on a CPU with units for its matrix products (AMX,
+            AVX512-BF16), else float32.
+        compile: Draw through torch.compile; None does so on a CPU if a C++ compiler is there, which takes half a minute
+            and then halves the time.
         device: torch device; None picks the best there is.
     """
 
     models: str | None = None
     output_dir: str = "demo"
     full: bool = False
-    batch_size: int = 250
+    batch_size: int = 100
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    compile: bool | None = None
     device: str | None = None
 
     def __post_init__(self) -> None:
