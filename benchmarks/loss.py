@@ -2,8 +2,8 @@
 
     python benchmarks/loss.py [--device cuda] [--widths 1024 16384 65536 262144] [--rows N] [--repeats 7] [--threads 1]
 
-Beside `xdlm_nelbo` stands the same objective as the paper writes it down, dense and left
-to autograd. All take turns in one process; the JSON lands beside this file.
+Beside `xdlm_nelbo` (in plain torch, compiled, in Triton) stands the same objective as the paper writes it down, dense
+and left to autograd. All take turns in one process; the JSON lands beside this file.
 """
 
 import json
@@ -12,6 +12,7 @@ import math
 import torch
 from measuring import images_of, machine, measure, parser_of, prepare, show
 
+from xdlm_image.devices import why_not_compiled
 from xdlm_image.objective import nelbo, xdlm_nelbo
 from xdlm_image.schedulers import XDLMProcess
 
@@ -55,6 +56,8 @@ def candidates_at(width: int, rows: int, arguments) -> dict:
         "as the paper writes it": run(lambda a: dense_nelbo(a, *inputs).mean()),
         "xdlm_nelbo, plain torch": run(lambda a: xdlm_nelbo(a, *inputs, backend="eager").mean()),
     }
+    if why_not_compiled(logits.device) is None:
+        candidates["xdlm_nelbo, compiled"] = run(lambda a: xdlm_nelbo(a, *inputs, backend="compiled").mean())
     if nelbo.passes_for(logits.device, logits.dtype, "auto").__name__.endswith("triton"):
         candidates["xdlm_nelbo, Triton"] = run(lambda a: xdlm_nelbo(a, *inputs).mean())
     ours, paper = xdlm_nelbo(logits, *inputs).detach(), dense_nelbo(logits, *inputs).detach()

@@ -4,28 +4,33 @@ Triton's interpreter, which is slow: cases are few and tiny)."""
 import importlib.util
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from xdlm_image.objective import nelbo, nelbo_eager, reference_nelbo, xdlm_nelbo
+from xdlm_image.devices import uncompiled, why_not_compiled
+from xdlm_image.objective import nelbo, nelbo_compiled, nelbo_eager, reference_nelbo, xdlm_nelbo
 from xdlm_image.schedulers import XDLMProcess
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed here")
-backends = pytest.mark.parametrize("backend", ["eager", pytest.param("triton", marks=needs_triton)])
+backends = pytest.mark.parametrize("backend", ["eager", "compiled", pytest.param("triton", marks=needs_triton)])
 
 
 @pytest.fixture(autouse=True)
-def small_blocks(monkeypatch) -> None:
-    """Small vocabularies then take several blocks."""
+def small_blocks(monkeypatch) -> Iterator[None]:
+    """Small vocabularies then take several blocks; what would be compiled runs as it is written."""
     monkeypatch.setattr(nelbo_eager, "BLOCK_ELEMENTS_CPU", 200)
+    monkeypatch.setattr(nelbo_compiled, "BLOCK_ELEMENTS_CPU", 200)
     if importlib.util.find_spec("triton") is not None:
         from xdlm_image.objective import nelbo_triton
 
         monkeypatch.setattr(nelbo_triton, "ROW_IN_REGISTERS", 16)
         monkeypatch.setattr(nelbo_triton, "BLOCK", 32)
+    with uncompiled(True):
+        yield
 
 
 def process_of(k: float, K: int, definition: str) -> XDLMProcess:
@@ -166,11 +171,36 @@ def test_in_place_is_refused_where_it_would_destroy_something(backend: str) -> N
 def test_backends_are_chosen_by_device_and_refused_by_name() -> None:
     cpu = torch.device("cpu")
     assert nelbo.passes_for(cpu, torch.float32, "auto") is nelbo_eager
+    assert nelbo.passes_for(cpu, torch.float64, "compiled") is nelbo_compiled
     assert nelbo.passes_for(torch.device("cuda"), torch.float64, "auto") is nelbo_eager
-    with pytest.raises(ValueError, match="backend='cuda'.*auto, eager, triton"):
+    with pytest.raises(ValueError, match="backend='cuda'.*auto, eager, compiled, triton"):
         nelbo.passes_for(cpu, torch.float32, "cuda")
     with pytest.raises(ValueError, match="float64"):
         nelbo.passes_for(cpu, torch.float64, "triton")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_compiled_code_follows_float64_on_wide_rows(dtype: torch.dtype) -> None:
+    with torch.compiler.set_stance("default"):
+        if reason := why_not_compiled(torch.device("cpu")):
+            pytest.skip(f"torch.compile does not work here: {reason}")
+    torch.manual_seed(4)
+    process = process_of(0.1, 5000, "B")
+    z, x = codes(process, 7)
+    logits = (3.0 * torch.randn(1, 7, process.logits_width)).to(dtype)
+    alpha = torch.tensor([[0.9, 0.7, 0.7, 0.3, 0.05, 0.003, 0.95]], dtype=torch.float64)
+    arguments = (z, x, process, alpha, 1 - alpha)
+    expected = loss_and_gradient(reference_nelbo, logits.double(), *arguments)
+    for in_place in (False, True):
+
+        def compiled(a: torch.Tensor, *rest, in_place: bool = in_place) -> torch.Tensor:
+            return xdlm_nelbo(a * 1.0, *rest, backend="compiled", in_place=in_place)
+
+        with torch.compiler.set_stance("default"):
+            actual = loss_and_gradient(compiled, logits, *arguments)
+        torch.testing.assert_close(actual[0], expected[0], rtol=5e-6, atol=5e-6)
+        rounding = 2.0**-8 if dtype == torch.bfloat16 else 0.0
+        torch.testing.assert_close(actual[1], expected[1], rtol=5e-6 + rounding, atol=2e-5)
 
 
 @needs_triton
