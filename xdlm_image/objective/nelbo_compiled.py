@@ -14,7 +14,7 @@ import torch
 from ..schedulers import XDLMProcess
 from .row_scalars import Rows, RowSums, columns_of, loss_and_scalars
 
-BLOCK_ELEMENTS_CPU = 1 << 21  # logits a thread and block of the forward pass, whose exponentials are kept meanwhile
+BLOCK_ELEMENTS_CPU = 1 << 20  # logits a thread and block of the forward pass, whose exponentials are kept meanwhile
 BLOCK_ELEMENTS_DEVICE = 1 << 24
 
 
