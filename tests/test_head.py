@@ -1,5 +1,6 @@
 """Projection and loss as one: the numbers of the two layers apart, without ever holding all logits."""
 
+import head_rank
 import pytest
 import torch
 from torch.nn.functional import linear
@@ -175,3 +176,15 @@ def test_what_took_the_place_of_the_plain_head_is_run() -> None:
     model.proj_out = torch.nn.Sequential(model.proj_out)  # an adapter, say
     torch.testing.assert_close(XDLMLoss(model, PROCESS)(*batch()).per_token, expected, rtol=1e-5, atol=1e-5)
     assert calls == [1]
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_two_processes_give_the_gradients_of_one(tmp_path, kind: str) -> None:
+    """The output projection is read beside its layer's own forward: the gradients must be reduced all the same."""
+    torch.multiprocessing.spawn(head_rank.train_on_rank, (str(tmp_path), kind), nprocs=2)
+    module = head_rank.loss_module()
+    module(*head_rank.batch(slice(None))).mean.backward()
+    found = torch.load(tmp_path / f"{kind}.pt", weights_only=True)
+    for name, parameter in module.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-5, atol=1e-6)
