@@ -14,12 +14,13 @@ from typing import Any
 import torch
 
 
-def parser_of(script: str, description: str) -> argparse.ArgumentParser:
-    """The options that every such script has."""
+def parser_of(script: str, description: str, of_logits: bool = True) -> argparse.ArgumentParser:
+    """The options that every such script has; those that say what the logits are only where there are any."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on a GPU")
-    parser.add_argument("--rows", type=int, help="tokens; default: as many as give 2^25 logits (a GPU: 2^29)")
+    if of_logits:
+        parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on a GPU")
+        parser.add_argument("--rows", type=int, help="tokens; default: as many as give 2^25 logits (a GPU: 2^29)")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1, help="of the CPU")
     parser.add_argument("--output", type=Path, help="default: beside the script, named after the device")
@@ -30,7 +31,8 @@ def parser_of(script: str, description: str) -> argparse.ArgumentParser:
 def prepare(arguments: argparse.Namespace) -> None:
     """Fill in the defaults that hang on the device, and settle torch."""
     on_gpu = torch.device(arguments.device).type != "cpu"
-    arguments.dtype = getattr(torch, arguments.dtype or ("bfloat16" if on_gpu else "float32"))
+    if "dtype" in arguments:
+        arguments.dtype = getattr(torch, arguments.dtype or ("bfloat16" if on_gpu else "float32"))
     arguments.output = arguments.output or arguments.script.with_name(
         f"{arguments.script.stem}_{torch.device(arguments.device).type}.json"
     )
@@ -53,10 +55,12 @@ def machine(arguments: argparse.Namespace) -> dict[str, Any]:
             versions[name] = version(name)
         except PackageNotFoundError:
             continue
+    can = getattr(torch.cpu, "get_capabilities", dict)()
     return {
         "machine": torch.cuda.get_device_name() if on_gpu else platform.machine(),
+        "cpu_units": [unit for unit in ("avx2", "avx512_f", "avx512_bf16", "amx_bf16") if can.get(unit)],
         "threads": arguments.threads,
-        "dtype": str(arguments.dtype),
+        **({"dtype": str(arguments.dtype)} if "dtype" in arguments else {}),
         "repeats": arguments.repeats,
         "versions": versions,
     }

@@ -76,7 +76,6 @@ xdlm-image train-extractor --config fashion_mnist/extractor --width 48 --feature
 python shipped/collect.py "$runs" "$models"
 xdlm-image reference --data.name fashion-mnist --extractor "$models/extractor" --output_dir "$models/reference" \
     --tokenizers "[$models/pipelines/mdlm/vqvae]" --num_samples '[1000, 5000]'
-rm -r "$models/reference/floors" # only a start that goes on needs it
 
 pipelines="{mdlm: $models/pipelines/mdlm, xdlm-0.1: $models/pipelines/xdlm-0.1, \
 xdlm-0.5: $models/pipelines/xdlm-0.5, udlm: $models/pipelines/udlm}"

@@ -36,7 +36,7 @@ def models(tmp_path_factory):
 
 
 def test_the_demo_prints_tables_and_says_where_everything_is(models, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(demo_module, "QUICK", {"num_samples": 6, "num_steps": [1, 2], "seeds": [0]})
+    monkeypatch.setattr(demo_module, "QUICK", {**demo_module.QUICK, "num_samples": 6, "num_steps": [1, 2]})
     monkeypatch.setattr(sweep, "GRID_IMAGES", 1)
     arguments = ["demo", "--models", str(models), "--output_dir", str(tmp_path / "demo"), "--device", "cpu"]
     arguments += ["--compile", "false", "--dtype", "float32"]
@@ -67,7 +67,7 @@ def test_it_draws_in_the_way_that_is_fast_here(models, tmp_path, monkeypatch, ca
         monkeypatch.setattr(demo_module, "why_not_compiled", lambda device, why_not=why_not: why_not)
         assert main(["demo", "--models", str(models), "--device", "cpu"]) == 0
         assert (asked[-1].dtype, asked[-1].compile) == expected
-        assert ("(no compiler): the demo takes about twice as long" in capsys.readouterr().err) == bool(why_not)
+        assert ("(no compiler): drawing takes about twice as long" in capsys.readouterr().err) == bool(why_not)
     assert main(["demo", "--models", str(models), "--dtype", "float16", "--compile", "true", "--device", "cpu"]) == 0
     assert (asked[-1].dtype, asked[-1].compile) == ("float16", True)  # what is asked for is done, whatever it takes
 

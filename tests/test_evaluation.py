@@ -282,6 +282,7 @@ def test_metrics_that_are_not_wanted_are_left_out_and_the_rest_is_the_same(parts
     before = next(c for c in _numbers(finished) if (c["pipeline"], c["num_steps"], c["seed"]) == ("mdlm", 3, 0))
     evaluate(dataclasses.replace(recipe, feature_metrics=["coverage"]))  # cells with all metrics are not taken for it
     cell = _numbers(tmp_path / "sweep")[0]
+    assert json.loads((tmp_path / "sweep" / "fid.json").read_text())["protocol"]["feature_metrics"] == ["coverage"]
     for name in ("fid", "coverage"):
         assert cell[name] == before[name] is not None
     for name in ("kid", "kid_of_classes", "precision", "recall"):

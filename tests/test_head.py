@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from xdlm_image.models import XDLMTransformer2DModel
-from xdlm_image.objective import XDLMLoss, head, xdlm_head_nelbo, xdlm_nelbo
+from xdlm_image.objective import XDLMLoss, head, nelbo, nelbo_eager, xdlm_head_nelbo, xdlm_nelbo
 from xdlm_image.schedulers import XDLMProcess
 
 B, L, D, K = 3, 10, 6, 21
@@ -164,6 +164,15 @@ def test_module_gives_the_same_with_the_head_inside_the_loss() -> None:
         results.append([output.mean, output.per_token, *(p.grad for p in model.parameters())])
     for actual, expected in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected, rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, Wrapped])
+def test_module_hands_its_backend_on(wrap, monkeypatch) -> None:
+    asked = []
+    monkeypatch.setattr(nelbo, "passes_for", lambda *given: asked.append(given[-1]) or nelbo_eager)
+    monkeypatch.setattr(head, "passes_for", nelbo.passes_for)
+    XDLMLoss(wrap(network()), PROCESS, "compiled")(*batch())
+    assert asked == ["compiled"]
 
 
 def test_what_took_the_place_of_the_plain_head_is_run() -> None:

@@ -1,5 +1,5 @@
-"""Every way to read the logits gives the same loss and gradient: torch, and Triton's kernels (without a GPU, in
-Triton's interpreter, which is slow: cases are few and tiny)."""
+"""Every way to read the logits gives the same loss and gradient: torch, plain and compiled, and Triton's kernels
+(without a GPU, in Triton's interpreter, which is slow: cases are few and tiny)."""
 
 import importlib.util
 import subprocess
@@ -179,13 +179,20 @@ def test_backends_are_chosen_by_device_and_refused_by_name() -> None:
         nelbo.passes_for(cpu, torch.float64, "triton")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_compiled_code_follows_float64_on_wide_rows(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("k", "definition", "dtype"),
+    [(0.1, "B", torch.float32), (0.0, "A", torch.float32), (1.0, "A", torch.bfloat16)],
+    ids=str,
+)
+def test_compiled_code_follows_float64_on_wide_rows(k: float, definition: str, dtype: torch.dtype, monkeypatch) -> None:
+    torch.compiler.reset()  # what other tests have compiled counts against PyTorch's limit
     with torch.compiler.set_stance("default"):
         if reason := why_not_compiled(torch.device("cpu")):
             pytest.skip(f"torch.compile does not work here: {reason}")
     torch.manual_seed(4)
-    process = process_of(0.1, 5000, "B")
+    process = process_of(k, 5000, definition)
+    monkeypatch.setattr(nelbo_compiled, "BLOCK_ELEMENTS_CPU", 3 * process.logits_width)  # blocks of 3, 3 and 1
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     z, x = codes(process, 7)
     logits = (3.0 * torch.randn(1, 7, process.logits_width)).to(dtype)
     alpha = torch.tensor([[0.9, 0.7, 0.7, 0.3, 0.05, 0.003, 0.95]], dtype=torch.float64)
@@ -201,6 +208,7 @@ def test_compiled_code_follows_float64_on_wide_rows(dtype: torch.dtype) -> None:
         torch.testing.assert_close(actual[0], expected[0], rtol=5e-6, atol=5e-6)
         rounding = 2.0**-8 if dtype == torch.bfloat16 else 0.0
         torch.testing.assert_close(actual[1], expected[1], rtol=5e-6 + rounding, atol=2e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > graphs
 
 
 @needs_triton

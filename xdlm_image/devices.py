@@ -1,4 +1,4 @@
-"""Which device a verb runs on, what that device is fast at, and where a verb steps around compiled code."""
+"""Which device a verb runs on, how a CPU computes fast, and where a verb steps around compiled code."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def best_device(device: str | torch.device | None = None) -> torch.device:
 
 
 def fast_dtype(device: torch.device) -> Literal["float32", "bfloat16"]:
-    """The type in which a CPU multiplies matrices fastest: bfloat16 if it has units for it, else float32."""
+    """On a CPU with units for bfloat16's matrix products bfloat16, else float32."""
     if device.type != "cpu":
         return "float32"
     units: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # older versions cannot be asked
@@ -42,7 +42,8 @@ def why_not_compiled(device: torch.device) -> str | None:
     if device.type != "cpu":
         return f"it pays on CPUs only, this is {device.type}"
     try:
-        torch.compile(torch.sin)(torch.zeros(4))
+        if not torch.compile(lambda x: x + torch.compiler.is_compiling())(torch.zeros(4)).all():
+            return "it is switched off"
     except Exception as error:  # whatever compilers, linkers and file systems raise
         return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
     return None

@@ -90,7 +90,7 @@ def _compiled(device: torch.device) -> bool:
     """Whether to compile; on a CPU that cannot, the visitor is told what it costs."""
     reason = why_not_compiled(device)
     if reason is not None and device.type == "cpu":
-        tqdm.write(f"torch.compile does not work here ({reason}): the demo takes about twice as long", file=sys.stderr)
+        tqdm.write(f"torch.compile does not work here ({reason}): drawing takes about twice as long", file=sys.stderr)
     return reason is None
 
 

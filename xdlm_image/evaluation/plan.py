@@ -289,6 +289,7 @@ def protocol(plan: Plan, reference: Reference) -> dict[str, Any]:
             "dtype": recipe.dtype,
             "compile": recipe.compile,
         },
+        "feature_metrics": recipe.feature_metrics,
         "pipelines": plan.pipelines,
         "images": {name: given.describe() for name, given in plan.given.items()},
         "device": device_name(plan.device),

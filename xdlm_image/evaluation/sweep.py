@@ -71,7 +71,7 @@ def evaluate(recipe: EvaluateRecipe) -> Path:
     refuse_unwritable(output, "output_dir")
 
     reference = plan.reference or _measured_reference(plan, output)
-    if plan.shown is not None:
+    if plan.shown is not None and recipe.feature_metrics:
         reference.images.kept = _features_of(plan.shown, plan, output)
     content: dict[str, Any] = {
         "schema_version": 4,

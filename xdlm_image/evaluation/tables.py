@@ -123,7 +123,7 @@ def _worst_class(found: Content) -> float | None:
     return None if not found["kid_of_classes"] else 1000 * max(found["kid_of_classes"].values())
 
 
-FEATURE_METRICS: list[tuple[str, str, Value]] = [  # of the main layer
+FEATURE_COLUMNS: list[tuple[str, str, Value]] = [  # of the main layer
     ("KID x 1000", "Unbiased MMD, mean of subsets of 1,000 images.", functools.partial(_part, "kid", "mean", 1000)),
     ("KID x 1000 of the worst class", "The class whose images are farthest from the real ones of it.", _worst_class),
     (
@@ -173,7 +173,7 @@ def _against_reconstructions(layer: str, cell: Content) -> float | None:
 
 def _feature_tables(content: Content) -> Iterator[Table]:
     main = content["protocol"]["extractor"]["fid_layers"][0]
-    for title, explanation, value in FEATURE_METRICS:
+    for title, explanation, value in FEATURE_COLUMNS:
         if any(value(cell) is not None for cell in content["cells"]):
             note = f"{explanation} {_floors(content, value)}".strip()
             yield _table(content, f"{title}, features `{main}`", value, note)
@@ -212,7 +212,7 @@ def _image_sets(content: Content) -> Table:
     columns: list[tuple[str, Value]] = [
         (f"FID `{layer}`", functools.partial(_fid, layer)) for layer in measured_layers(content)
     ]
-    columns += [(title, value) for title, _, value in FEATURE_METRICS]
+    columns += [(title, value) for title, _, value in FEATURE_COLUMNS]
     columns += [("class accuracy (%)", functools.partial(_percent, "class_accuracy"))]
     columns = [(title, value) for title, value in columns if any(value(of) is not None for of in content["image_sets"])]
     lines = []

@@ -2,11 +2,12 @@
 
 Owns the same sums and the same gradient as `nelbo_eager.py`, written so that the forward pass goes over a block three
 times and the backward pass once. It needs a C++ compiler and, for the first logits of a kind, some seconds; where
-compiling is switched off (`torch.compiler.set_stance`) it gives the same, slowly.
+compiling is switched off, or PyTorch's limit on variants of a function is reached, it gives the same, slowly.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -31,20 +32,22 @@ class CompiledScalars(NamedTuple):
 
 def forward(logits: torch.Tensor, rows: Rows, process: XDLMProcess) -> tuple[torch.Tensor, CompiledScalars]:
     """Loss (R,) of logits (R, V), and what `backward` needs to know of the rows."""
-    count, width = logits.shape
+    count = len(logits)
     columns, is_wrong = columns_of(rows, process)
     rounded = rows.alpha >= process.k / 16  # see `nelbo_eager.forward`
-    on_cpu = logits.device.type == "cpu"
-    elements = BLOCK_ELEMENTS_CPU * torch.get_num_threads() if on_cpu else BLOCK_ELEMENTS_DEVICE
-    step = max(1, min(count, elements // width))
-    parts = [
-        _row_sums(block, at, wrong, c, process.excluded_column, process.k == 0.0, bool(is_rounded.all()))
-        for block, at, wrong, c, is_rounded in zip(
-            *(value.split(step) for value in (logits, columns, is_wrong, rows.c, rounded))
-        )
-    ]
-    top, norm, *sums = (torch.cat(values) for values in zip(*parts))
-    loss, scalars = loss_and_scalars(RowSums(*sums), rows, process)
+    step = _block_rows(logits)
+    sums_of = partial(_row_sums, excluded=process.excluded_column, k_is_zero=process.k == 0.0)
+    parts = []
+    for start in range(0, max(count, 1), step):
+        block = [value[start : start + step] for value in (logits, columns, is_wrong, rows.c)]
+        sums = sums_of(*block, rounded=True)
+        exact = (~rounded[start : start + step]).nonzero()[:, 0]  # few rows, if any
+        if len(exact):
+            for value, better in zip(sums, sums_of(*(value[exact] for value in block), rounded=False)):
+                value[exact] = better
+        parts.append(sums)
+    top, norm, *row_sums = (torch.cat(values) for values in zip(*parts))
+    loss, scalars = loss_and_scalars(RowSums(*row_sums), rows, process)
     return loss, CompiledScalars(top, norm, *scalars)
 
 
@@ -59,11 +62,22 @@ def backward(
     """Write the gradient (R, V) into `out`, as `nelbo_eager.backward`."""
     columns, _ = columns_of(rows, process)
     g = scalars.g * grad_loss
-    _write_gradient(logits, scalars.top, scalars.norm, rows.c, scalars.kappa, g, process.k == 0.0, out)
+    values = (logits, scalars.top, scalars.norm, rows.c, scalars.kappa, g)
+    step = _block_rows(logits)  # compiled it could do without blocks
+    for start in range(0, max(len(logits), 1), step):
+        block = [value[start : start + step] for value in values]
+        block_out = block[0] if out is logits else out[start : start + step]  # the same tensor, not one that overlaps
+        _write_gradient(block_out, *block, k_is_zero=process.k == 0.0)
     if process.excluded_column is not None:
         out[:, process.excluded_column] = 0.0
     grads_at = torch.stack([scalars.grad_x, scalars.grad_z], 1) * grad_loss[:, None]
     out.scatter_(1, columns, grads_at.to(out.dtype))
+
+
+def _block_rows(logits: torch.Tensor) -> int:
+    on_cpu = logits.device.type == "cpu"
+    elements = BLOCK_ELEMENTS_CPU * torch.get_num_threads() if on_cpu else BLOCK_ELEMENTS_DEVICE
+    return max(1, min(len(logits), elements // logits.shape[1]))
 
 
 @torch.compile(dynamic=True)
@@ -72,6 +86,7 @@ def _row_sums(
     columns: torch.Tensor,
     is_wrong: torch.Tensor,
     c: torch.Tensor,
+    *,
     excluded: int | None,
     k_is_zero: bool,
     rounded: bool,
@@ -101,16 +116,17 @@ def _row_sums(
 
 @torch.compile(dynamic=True)
 def _write_gradient(
+    out: torch.Tensor,
     logits: torch.Tensor,
     top: torch.Tensor,
     norm: torch.Tensor,
     c: torch.Tensor,
     kappa: torch.Tensor,
     g: torch.Tensor,
+    *,
     k_is_zero: bool,
-    out: torch.Tensor,
 ) -> None:
-    """g p_j (kappa + c p_j / (1 + c p_j)) of every column, also of those where something else belongs."""
+    """Write g p_j (kappa + c p_j / (1 + c p_j)) into every column, also of those where something else belongs."""
     p = torch.exp(logits.to(c.dtype) - top[:, None]) / norm[:, None]
     if k_is_zero:
         out.copy_(p * g[:, None])

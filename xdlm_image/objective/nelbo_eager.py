@@ -37,12 +37,11 @@ def forward(logits: torch.Tensor, rows: Rows, process: XDLMProcess) -> tuple[tor
         torch.sum(p.scatter_(1, at, 0.0), 1, out=rest)
         if process.k > 0.0:
             torch.mul(p, c[:, None], out=d)  # c p_j
-            if bool(is_rounded.all()):
-                p.div_(d.add_(1.0))
-                torch.sum(d.log_(), 1, out=logs)
-            else:
-                torch.sum(d.log1p(), 1, out=logs)
-                p.div_(d.add_(1.0))
+            exact = (~is_rounded).nonzero()[:, 0]  # few rows, if any
+            exact_logs = d[exact].log1p_().sum(1)
+            p.div_(d.add_(1.0))
+            torch.sum(d.log_(), 1, out=logs)
+            logs[exact] = exact_logs
             torch.sum(p, 1, out=damps)
     p_x, p_z = picked.unbind(1)
     return loss_and_scalars(RowSums(p_x, p_z * is_wrong, others, log_terms, damped), rows, process)

@@ -175,11 +175,11 @@ class EvaluateRecipe:
         temperature: One or several; divides the logits.
         time_grid: `linear`, `cosine`, `arccos`, or several; None keeps each pipeline's own.
         seeds: Sampling seeds; each gives its own set of images, and the table shows their mean and spread.
-        feature_metrics: What is computed from features beside FID: `kid`, `precision_recall`, `coverage`; `[]` is none.
-            On two CPU cores all of them take ten seconds a cell.
+        feature_metrics: What is computed from features beside FID and Inception Score: `kid`, `precision_recall`,
+            `coverage`; `[]` is none. Against 10,000 images they took ten seconds a cell on two CPU cores.
         dtype: What the network computes in; softmax, draws and the tokenizer stay in float32.
-        compile: Draw through torch.compile; the first cell takes about a minute longer, and on a CPU a C++ compiler is
-            needed. Images of a seed then differ in rounding.
+        compile: Draw through torch.compile; the first cell takes half a minute to a minute longer, and on a CPU a C++
+            compiler is needed. Images of a seed then differ in rounding.
         batch_size: Images drawn at once.
         device: torch device; None picks the best there is.
     """
@@ -232,6 +232,8 @@ class EvaluateRecipe:
             self.num_samples,
             "at least 2 images, and far more for numbers that mean much",
         )
+        known = isinstance(self.feature_metrics, list) and set(self.feature_metrics) <= set(FEATURE_METRICS)
+        require(known, "feature_metrics", self.feature_metrics, f"a list of some of {', '.join(FEATURE_METRICS)}")
         require(self.batch_size >= 1, "batch_size", self.batch_size, "must be at least 1")
         require(min(self.temperatures) > 0, "temperature", self.temperature, "must be positive")
 
@@ -265,7 +267,7 @@ class DemoRecipe:
         dtype: What the networks compute in; None is bfloat16 on a CPU with units for its matrix products (AMX,
             AVX512-BF16), else float32.
         compile: Draw through torch.compile; None does so on a CPU if a C++ compiler is there, which takes half a minute
-            and then halves the time.
+            and then draws about twice as fast.
         device: torch device; None picks the best there is.
     """
 
