@@ -50,7 +50,7 @@ def candidates_at(width: int, rows: int, arguments) -> dict:
     batch, length = images_of(rows)
     logits = torch.randn(batch, length, width, device=arguments.device).to(arguments.dtype).requires_grad_()
     x = torch.randint(width, (batch, length))
-    t = torch.linspace(0.02, 1.0, batch)
+    t = torch.linspace(0.02, 0.98, batch)  # later times, 1 in 160 of training at k = 0.1, take an exact logarithm more
     inputs = [value.to(arguments.device) for value in (process.noise(x, *process.alpha_beta(t)), x)]
     inputs += [process, *(value.to(arguments.device) for value in process.alpha_beta(t))]
 
@@ -79,8 +79,7 @@ def candidates_at(width: int, rows: int, arguments) -> dict:
         candidates["xdlm_nelbo, Triton"] = run(lambda a: xdlm_nelbo(a, *inputs).mean())
     candidates["the logits read (largest of each row)"] = lambda: logits.detach().amax(-1)
     candidates["the logits copied"] = lambda: logits.detach().clone()
-    before_the_end = (t < 0.99).to(arguments.device)  # the paper's form divides by alpha
-    ours, paper = (loss(logits, *inputs).detach()[before_the_end] for loss in (xdlm_nelbo, dense_nelbo))
+    ours, paper = xdlm_nelbo(logits, *inputs).detach(), dense_nelbo(logits, *inputs).detach()
     assert torch.allclose(ours, paper, rtol=1e-2, atol=2e-2), (ours - paper).abs().max()  # the latter cancels
     return candidates
 

@@ -2,7 +2,8 @@
 
 Owns the same sums and the same gradient as `nelbo_eager.py`, written so that the forward pass goes over a block three
 times and the backward pass once. It needs a C++ compiler and, for the first logits of a kind, some seconds; where
-compiling is switched off, or PyTorch's limit on variants of a function is reached, it gives the same, slowly.
+compiling is switched off, or PyTorch's limit on variants of a function is reached, it gives the same, slowly
+and with more memory.
 """
 
 from __future__ import annotations
@@ -37,16 +38,16 @@ def forward(logits: torch.Tensor, rows: Rows, process: XDLMProcess) -> tuple[tor
     rounded = rows.alpha >= process.k / 16  # see `nelbo_eager.forward`
     step = _block_rows(logits)
     sums_of = partial(_row_sums, excluded=process.excluded_column, k_is_zero=process.k == 0.0)
-    parts = []
-    for start in range(0, max(count, 1), step):
+    sums = torch.empty(2 + len(RowSums._fields), count, dtype=rows.c.dtype, device=logits.device)
+    for start in range(0, count, step):
         block = [value[start : start + step] for value in (logits, columns, is_wrong, rows.c)]
-        sums = sums_of(*block, rounded=True)
+        here = sums[:, start : start + step]
+        # copied, not kept: small tensors that stay would sit between the blocks' buffers and split the heap
+        torch.stack(sums_of(*block, rounded=True), out=here)
         exact = (~rounded[start : start + step]).nonzero()[:, 0]  # few rows, if any
         if len(exact):
-            for value, better in zip(sums, sums_of(*(value[exact] for value in block), rounded=False)):
-                value[exact] = better
-        parts.append(sums)
-    top, norm, *row_sums = (torch.cat(values) for values in zip(*parts))
+            here[:, exact] = torch.stack(sums_of(*(value[exact] for value in block), rounded=False))
+    top, norm, *row_sums = sums
     loss, scalars = loss_and_scalars(RowSums(*row_sums), rows, process)
     return loss, CompiledScalars(top, norm, *scalars)
 
@@ -62,12 +63,8 @@ def backward(
     """Write the gradient (R, V) into `out`, as `nelbo_eager.backward`."""
     columns, _ = columns_of(rows, process)
     g = scalars.g * grad_loss
-    values = (logits, scalars.top, scalars.norm, rows.c, scalars.kappa, g)
-    step = _block_rows(logits)  # compiled it could do without blocks
-    for start in range(0, max(len(logits), 1), step):
-        block = [value[start : start + step] for value in values]
-        block_out = block[0] if out is logits else out[start : start + step]  # the same tensor, not one that overlaps
-        _write_gradient(block_out, *block, k_is_zero=process.k == 0.0)
+    k_is_zero = process.k == 0.0
+    _write_gradient(out, logits, scalars.top, scalars.norm, rows.c, scalars.kappa, g, k_is_zero=k_is_zero)
     if process.excluded_column is not None:
         out[:, process.excluded_column] = 0.0
     grads_at = torch.stack([scalars.grad_x, scalars.grad_z], 1) * grad_loss[:, None]
