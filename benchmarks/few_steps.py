@@ -13,7 +13,8 @@ import math
 import statistics
 from pathlib import Path
 
-SHIPPED = Path(__file__).parents[1] / "shipped" / "fashion_mnist" / "evaluation" / "fid.json"
+ROOT = Path(__file__).resolve().parents[1]
+SHIPPED = ROOT / "shipped" / "fashion_mnist" / "evaluation" / "fid.json"
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # 97.5 % points, 1 to 10 degrees
 REFERENCES = {"real images": "fid", "reconstructions": "fid_against_reconstructions"}
 
@@ -64,8 +65,9 @@ def main() -> None:
                     row |= {"differences": differences, "mean": statistics.mean(differences), "interval": [low, high]}
                     rows.append(row | {"verdict": verdict})
                     print(f"{steps:4} steps  {name:10} {row['mean']:+8.3f}  [{low:+.3f}, {high:+.3f}]  {verdict}")
+    path = arguments.evaluation.resolve()
     result = {
-        "evaluation": str(arguments.evaluation),
+        "evaluation": path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name,
         "baseline": arguments.baseline,
         "confidence": 0.95,
         "seeds": seeds,

@@ -9,29 +9,18 @@ and with more memory.
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
 
 import torch
 
 from ..schedulers import XDLMProcess
-from .row_scalars import Rows, RowSums, columns_of, loss_and_scalars
+from .nelbo_eager import write_grads_at
+from .row_scalars import NormedScalars, Rows, RowSums, columns_of, loss_and_scalars
 
 BLOCK_ELEMENTS_CPU = 1 << 20  # logits a thread and block of the forward pass, whose exponentials are kept meanwhile
 BLOCK_ELEMENTS_DEVICE = 1 << 24
 
 
-class CompiledScalars(NamedTuple):
-    """What the gradient of a row reads beside its logits, each (R,)."""
-
-    top: torch.Tensor  # the largest logit
-    norm: torch.Tensor  # p_j = exp(logit_j - top) / norm
-    g: torch.Tensor  # these four as in `RowScalars`
-    kappa: torch.Tensor
-    grad_x: torch.Tensor
-    grad_z: torch.Tensor
-
-
-def forward(logits: torch.Tensor, rows: Rows, process: XDLMProcess) -> tuple[torch.Tensor, CompiledScalars]:
+def forward(logits: torch.Tensor, rows: Rows, process: XDLMProcess) -> tuple[torch.Tensor, NormedScalars]:
     """Loss (R,) of logits (R, V), and what `backward` needs to know of the rows."""
     count = len(logits)
     columns, is_wrong = columns_of(rows, process)
@@ -49,26 +38,24 @@ def forward(logits: torch.Tensor, rows: Rows, process: XDLMProcess) -> tuple[tor
             here[:, exact] = torch.stack(sums_of(*(value[exact] for value in block), rounded=False))
     top, norm, *row_sums = sums
     loss, scalars = loss_and_scalars(RowSums(*row_sums), rows, process)
-    return loss, CompiledScalars(top, norm, *scalars)
+    return loss, NormedScalars(top, 1.0 / norm, *scalars)
 
 
 def backward(
     logits: torch.Tensor,
     rows: Rows,
-    scalars: CompiledScalars,
+    scalars: NormedScalars,
     grad_loss: torch.Tensor,
     process: XDLMProcess,
     out: torch.Tensor,
 ) -> None:
     """Write the gradient (R, V) into `out`, as `nelbo_eager.backward`."""
-    columns, _ = columns_of(rows, process)
     g = scalars.g * grad_loss
-    k_is_zero = process.k == 0.0
-    _write_gradient(out, logits, scalars.top, scalars.norm, rows.c, scalars.kappa, g, k_is_zero=k_is_zero)
+    values = (scalars.top, scalars.inverse_norm, rows.c, scalars.kappa, g)
+    _write_gradient(out, logits, *values, k_is_zero=process.k == 0.0)
     if process.excluded_column is not None:
         out[:, process.excluded_column] = 0.0
-    grads_at = torch.stack([scalars.grad_x, scalars.grad_z], 1) * grad_loss[:, None]
-    out.scatter_(1, columns, grads_at.to(out.dtype))
+    write_grads_at(rows, scalars, grad_loss, process, out)
 
 
 def _block_rows(logits: torch.Tensor) -> int:
@@ -116,7 +103,7 @@ def _write_gradient(
     out: torch.Tensor,
     logits: torch.Tensor,
     top: torch.Tensor,
-    norm: torch.Tensor,
+    inverse_norm: torch.Tensor,
     c: torch.Tensor,
     kappa: torch.Tensor,
     g: torch.Tensor,
@@ -124,7 +111,7 @@ def _write_gradient(
     k_is_zero: bool,
 ) -> None:
     """Write g p_j (kappa + c p_j / (1 + c p_j)) into every column, also of those where something else belongs."""
-    p = torch.exp(logits.to(c.dtype) - top[:, None]) / norm[:, None]
+    p = torch.exp(logits.to(c.dtype) - top[:, None]) * inverse_norm[:, None]
     if k_is_zero:
         out.copy_(p * g[:, None])
     else:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from ..schedulers import XDLMProcess
-from .row_scalars import Rows, RowScalars, RowSums, columns_of, loss_and_scalars
+from .row_scalars import NormedScalars, Rows, RowScalars, RowSums, columns_of, loss_and_scalars
 
 BLOCK_ELEMENTS_CPU = 1 << 17  # logits a thread and block: two work buffers of 0.5 MiB, and the logits themselves
 BLOCK_ELEMENTS_DEVICE = 1 << 24
@@ -65,13 +65,9 @@ def backward(
         process: The noise process.
         out: (R, V), the logits' dtype.
     """
-    columns, _ = columns_of(rows, process)
-    grads_at = (torch.stack([scalars.grad_x, scalars.grad_z], 1) * grad_loss[:, None]).to(out.dtype)
     step, p, d = _workspace(logits, rows.c.dtype)
     wide = (v[:, None] for v in (rows.c, scalars.kappa, scalars.g * grad_loss))
-    for block, out_rows, at, at_grads, c, kappa, g in zip(
-        *(v.split(step) for v in (logits, out, columns, grads_at, *wide))
-    ):
+    for block, out_rows, c, kappa, g in zip(*(v.split(step) for v in (logits, out, *wide))):
         p, d = p[: len(block)], d[: len(block)]
         torch.softmax(_scores(block, d, process), 1, out=p)
         grad = out_rows if out_rows.dtype == p.dtype else torch.empty_like(p)
@@ -83,7 +79,16 @@ def backward(
             torch.addcdiv(kappa, d, grad, out=grad).mul_(p).mul_(g)
         if grad is not out_rows:
             out_rows.copy_(grad)
-        out_rows.scatter_(1, at, at_grads)
+    write_grads_at(rows, scalars, grad_loss, process, out)
+
+
+def write_grads_at(
+    rows: Rows, scalars: RowScalars | NormedScalars, grad_loss: torch.Tensor, process: XDLMProcess, out: torch.Tensor
+) -> None:
+    """Write the gradient where it follows other equations: at x, and at z where it is a wrong code."""
+    columns, _ = columns_of(rows, process)
+    grads_at = torch.stack([scalars.grad_x, scalars.grad_z], 1) * grad_loss[:, None]
+    out.scatter_(1, columns, grads_at.to(out.dtype))
 
 
 def _workspace(logits: torch.Tensor, dtype: torch.dtype) -> tuple[int, torch.Tensor, torch.Tensor]:

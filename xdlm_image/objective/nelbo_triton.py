@@ -7,15 +7,13 @@ block), sums over it as `nelbo_eager.py` does and turns the sums into loss and s
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 
 from ..schedulers import XDLMProcess
 from .row_scalars import TINY as TINY_NUMBER
-from .row_scalars import Rows
+from .row_scalars import NormedScalars, Rows
 
 ROW_IN_REGISTERS = 16384  # widest row that the forward pass reads once
 BLOCK = 4096  # of wider rows, and of the backward pass
@@ -23,22 +21,11 @@ NO_COLUMN = -1
 TINY = tl.constexpr(TINY_NUMBER)
 
 
-class KernelScalars(NamedTuple):
-    """What the gradient of a row reads beside its logits, each (R,) float32."""
-
-    top: torch.Tensor  # the largest logit
-    inverse_norm: torch.Tensor  # p_j = exp(logit_j - top) inverse_norm
-    g: torch.Tensor  # these four as in `RowScalars`
-    kappa: torch.Tensor
-    grad_x: torch.Tensor
-    grad_z: torch.Tensor
-
-
-def forward(logits: torch.Tensor, rows: Rows, process: XDLMProcess) -> tuple[torch.Tensor, KernelScalars]:
+def forward(logits: torch.Tensor, rows: Rows, process: XDLMProcess) -> tuple[torch.Tensor, NormedScalars]:
     """Loss (R,) of logits (R, V), whose rows are contiguous, and what `backward` needs to know of the rows."""
     count, width = logits.shape
     loss = torch.empty(count, dtype=torch.float32, device=logits.device)
-    scalars = torch.empty(len(KernelScalars._fields), count, dtype=torch.float32, device=logits.device)
+    scalars = torch.empty(len(NormedScalars._fields), count, dtype=torch.float32, device=logits.device)
     if count:
         block = triton.next_power_of_2(width) if width <= ROW_IN_REGISTERS else BLOCK
         with torch.cuda.device_of(logits):
@@ -47,13 +34,13 @@ def forward(logits: torch.Tensor, rows: Rows, process: XDLMProcess) -> tuple[tor
                 process.num_uniform / process.k if process.k > 0 else 0.0,
                 K_IS_ZERO=process.k == 0.0, ONE_BLOCK=block >= width, BLOCK=block, num_warps=_warps(block),
             )  # fmt: skip
-    return loss, KernelScalars(*scalars)
+    return loss, NormedScalars(*scalars)
 
 
 def backward(
     logits: torch.Tensor,
     rows: Rows,
-    scalars: KernelScalars,
+    scalars: NormedScalars,
     grad_loss: torch.Tensor,
     process: XDLMProcess,
     out: torch.Tensor,

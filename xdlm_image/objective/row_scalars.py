@@ -57,6 +57,17 @@ class RowScalars(NamedTuple):
     grad_z: torch.Tensor  # dl/dlogit_z, where z is a wrong code; else that at x
 
 
+class NormedScalars(NamedTuple):
+    """As `RowScalars`, with what gives a row's probabilities anew, for backward passes that take no softmax."""
+
+    top: torch.Tensor  # the largest logit
+    inverse_norm: torch.Tensor  # p_j = exp(logit_j - top) inverse_norm
+    g: torch.Tensor  # these four as in `RowScalars`
+    kappa: torch.Tensor
+    grad_x: torch.Tensor
+    grad_z: torch.Tensor
+
+
 def columns_of(rows: Rows, process: XDLMProcess) -> tuple[torch.Tensor, torch.Tensor]:
     """Columns (R, 2) of x, and of z where z is a wrong code (of x again elsewhere); and where it is one, bool (R,)."""
     is_wrong = (rows.z != process.mask) & (rows.z != rows.x)
