@@ -72,7 +72,7 @@ def test_half_precision_predicts_the_same(pipe, tmp_path, dtype, bound):
     """Total variation between what the float32 network and the half one predict, however the half one came to be."""
     expected = pipe.transformer(**network_input()).sample.softmax(-1)
     pipe.save_pretrained(tmp_path)
-    loaded = XDLMPipeline.from_pretrained(tmp_path, torch_dtype=dtype)
+    loaded = XDLMPipeline.from_pretrained(tmp_path, dtype=dtype)
     for half in (loaded, pipe.to(dtype)):
         assert {part.dtype for part in (half.transformer, half.vqvae)} == {dtype}
         logits = half.transformer(**network_input()).sample
@@ -101,7 +101,7 @@ def test_variant_and_shards(pipe, tmp_path):
     pipe.to(torch.float16).save_pretrained(tmp_path, variant="fp16", max_shard_size="10KB")
     files = {file.name for file in (tmp_path / "transformer").glob("*.safetensors")}
     assert len(files) > 2 and all(".fp16-0" in name for name in files)
-    loaded = XDLMPipeline.from_pretrained(tmp_path, variant="fp16", torch_dtype=torch.float16)
+    loaded = XDLMPipeline.from_pretrained(tmp_path, variant="fp16", dtype=torch.float16)
     assert torch.equal(draw(loaded), draw(pipe))
     with pytest.raises((OSError, ValueError), match="variant|diffusion_pytorch_model"):
         XDLMPipeline.from_pretrained(tmp_path)

@@ -237,7 +237,8 @@ def test_sharing_keeps_the_dtype(pipe):
     half.vqvae.float()  # pictures in full precision from a network in half
     shared = XDLMImg2ImgPipeline.from_pipe(half)
     assert shared.vqvae is half.vqvae and half.vqvae.dtype == torch.float32 and half.transformer.dtype == torch.bfloat16
-    assert XDLMImg2ImgPipeline.from_pipe(half, torch_dtype=torch.float32).transformer.dtype == torch.float32
+    for name, dtype in (("dtype", torch.float32), ("torch_dtype", torch.float64)):  # the new name and the old one
+        assert XDLMImg2ImgPipeline.from_pipe(half, **{name: dtype}).transformer.dtype == dtype
 
 
 # --- the verb -------------------------------------------------------------------------------------

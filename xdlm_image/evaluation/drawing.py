@@ -77,7 +77,7 @@ def open_pipeline(
         )
     try:
         dtypes = {"transformer": dtype, "default": torch.float32}
-        pipeline = XDLMPipeline.from_pretrained(str(path), local_files_only=True, torch_dtype=dtypes)
+        pipeline = XDLMPipeline.from_pretrained(str(path), local_files_only=True, dtype=dtypes)
     except Exception as error:  # json, safetensors, OSError, KeyError: whatever a damaged folder raises
         raise ValueError(
             f"{argument}={str(folder)!r}: cannot be loaded ({type(error).__name__}: {error}); save it again"

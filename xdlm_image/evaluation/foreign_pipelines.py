@@ -57,7 +57,7 @@ class ForeignPipeline:
         self, folder: str, device: torch.device, argument: str = "pipeline", dtype: torch.dtype = torch.float32
     ) -> None:
         try:
-            self.pipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True, torch_dtype=dtype)
+            self.pipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True, dtype=dtype)
         except Exception as error:  # json, safetensors, OSError, AttributeError: whatever a damaged folder raises
             raise ValueError(f"{argument}={folder!r}: cannot be loaded ({type(error).__name__}: {error})") from error
         self.name = type(self.pipeline).__name__
