@@ -68,7 +68,6 @@ def candidates_at(width: int, features: int, rows: int, arguments) -> dict:
     }
     if arguments.compile:
         candidates["linear + cross_entropy, compiled"] = run(torch.compile(cross_entropy))
-        candidates["xdlm_head_nelbo, compiled"] = run(lambda h, w, b: xdlm_head_nelbo(h, w, b, *rest, backend="compiled").mean)  # fmt: skip # noqa: E501
     if device.type == "cuda":
         for name, loss in others_on_gpu(arguments.dtype).items():
             candidates[name] = run(partial(lambda loss, h, w, b: loss(h, w, b, x), loss))

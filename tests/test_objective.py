@@ -141,9 +141,9 @@ def test_float32_follows_float64_everywhere(k, K, definition, beta, scale, seed)
     loss32.sum().backward()
     loss64.sum().backward()
     assert torch.isfinite(logits32.grad).all()
-    # the row's scale is 1/beta: p_j (K + g c p_j / (1 + c p_j)) is a difference of two terms of that size
+    # terms are of size 1/beta; where c is small kappa is what they leave of each other
     largest = logits64.grad.abs().amax(-1, keepdim=True)
-    bound = (2e-6 + 4e-7 * scale) * (largest + 1.0 / max(beta, 1e-2 if beta == 0.0 else beta))
+    bound = (2e-6 + 4e-7 * scale) * (largest + (1.0 if beta > 0.1 else 1e-3) / (beta or 1e-2))
     assert ((logits32.grad.double() - logits64.grad).abs() <= bound).all()
 
 
@@ -228,3 +228,39 @@ def test_wrong_shapes_are_named() -> None:
             xdlm_nelbo(torch.zeros(2, 3, 8), **({"z": x, "x": x} | wrong), process=process, alpha=half, beta=half)
     with pytest.raises(ValueError, match=r"need \(B, L, V\)"):
         xdlm_nelbo(torch.zeros(2, 4, 8), x, x, process, half, half)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"logits": torch.zeros(2, 3, 8, dtype=torch.int64)}, "logits: dtype torch.int64, must be one of"),
+        ({"logits": torch.zeros(2, 3, 8, dtype=torch.complex64)}, "logits: dtype torch.complex64"),
+        ({"z": torch.zeros(2, 3)}, "z: dtype torch.float32, ids are torch.int64"),
+        ({"x": torch.zeros(2, 3, dtype=torch.bool)}, "x: dtype torch.bool"),
+        ({"z": torch.zeros(2, 3, dtype=torch.int64, device="meta")}, "z: on meta, must be on cpu"),
+        ({"alpha": 0.5}, r"alpha=0.5: no tensor; need \(B,\)"),
+        ({"alpha": torch.full((3,), 0.5)}, r"alpha \(3,\): need"),
+        ({"alpha": torch.full((2,), 0.5, device="meta")}, "alpha: on meta, must be on cpu"),
+        ({"alpha": torch.tensor([0.5, torch.nan])}, r"alpha: runs from nan to nan, must lie in \[0, 1\]"),
+        ({"beta": torch.tensor([0.5, -1.0])}, r"beta: runs from -1.0 to 0.5, must lie in \[0, 1\]"),
+        ({"beta": torch.tensor([0.9, 0.9])}, "alpha, beta: do not sum to 1"),
+    ],
+)
+def test_what_cannot_be_meant_is_named(wrong, message) -> None:
+    x, half = torch.zeros(2, 3, dtype=torch.long), torch.full((2,), 0.5)
+    right = {"logits": torch.zeros(2, 3, 8), "z": x, "x": x, "alpha": half, "beta": half}
+    with pytest.raises(ValueError, match=message):
+        xdlm_nelbo(**(right | wrong), process=XDLMProcess(0.1, 8))
+
+
+def test_times_get_no_gradient() -> None:
+    x, alpha = torch.zeros(2, 3, dtype=torch.long), torch.full((2,), 0.5, requires_grad=True)
+    assert not xdlm_nelbo(torch.zeros(2, 3, 8), x, x, XDLMProcess(0.1, 8), alpha, 1 - alpha).requires_grad
+
+
+def test_a_visible_code_costs_nothing_under_mdlm_even_where_it_is_impossible() -> None:
+    x, half = torch.zeros(1, 1, dtype=torch.long), torch.full((1,), 0.5)
+    logits = torch.tensor([[[-torch.inf, 0.0, 1.0]]], requires_grad=True)
+    loss = xdlm_nelbo(logits, x, x, XDLMProcess(0.0, 3), half, half)
+    loss.sum().backward()
+    assert loss.item() == 0.0 and torch.equal(logits.grad, torch.zeros(1, 1, 3))

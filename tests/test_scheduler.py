@@ -222,6 +222,22 @@ def test_step_refuses_wrong_widths_and_temperatures() -> None:
         scheduler.add_noise(z + 8, torch.tensor([0.5]))
 
 
+@pytest.mark.parametrize("odd", [None, 7, "cpu"])
+def test_lists_hold_generators(odd) -> None:
+    given = [odd, torch.Generator()]
+    scheduler = XDLMScheduler()
+    assert scheduler.draw_ahead(given, (2, 7)) is given
+    with pytest.raises(ValueError, match=f"generator: a list of .*{odd!r}.*; give torch.Generator of one device"):
+        scheduler.prior((2, 7), given)
+
+
+def test_no_image_needs_no_generator() -> None:
+    scheduler = XDLMScheduler.from_process(process_of(0.1, 16, "A"))
+    scheduler.set_timesteps(2)
+    z = scheduler.prior((0, 49), [])
+    assert z.shape == scheduler.step(torch.zeros(0, 49, 16), scheduler.timesteps[0], z, []).prev_sample.shape == (0, 49)
+
+
 def test_numbers_drawn_ahead_are_those_of_the_calls_one_by_one() -> None:
     def generators():
         return [torch.Generator().manual_seed(seed) for seed in (3, 1, 2)]
@@ -237,7 +253,11 @@ def test_numbers_drawn_ahead_are_those_of_the_calls_one_by_one() -> None:
     assert all(torch.equal(a.get_state(), b.get_state()) for a, b in zip(ahead, one_by_one))
     with pytest.raises(ValueError, match=r"ahead for shape \(3, 7\), not for \(3, 8\)"):
         draw_uniforms((3, 8), numbers)
+    with pytest.raises(ValueError, match="used up"):
+        draw_uniforms((3, 7), numbers)
     one = torch.Generator()
+    twice = [one, one, torch.Generator()]
+    assert scheduler.draw_ahead(twice, (3, 7)) is twice  # drawn ahead, its two images would not take turns
     assert scheduler.draw_ahead(one, (3, 7)) is one and scheduler.draw_ahead(None, (3, 7)) is None
     scheduler.set_timesteps(100_000)
     assert scheduler.draw_ahead(ahead, (3, 49)) is ahead  # too many numbers to hold

@@ -75,8 +75,11 @@ def xdlm_head_nelbo(
     device, dtype = features.device.type, features.dtype
     if torch.is_autocast_enabled(device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
-    settings = (process, passes_for(features.device, dtype, backend), dtype)
     flat = features.reshape(-1, features.shape[-1])
+    wanted = [
+        torch.is_grad_enabled() and value is not None and value.requires_grad for value in (features, weight, bias)
+    ]
+    settings = (process, passes_for(features.device, dtype, backend), dtype, wanted)
     mean, loss = _XDLMHeadNelbo.apply(flat, weight, bias, token_weight, rows, settings)
     return XDLMLossOutput(mean, loss.view(x.shape))
 
@@ -84,8 +87,8 @@ def xdlm_head_nelbo(
 class _XDLMHeadNelbo(torch.autograd.Function):
     @staticmethod
     def forward(ctx, features, weight, bias, token_weight, rows: Rows, settings):  # (R, D), (V, D), (V,), (R,)
-        process, passes, dtype = settings
-        wants_features, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        process, passes, dtype, wanted = settings
+        wants_features, wants_weight, wants_bias = wanted
         loss = torch.empty_like(rows.c)
         if token_weight is None:
             token_weight = torch.ones_like(rows.c)
@@ -100,12 +103,14 @@ class _XDLMHeadNelbo(torch.autograd.Function):
                 h = features[block].to(dtype)  # (r, D)
                 logits = torch.nn.functional.linear(h, matrix, offset)  # (r, V)
                 loss[block], scalars = passes.forward(logits, rows[block], process)
-                if not any(ctx.needs_input_grad[:3]):
+                if not any(wanted):
                     continue
                 passes.backward(logits, rows[block], scalars, token_weight[block], process, out=logits)
                 if grad_features is not None:
                     torch.mm(logits, matrix, out=grad_features[block])
                 if grad_weight is not None:
+                    if dtype == torch.float16:  # its range ends at 65,504, and no scale is known yet
+                        logits, h = logits.float(), h.float()
                     grad_weight += logits.T @ h
                 if grad_bias is not None:
                     grad_bias += logits.sum(0, dtype=grad_bias.dtype)
@@ -118,7 +123,7 @@ class _XDLMHeadNelbo(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_mean, _):
-        scale = grad_mean / ctx.rows
+        scale = grad_mean / max(1, ctx.rows)  # of no rows the mean is NaN, and the gradients are 0
         grads = [
             None if grad is None else (grad.to(torch.promote_types(grad.dtype, dtype)) * scale).to(dtype)
             for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes)

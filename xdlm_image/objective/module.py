@@ -24,14 +24,12 @@ class XDLMLoss(nn.Module):
     Args:
         transformer: Called as `transformer(z, timestep=t, class_labels=labels).sample` -> logits (B, L, V).
         process: The noise process.
-        backend: Who reads the logits, see `xdlm_nelbo`.
     """
 
-    def __init__(self, transformer: nn.Module, process: XDLMProcess, backend: str = "auto") -> None:
+    def __init__(self, transformer: nn.Module, process: XDLMProcess) -> None:
         super().__init__()
         self.transformer = transformer
         self.process = process
-        self.backend = backend
 
     def forward(
         self, z: torch.Tensor, x: torch.Tensor, t: torch.Tensor, class_labels: torch.Tensor | None = None
@@ -49,11 +47,11 @@ class XDLMLoss(nn.Module):
         head = _plain_head(self.transformer)
         if head is None:
             logits = self.transformer(z, **inputs).sample  # (B, L, V)
-            loss = xdlm_nelbo(logits, z, x, self.process, alpha, beta, backend=self.backend)
+            loss = xdlm_nelbo(logits, z, x, self.process, alpha, beta)
             return XDLMLossOutput(loss.mean(), loss.detach())
         features = self.transformer(z, **inputs, project=False).sample  # (B, L, D)
         weights = (head.weight, head.bias)
-        return xdlm_head_nelbo(features, *weights, z, x, self.process, alpha, beta, backend=self.backend)
+        return xdlm_head_nelbo(features, *weights, z, x, self.process, alpha, beta)
 
 
 def _plain_head(transformer: nn.Module) -> nn.Linear | None:

@@ -1,7 +1,7 @@
 """The XDLM objective for training: loss and gradient from a few scalars per token.
 
 Owns `xdlm_nelbo`, its place in autograd, and the choice between the passes over the logits: Triton kernels where they
-run, compiled torch where it is asked for, plain torch elsewhere. It reads the process and never an inference
+run, plain torch elsewhere. It reads the process and never an inference
 scheduler; nothing as wide as the vocabulary outlives a block of rows but the logits and their gradient.
 """
 
@@ -19,7 +19,8 @@ from ..schedulers import XDLMProcess
 from . import nelbo_eager
 from .row_scalars import Rows
 
-BACKENDS = ("auto", "eager", "compiled", "triton")
+BACKENDS = ("auto", "eager", "triton")
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -42,22 +43,22 @@ def xdlm_nelbo(
         z: Noisy codes, int64 (B, L), drawn by `process.noise`.
         x: Clean codes, int64 (B, L), in 0..K-1.
         process: The noise process.
-        alpha: Signal kept, in [0, 1]: (B,) or (B, 1) or (B, L).
+        alpha: Signal kept, in [0, 1]: (B,) or (B, 1) or (B, L). It and beta get no gradient.
         beta: 1 - alpha, computed from t and not from alpha; same shape.
         in_place: The backward pass writes the gradient over the logits, which saves their size in memory and destroys
             them: read them before. Autograd refuses a second backward pass, and any other use of the logits that comes
             later than this one in the backward pass.
         backend: Who reads the logits: `"triton"` (float32 arithmetic on CUDA, or on the CPU under Triton's
-            interpreter), `"compiled"` (torch.compile: 0.8 of eager's time on a CPU, after some seconds and with a
-            C++ compiler), `"eager"` (plain torch, everywhere), or `"auto"`: Triton on CUDA where it works, else eager.
+            interpreter), `"eager"` (plain torch, everywhere), or `"auto"`: Triton on CUDA where it works, else eager.
 
     Returns:
         (B, L), float32 (float64 for float64 logits), never below -5e-6. Finite for alpha and beta in [0, 1] and
         finite logits. At beta = 0 a z other than x has no probability; its loss then stands for infinity.
 
     Raises:
-        ValueError: If shapes do not fit, ids are out of range (looked for on the CPU only), the backend is unknown, or
-            `in_place` would overwrite a leaf of autograd, such as a parameter.
+        ValueError: If shapes, dtypes or devices do not fit, ids, alpha or beta are out of range (looked for on the CPU
+            only), the backend is unknown, or `in_place` would overwrite a leaf of autograd, such as a parameter, or
+            logits that overlap in memory.
     """
     owner = logits if logits._base is None else logits._base
     if in_place and owner.is_leaf and owner.requires_grad:
@@ -67,6 +68,8 @@ def xdlm_nelbo(
         raise ValueError(f"logits: width {logits.shape[-1]}, but the process has logits_width={process.logits_width}")
     wide = logits.reshape(-1, logits.shape[-1])
     wide = wide if wide.stride(1) == 1 else wide.contiguous()
+    if in_place and len(wide) > 1 and wide.stride(0) < wide.shape[1]:
+        raise ValueError("in_place=True: rows of the logits share memory; give it logits.contiguous()")
     passes = passes_for(logits.device, logits.dtype, backend)
     return _XDLMNelbo.apply(wide, *rows, process, passes, in_place).view(x.shape)
 
@@ -84,12 +87,34 @@ def rows_of(
     if wide.ndim != 3 or wide.shape[:2] != x.shape or z.shape != x.shape:
         shapes = f"{name} {tuple(wide.shape)}, z {tuple(z.shape)}, x {tuple(x.shape)}"
         raise ValueError(f"{shapes}: need (B, L, V), (B, L), (B, L)")
-    process.check_ids("x", x, process.num_codes)
-    process.check_ids("z", z, process.num_ids)
+    if wide.dtype not in DTYPES:
+        raise ValueError(f"{name}: dtype {wide.dtype}, must be one of {', '.join(map(str, DTYPES))}")
+    for ids_name, ids, end in (("x", x, process.num_codes), ("z", z, process.num_ids)):
+        process.check_ids(ids_name, ids, end)
+        if ids.device != wide.device:
+            raise ValueError(f"{ids_name}: on {ids.device}, must be on {wide.device}, where the {name} are")
     dtype = torch.float64 if wide.dtype == torch.float64 else torch.float32
-    alpha, beta = (a.to(dtype).reshape(a.shape + (1,) * (x.ndim - a.ndim)).expand(x.shape) for a in (alpha, beta))
+    alpha, beta = (_per_token(*given, x, dtype) for given in (("alpha", alpha), ("beta", beta)))
+    if x.device.type == "cpu" and not bool(((alpha + beta - 1.0).abs() < 0.01).all()):
+        raise ValueError("alpha, beta: do not sum to 1; beta is 1 - alpha, see XDLMProcess.alpha_beta")
     rows = (z, x, alpha, beta, process.signal_ratio(alpha, beta))
     return Rows(*(value.contiguous().view(-1) for value in rows))
+
+
+def _per_token(name: str, value: torch.Tensor, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """alpha or beta for each token: (B, L)."""
+    shapes = f"need (B,), (B, 1) or (B, L) for B, L = {tuple(x.shape)}"
+    if not isinstance(value, torch.Tensor):
+        raise ValueError(f"{name}={value!r}: no tensor; {shapes}")
+    if value.device != x.device:
+        raise ValueError(f"{name}: on {value.device}, must be on {x.device}, where the codes are")
+    try:
+        spread = value.detach().to(dtype).reshape(value.shape + (1,) * (x.ndim - value.ndim)).expand(x.shape)
+    except RuntimeError:
+        raise ValueError(f"{name} {tuple(value.shape)}: {shapes}") from None
+    if x.device.type == "cpu" and not bool(((value >= 0) & (value <= 1)).all()):
+        raise ValueError(f"{name}: runs from {float(value.min())} to {float(value.max())}, must lie in [0, 1]")
+    return spread
 
 
 def passes_for(device: torch.device, dtype: torch.dtype, backend: str) -> Any:
@@ -98,10 +123,6 @@ def passes_for(device: torch.device, dtype: torch.dtype, backend: str) -> Any:
         raise ValueError(f"backend={backend!r}: must be one of {', '.join(BACKENDS)}")
     if backend == "eager" or (backend == "auto" and not _triton_runs(device.type, dtype)):
         return nelbo_eager
-    if backend == "compiled":
-        from . import nelbo_compiled  # loads PyTorch's compiler
-
-        return nelbo_compiled
     if dtype not in TRITON_DTYPES:
         raise ValueError(f"backend='triton': computes in float32, the logits are {dtype}; use 'eager'")
     from . import nelbo_triton

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from ..schedulers import XDLMProcess
-from .row_scalars import NormedScalars, Rows, RowScalars, RowSums, columns_of, loss_and_scalars
+from .row_scalars import Rows, RowScalars, RowSums, columns_of, loss_and_scalars
 
 BLOCK_ELEMENTS_CPU = 1 << 17  # logits a thread and block: two work buffers of 0.5 MiB, and the logits themselves
 BLOCK_ELEMENTS_DEVICE = 1 << 24
@@ -18,33 +18,36 @@ BLOCK_ELEMENTS_DEVICE = 1 << 24
 def forward(logits: torch.Tensor, rows: Rows, process: XDLMProcess) -> tuple[torch.Tensor, RowScalars]:
     """Loss (R,) of logits (R, V), and what `backward` needs to know of the rows."""
     columns, is_wrong = columns_of(rows, process)
-    picked = torch.empty(len(logits), 2, dtype=rows.c.dtype, device=logits.device)  # p_x, p_z
-    others, log_terms, damped = torch.empty(3, len(logits), dtype=rows.c.dtype, device=logits.device)
+    picked = torch.empty(len(logits), 2, dtype=rows.c.dtype, device=logits.device)  # exp(logit - top) at the columns
+    top, rest, norm, log_terms, damped = torch.empty(5, len(logits), dtype=rows.c.dtype, device=logits.device)
     # L(c p) as the log of the rounded 1 + c p errs by V 2^-24 / (beta c) = 2^-24 k / alpha of the loss at most
     rounded = rows.alpha >= process.k / 16
-    step, p, d = _workspace(logits, rows.c.dtype)
-    blocks = (v.split(step) for v in (logits, columns, rows.c, rounded, picked, others, log_terms, damped))
-    for block, at, c, is_rounded, p_at, rest, logs, damps in zip(*blocks):
-        p, d = p[: len(block)], d[: len(block)]
-        scores = _scores(block, d, process)
-        if process.k == 0.0:
-            torch.log_softmax(scores, 1, out=p)
-            torch.gather(p, 1, at[:, :1], out=logs[:, None])
-            p.exp_()
-        else:
-            torch.softmax(scores, 1, out=p)
-        torch.gather(p, 1, at, out=p_at)
-        torch.sum(p.scatter_(1, at, 0.0), 1, out=rest)
+    all_rounded = bool(rounded.all())
+    step, e, d = _workspace(logits, rows.c.dtype)
+    per_row = (columns, is_wrong, rows.c, rounded, picked, top, rest, norm, log_terms, damped)
+    for block, at, wrong, c, is_rounded, e_at, tops, rests, norms, logs, damps in zip(
+        *(v.split(step) for v in (logits, *per_row))
+    ):
+        e, d = e[: len(block)], d[: len(block)]
+        scores = block if block.dtype == d.dtype else d.copy_(block)
+        _top(scores, process.excluded_column, out=tops)
+        _exp(scores, tops[:, None], process.excluded_column, out=e)
+        torch.gather(e, 1, at, out=e_at)
+        e_at[:, 1].mul_(wrong)
+        torch.sum(e.scatter_(1, at, 0.0), 1, out=rests)  # by halves; torch.softmax adds one by one
+        torch.sum(e_at, 1, out=norms).add_(rests)
         if process.k > 0.0:
-            torch.mul(p, c[:, None], out=d)  # c p_j
-            exact = (~is_rounded).nonzero()[:, 0]  # few rows, if any
-            exact_logs = d[exact].log1p_().sum(1)
-            p.div_(d.add_(1.0))
+            torch.mul(e, (c / norms)[:, None], out=d)  # c p_j
+            exact = None if all_rounded else (~is_rounded).nonzero()[:, 0]  # few rows, if any
+            exact_logs = None if exact is None else d[exact].log1p_().sum(1)
+            torch.sum(e.div_(d.add_(1.0)), 1, out=damps)
             torch.sum(d.log_(), 1, out=logs)
-            logs[exact] = exact_logs
-            torch.sum(p, 1, out=damps)
-    p_x, p_z = picked.unbind(1)
-    return loss_and_scalars(RowSums(p_x, p_z * is_wrong, others, log_terms, damped), rows, process)
+            if exact is not None:
+                logs[exact] = exact_logs
+    if process.k == 0.0:
+        log_terms = logits.gather(1, columns[:, :1])[:, 0].to(top.dtype) - top - norm.log()  # log p_x
+    p_x, p_z = (picked / norm[:, None]).unbind(1)
+    return loss_and_scalars(RowSums(top, norm, p_x, p_z, rest / norm, log_terms, damped / norm), rows, process)
 
 
 def backward(
@@ -65,25 +68,26 @@ def backward(
         process: The noise process.
         out: (R, V), the logits' dtype.
     """
-    step, p, d = _workspace(logits, rows.c.dtype)
-    wide = (v[:, None] for v in (rows.c, scalars.kappa, scalars.g * grad_loss))
-    for block, out_rows, c, kappa, g in zip(*(v.split(step) for v in (logits, out, *wide))):
-        p, d = p[: len(block)], d[: len(block)]
-        torch.softmax(_scores(block, d, process), 1, out=p)
-        grad = out_rows if out_rows.dtype == p.dtype else torch.empty_like(p)
+    step, e, d = _workspace(logits, rows.c.dtype)
+    scale = scalars.g * grad_loss * scalars.inverse_norm
+    wide = (v[:, None] for v in (scalars.top, rows.c * scalars.inverse_norm, scalars.kappa, scalars.kappa_1, scale))
+    for block, out_rows, top, c, kappa, kappa_1, g in zip(*(v.split(step) for v in (logits, out, *wide))):
+        e, d = e[: len(block)], d[: len(block)]
+        _exp(block if block.dtype == d.dtype else d.copy_(block), top, process.excluded_column, out=e)
+        grad = out_rows if out_rows.dtype == e.dtype else torch.empty_like(e)
         if process.k == 0.0:
-            torch.mul(p, g, out=grad)
+            torch.mul(e, g, out=grad)
         else:
-            torch.mul(p, c, out=d)  # c p_j
-            torch.add(d, 1.0, out=grad)
-            torch.addcdiv(kappa, d, grad, out=grad).mul_(p).mul_(g)
+            torch.mul(e, c, out=d)  # c p_j
+            torch.mul(d, kappa_1, out=grad).add_(kappa)
+            grad.div_(d.add_(1.0)).mul_(e).mul_(g)
         if grad is not out_rows:
             out_rows.copy_(grad)
     write_grads_at(rows, scalars, grad_loss, process, out)
 
 
 def write_grads_at(
-    rows: Rows, scalars: RowScalars | NormedScalars, grad_loss: torch.Tensor, process: XDLMProcess, out: torch.Tensor
+    rows: Rows, scalars: RowScalars, grad_loss: torch.Tensor, process: XDLMProcess, out: torch.Tensor
 ) -> None:
     """Write the gradient where it follows other equations: at x, and at z where it is a wrong code."""
     columns, _ = columns_of(rows, process)
@@ -97,15 +101,23 @@ def _workspace(logits: torch.Tensor, dtype: torch.dtype) -> tuple[int, torch.Ten
     on_cpu = logits.device.type == "cpu"
     elements = BLOCK_ELEMENTS_CPU * torch.get_num_threads() if on_cpu else BLOCK_ELEMENTS_DEVICE
     step = max(1, min(rows, elements // width))
-    p, d = torch.empty(2, step, width, dtype=dtype, device=logits.device)
-    return step, p, d
+    e, d = torch.empty(2, step, width, dtype=dtype, device=logits.device)
+    return step, e, d
 
 
-def _scores(block: torch.Tensor, buffer: torch.Tensor, process: XDLMProcess) -> torch.Tensor:
-    """The logits in the dtype of the arithmetic, -inf where the softmax leaves a column out; `buffer` if need be."""
-    if block.dtype == buffer.dtype and process.excluded_column is None:
-        return block
-    buffer.copy_(block)
-    if process.excluded_column is not None:
-        buffer[:, process.excluded_column] = -torch.inf
-    return buffer
+def _top(scores: torch.Tensor, excluded: int | None, out: torch.Tensor) -> None:
+    """The largest score of each row (r, V), without a column that has no probability."""
+    if excluded is None:
+        torch.amax(scores, 1, out=out)
+        return
+    sides = [side for side in (scores[:, :excluded], scores[:, excluded + 1 :]) if side.shape[1] > 0]
+    torch.amax(sides[0], 1, out=out)
+    for side in sides[1:]:
+        torch.maximum(out, side.amax(1), out=out)
+
+
+def _exp(scores: torch.Tensor, top: torch.Tensor, excluded: int | None, out: torch.Tensor) -> None:
+    """exp(scores - top), 0 in a column that has no probability."""
+    torch.sub(scores, top, out=out).exp_()
+    if excluded is not None:
+        out[:, excluded] = 0.0

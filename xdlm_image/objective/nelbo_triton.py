@@ -13,7 +13,7 @@ import triton.language as tl
 
 from ..schedulers import XDLMProcess
 from .row_scalars import TINY as TINY_NUMBER
-from .row_scalars import NormedScalars, Rows
+from .row_scalars import Rows, RowScalars
 
 ROW_IN_REGISTERS = 16384  # widest row that the forward pass reads once
 BLOCK = 4096  # of wider rows, and of the backward pass
@@ -21,11 +21,11 @@ NO_COLUMN = -1
 TINY = tl.constexpr(TINY_NUMBER)
 
 
-def forward(logits: torch.Tensor, rows: Rows, process: XDLMProcess) -> tuple[torch.Tensor, NormedScalars]:
+def forward(logits: torch.Tensor, rows: Rows, process: XDLMProcess) -> tuple[torch.Tensor, RowScalars]:
     """Loss (R,) of logits (R, V), whose rows are contiguous, and what `backward` needs to know of the rows."""
     count, width = logits.shape
     loss = torch.empty(count, dtype=torch.float32, device=logits.device)
-    scalars = torch.empty(len(NormedScalars._fields), count, dtype=torch.float32, device=logits.device)
+    scalars = torch.empty(len(RowScalars._fields), count, dtype=torch.float32, device=logits.device)
     if count:
         block = triton.next_power_of_2(width) if width <= ROW_IN_REGISTERS else BLOCK
         with torch.cuda.device_of(logits):
@@ -34,13 +34,13 @@ def forward(logits: torch.Tensor, rows: Rows, process: XDLMProcess) -> tuple[tor
                 process.num_uniform / process.k if process.k > 0 else 0.0,
                 K_IS_ZERO=process.k == 0.0, ONE_BLOCK=block >= width, BLOCK=block, num_warps=_warps(block),
             )  # fmt: skip
-    return loss, NormedScalars(*scalars)
+    return loss, RowScalars(*scalars)
 
 
 def backward(
     logits: torch.Tensor,
     rows: Rows,
-    scalars: NormedScalars,
+    scalars: RowScalars,
     grad_loss: torch.Tensor,
     process: XDLMProcess,
     out: torch.Tensor,
@@ -154,8 +154,10 @@ def _forward_kernel(
     one_over_beta = 1.0 / tl.maximum(beta, TINY)
     if K_IS_ZERO:
         g = tl.where(z == MASK, one_over_beta, 0.0)
-        loss = g * tl.where(q < 0.5, _log1p(q / tl.maximum(p_x, 0.25)), top - score_x + tl.log(norm))
+        nll = tl.where(q < 0.5, _log1p(q / tl.maximum(p_x, 0.25)), top - score_x + tl.log(norm))
+        loss = tl.where(z == MASK, g * nll, 0.0)
         kappa = 0.0
+        kappa_1 = 0.0
         grad_x = -g * q
         grad_z = grad_x
     else:
@@ -169,25 +171,32 @@ def _forward_kernel(
         g = tl.where(is_right, 1.0 / (beta + alpha * N_OVER_K), one_over_beta)
         loss = g * (A + S + tl.where(is_right, _w_minus_log1p(w), _log1p_minus_ratio(u)) * one_over_alpha)
         h = tl.where(is_right, w * one_over_alpha, 0.0)
-        ratio = u / (1.0 + u)
+        one_less_ratio = 1.0 / (1.0 + u)
+        ratio = u * one_less_ratio
         az = one_over_alpha * ratio * ratio
-        common = tl.sum(damps) * inverse_norm + p_z / (1.0 + u) - q * saturation
+        one_less_az = tl.where(is_wrong, (one_less_ratio * (2.0 - one_less_ratio) - beta) * one_over_alpha, 1.0)
+        damped = tl.sum(damps) * inverse_norm + p_z * one_less_ratio
+        common = damped - q * saturation
+        common_1 = damped + p_x * (1.0 + c) * saturation
         kappa = common + r * h - az
+        kappa_1 = tl.where(az > 0.5, common + one_less_az, common_1 + r * h - az)
         grad_x = g * (p_x * (common - az) - r * q * (1.0 + h))
-        grad_z = tl.where(is_wrong, g * (p_z * (common + ratio) + az * (others + p_x)), grad_x)
+        at_z = p_z * (common + common_1 * u) * one_less_ratio + az * (others + p_x)
+        grad_z = tl.where(is_wrong, g * at_z, grad_x)
     tl.store(loss_ptr + row, loss)
     tl.store(scalars_ptr + row, top)
     tl.store(scalars_ptr + R + row, inverse_norm)
     tl.store(scalars_ptr + 2 * R + row, g)
     tl.store(scalars_ptr + 3 * R + row, kappa)
-    tl.store(scalars_ptr + 4 * R + row, grad_x)
-    tl.store(scalars_ptr + 5 * R + row, grad_z)
+    tl.store(scalars_ptr + 4 * R + row, kappa_1)
+    tl.store(scalars_ptr + 5 * R + row, grad_x)
+    tl.store(scalars_ptr + 6 * R + row, grad_z)
 
 
 @triton.jit
 def _backward_kernel(
-    logits, stride, out, out_stride, z_ptr, x_ptr, c_ptr, top_ptr, inverse_norm_ptr, g_ptr, kappa_ptr, grad_x_ptr,
-    grad_z_ptr, grad_loss_ptr, V, MASK, EXCLUDED, K_IS_ZERO: tl.constexpr, BLOCK: tl.constexpr,
+    logits, stride, out, out_stride, z_ptr, x_ptr, c_ptr, top_ptr, inverse_norm_ptr, g_ptr, kappa_ptr, kappa_1_ptr,
+    grad_x_ptr, grad_z_ptr, grad_loss_ptr, V, MASK, EXCLUDED, K_IS_ZERO: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -197,7 +206,7 @@ def _backward_kernel(
     grad = tl.load(g_ptr + row) * p
     if not K_IS_ZERO:
         cp = p * tl.load(c_ptr + row)
-        grad *= tl.load(kappa_ptr + row) + cp / (1.0 + cp)
+        grad *= (tl.load(kappa_ptr + row) + tl.load(kappa_1_ptr + row) * cp) / (1.0 + cp)
     grad = tl.where((columns == z) & (z != MASK), tl.load(grad_z_ptr + row), grad)
     grad = tl.where(columns == x, tl.load(grad_x_ptr + row), grad) * tl.load(grad_loss_ptr + row)
     tl.store(out + row * out_stride + columns, grad.to(out.dtype.element_ty), mask=columns < V)

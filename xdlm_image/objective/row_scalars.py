@@ -1,17 +1,18 @@
 """From the sums over a row of logits to its loss, and to the scalars that its gradient needs.
 
 Owns the delicate part of the objective's arithmetic, which is per token and thus cheap: the sums over the vocabulary
-are `nelbo_eager.py`'s or `nelbo_compiled.py`'s; `nelbo_triton.py` states the same equations for a GPU.
+are `nelbo_eager.py`'s; `nelbo_triton.py` states the same equations for a GPU.
 
 The definition (`reference.py`) cancels in floating point (1 - p_x, L(c) - L(c p_x)), so this file computes
 
     q = sum_{e != x} p_e,   w = c q / (1 + c p_x),   A = L(w),   S = (A - sum_{e != x} L(c p_e)) / c
-    dl/dlogit_j = g p_j (kappa + c p_j / (1 + c p_j))    for j not in {x, z}
+    dl/dlogit_j = g p_j (kappa + kappa_1 c p_j) / (1 + c p_j)    for j not in {x, z}
     g     = 1/beta  or, at z = x, 1/(beta (1+c));       h = w/alpha at z = x, else 0
     az    = [z not in {m, x}] (u/(1+u))^2 / alpha,      u = c p_z,   r = c p_x / (1 + c p_x)
-    kappa = sum_{e != x} p_e/(1 + c p_e) - q/(1 + c p_x) + r h - az
+    kappa = sum_{e != x} p_e/(1 + c p_e) - q/(1 + c p_x) + r h - az,      kappa_1 = kappa + 1
 
-which is the paper's loss and gradient (arXiv 2602.01362) with p_x - 1 written as -q.
+which is the paper's loss and gradient (arXiv 2602.01362) with p_x - 1 written as -q. kappa_1 has sums of its own: where
+c is large and p_x small, kappa is close to -1, and kappa + 1 would be what rounding has left of it.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ class Rows(NamedTuple):
 class RowSums(NamedTuple):
     """What a row's loss reads, each (R,); `others` are the ids that are neither x nor z."""
 
+    top: torch.Tensor  # the largest logit
+    norm: torch.Tensor  # sum of exp(logit_j - top)
     p_x: torch.Tensor
     p_z: torch.Tensor  # 0 unless z is a wrong code
     others: torch.Tensor  # sum of p_j over the others
@@ -51,21 +54,13 @@ class RowSums(NamedTuple):
 class RowScalars(NamedTuple):
     """What the gradient of a row reads beside its logits, each (R,)."""
 
-    g: torch.Tensor
-    kappa: torch.Tensor  # at k = 0 the gradient is g p_j
-    grad_x: torch.Tensor  # dl/dlogit_x
-    grad_z: torch.Tensor  # dl/dlogit_z, where z is a wrong code; else that at x
-
-
-class NormedScalars(NamedTuple):
-    """As `RowScalars`, with what gives a row's probabilities anew, for backward passes that take no softmax."""
-
     top: torch.Tensor  # the largest logit
     inverse_norm: torch.Tensor  # p_j = exp(logit_j - top) inverse_norm
-    g: torch.Tensor  # these four as in `RowScalars`
-    kappa: torch.Tensor
-    grad_x: torch.Tensor
-    grad_z: torch.Tensor
+    g: torch.Tensor
+    kappa: torch.Tensor  # at k = 0 the gradient is g p_j
+    kappa_1: torch.Tensor
+    grad_x: torch.Tensor  # dl/dlogit_x
+    grad_z: torch.Tensor  # dl/dlogit_z, where z is a wrong code; else that at x
 
 
 def columns_of(rows: Rows, process: XDLMProcess) -> tuple[torch.Tensor, torch.Tensor]:
@@ -77,15 +72,18 @@ def columns_of(rows: Rows, process: XDLMProcess) -> tuple[torch.Tensor, torch.Te
 def loss_and_scalars(sums: RowSums, rows: Rows, process: XDLMProcess) -> tuple[torch.Tensor, RowScalars]:
     """Loss l (R,) and the row's scalars, by the equations above."""
     alpha, beta, c = rows.alpha, rows.beta, rows.c
-    p_x, p_z, others, log_terms, damped = sums
+    top, norm, p_x, p_z, others, log_terms, damped = sums
+    inverse_norm = 1.0 / norm
     q = others + p_z
     one_over_beta = 1.0 / beta.clamp(min=TINY)
 
     if process.k == 0.0:
         log_p_x = log_terms
         nll = torch.where(q < 0.5, torch.log1p(q / p_x.clamp(min=0.25)), -log_p_x)
-        g = torch.where(rows.z == process.mask, one_over_beta, 0.0)
-        return g * nll, RowScalars(g, torch.zeros_like(g), -g * q, -g * q)
+        is_mask = rows.z == process.mask
+        g = torch.where(is_mask, one_over_beta, 0.0)
+        zero = torch.zeros_like(g)
+        return torch.where(is_mask, g * nll, 0.0), RowScalars(top, inverse_norm, g, zero, zero, -g * q, -g * q)
 
     u = c * p_z
     saturation = 1.0 / (1.0 + c * p_x)
@@ -102,12 +100,16 @@ def loss_and_scalars(sums: RowSums, rows: Rows, process: XDLMProcess) -> tuple[t
     loss = g * (A + S + extra)
 
     h = torch.where(is_right, w * one_over_alpha, 0.0)
-    az = one_over_alpha * (u / (1.0 + u)) ** 2
-    common = damped + p_z / (1.0 + u) - q * saturation
-    grad_x = g * (p_x * (common - az) - r * q * (1.0 + h))
-    grad_z = g * (p_z * (common + u / (1.0 + u)) + az * (others + p_x))  # others + p_x = 1 - p_z
+    one_less_ratio = 1.0 / (1.0 + u)
+    az = one_over_alpha * (u * one_less_ratio) ** 2
+    one_less_az = torch.where(is_wrong, (one_less_ratio * (2.0 - one_less_ratio) - beta) * one_over_alpha, 1.0)
+    damped = damped + p_z * one_less_ratio
+    common, common_1 = damped - q * saturation, damped + p_x * (1.0 + c) * saturation
     kappa = common + r * h - az
-    return loss, RowScalars(g, kappa, grad_x, torch.where(is_wrong, grad_z, grad_x))
+    kappa_1 = torch.where(az > 0.5, common + one_less_az, common_1 + r * h - az)
+    grad_x = g * (p_x * (common - az) - r * q * (1.0 + h))
+    grad_z = g * (p_z * (common + common_1 * u) * one_less_ratio + az * (others + p_x))  # others + p_x = 1 - p_z
+    return loss, RowScalars(top, inverse_norm, g, kappa, kappa_1, grad_x, torch.where(is_wrong, grad_z, grad_x))
 
 
 def _log1p_minus_ratio(u: torch.Tensor) -> torch.Tensor:

@@ -46,8 +46,11 @@ class UniformsAhead:
         self._calls = iter(torch.stack(numbers, dim=1))  # (B, ..., 2) each
 
     def take(self) -> torch.Tensor:
-        """The numbers of the next call, float64 (*shape, 2)."""
-        return next(self._calls)
+        """The numbers of the next call, float64 (*shape, 2). Raises ValueError after the last."""
+        numbers = next(self._calls, None)
+        if numbers is None:
+            raise ValueError("generator: the numbers that were drawn ahead are used up; give the generators themselves")
+        return numbers
 
 
 Generators = torch.Generator | Sequence[torch.Generator] | UniformsAhead | None
@@ -55,9 +58,10 @@ AHEAD_ELEMENTS = 1 << 24  # numbers drawn ahead: 128 MiB
 
 
 def draw_ahead(generator: Generators, shape: Sequence[int], calls: int) -> Generators:
-    """`UniformsAhead` where there is a generator per image on the CPU and memory for the numbers; else `generator`."""
-    one_an_image = isinstance(generator, list | tuple) and len(generator) == shape[0] > 0
-    if one_an_image and all(g.device.type == "cpu" for g in generator):  # type: ignore[union-attr]
+    """`UniformsAhead` where each image has a generator of its own on the CPU and there is memory for the numbers; else
+    `generator`."""
+    one_an_image = isinstance(generator, list | tuple) and len({id(g) for g in generator}) == shape[0] > 0
+    if one_an_image and all(isinstance(g, torch.Generator) and g.device.type == "cpu" for g in generator):  # type: ignore[union-attr]
         fits = 2 * calls * math.prod(shape) <= AHEAD_ELEMENTS
         return UniformsAhead(generator, shape, calls) if fits else generator  # type: ignore[arg-type]
     return generator
@@ -147,7 +151,9 @@ class XDLMProcess:
         return None if self.definition == "A" else self.mask_id
 
     def check_ids(self, name: str, ids: torch.Tensor, end: int) -> None:
-        """Raise ValueError if ids outside [0, end) are among them. Accelerators are not made to wait for the answer."""
+        """Raise ValueError if ids are not int64, or some lie outside [0, end): no accelerator waits for the latter."""
+        if ids.dtype != torch.int64:
+            raise ValueError(f"{name}: dtype {ids.dtype}, ids are torch.int64")
         if ids.device.type == "cpu" and ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= end):
             raise ValueError(f"{name}: ids run from {int(ids.min())} to {int(ids.max())}, must lie in [0, {end})")
 
@@ -268,7 +274,8 @@ def draw_uniforms(
         device: Where the results go.
 
     Raises:
-        ValueError: If the list's length is not the number of images, or numbers were drawn ahead for another shape.
+        ValueError: If the list's length is not the number of images, it holds something else than generators of one
+            device, or numbers were drawn ahead for another shape or fewer calls.
     """
     device = torch.device(device) if device is not None else torch.device("cpu")
     full = (*shape, 2)
@@ -282,9 +289,11 @@ def draw_uniforms(
     else:
         if len(generator) != shape[0]:
             raise ValueError(f"generator: a list of {len(generator)} for {shape[0]} images; give one per image")
-        u = torch.stack(
-            [torch.rand(full[1:], generator=g, device=g.device, dtype=_uniform_dtype(g.device)) for g in generator]
-        )
+        kinds = {str(g.device) if isinstance(g, torch.Generator) else repr(g) for g in generator}
+        if len(kinds) > 1 or not all(isinstance(g, torch.Generator) for g in generator):
+            raise ValueError(f"generator: a list of {', '.join(sorted(kinds))}; give torch.Generator of one device")
+        drawn = [torch.rand(full[1:], generator=g, device=g.device, dtype=_uniform_dtype(g.device)) for g in generator]
+        u = torch.stack(drawn) if drawn else torch.empty(full)
     u = u.to(device=device, dtype=_uniform_dtype(device))
     return u[..., 0], u[..., 1]
 

@@ -105,6 +105,6 @@ def _draw_kernel(
     z = tl.load(z_ptr + place)
     score_z = _scores(logits, z, V, EXCLUDED, inverse_temperature)
     p_z = tl.where(z < V, tl.exp(score_z - top).to(tl.float64) / total, 0.0)
-    tl.store(drawn_ptr + place, drawn.to(tl.int64))
+    tl.store(drawn_ptr + place, tl.minimum(drawn, V - 1).to(tl.int64))  # sums in another order may end an ulp apart
     tl.store(p_z_ptr + place, p_z)
     tl.store(totals_ptr + place, total)

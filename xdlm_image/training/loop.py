@@ -158,8 +158,7 @@ class TrainingRun:
         self.ema.to(self.accelerator.device)
         if recipe.compile:
             transformer.compile(fullgraph=True)
-        backend = "compiled" if recipe.compile and self.accelerator.device.type == "cpu" else "auto"
-        self.model, self.optimizer = self.accelerator.prepare(XDLMLoss(transformer, self.process, backend), optimizer)
+        self.model, self.optimizer = self.accelerator.prepare(XDLMLoss(transformer, self.process), optimizer)
         self.schedule = get_scheduler(
             {"constant": "constant_with_warmup"}.get(recipe.lr_schedule, recipe.lr_schedule),
             self.optimizer.optimizer,
