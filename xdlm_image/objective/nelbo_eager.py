@@ -69,18 +69,22 @@ def backward(
         out: (R, V), the logits' dtype.
     """
     step, e, d = _workspace(logits, rows.c.dtype)
-    scale = scalars.g * grad_loss * scalars.inverse_norm
-    wide = (v[:, None] for v in (scalars.top, rows.c * scalars.inverse_norm, scalars.kappa, scalars.kappa_1, scale))
-    for block, out_rows, top, c, kappa, kappa_1, g in zip(*(v.split(step) for v in (logits, out, *wide))):
+    one = 1.0 / rows.c.clamp(min=1.0)  # numerator and denominator by c, where it is large: kappa_1 c overflows
+    per_row = (
+        scalars.top, one, rows.c * one * scalars.inverse_norm, scalars.kappa * one, scalars.kappa_1,
+        scalars.g * grad_loss * scalars.inverse_norm,
+    )  # fmt: skip
+    wide = (v[:, None] for v in per_row)
+    for block, out_rows, top, one, c, kappa, kappa_1, g in zip(*(v.split(step) for v in (logits, out, *wide))):
         e, d = e[: len(block)], d[: len(block)]
         _exp(block if block.dtype == d.dtype else d.copy_(block), top, process.excluded_column, out=e)
         grad = out_rows if out_rows.dtype == e.dtype else torch.empty_like(e)
         if process.k == 0.0:
             torch.mul(e, g, out=grad)
         else:
-            torch.mul(e, c, out=d)  # c p_j
+            torch.mul(e, c, out=d)  # c p_j, and so on
             torch.mul(d, kappa_1, out=grad).add_(kappa)
-            grad.div_(d.add_(1.0)).mul_(e).mul_(g)
+            grad.div_(d.add_(one)).mul_(e).mul_(g)
         if grad is not out_rows:
             out_rows.copy_(grad)
     write_grads_at(rows, scalars, grad_loss, process, out)

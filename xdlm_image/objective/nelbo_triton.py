@@ -179,7 +179,7 @@ def _forward_kernel(
         common = damped - q * saturation
         common_1 = damped + p_x * (1.0 + c) * saturation
         kappa = common + r * h - az
-        kappa_1 = tl.where(az > 0.5, common + one_less_az, common_1 + r * h - az)
+        kappa_1 = tl.where(u > 1.0, common + one_less_az, common_1 + r * h - az)
         grad_x = g * (p_x * (common - az) - r * q * (1.0 + h))
         at_z = p_z * (common + common_1 * u) * one_less_ratio + az * (others + p_x)
         grad_z = tl.where(is_wrong, g * at_z, grad_x)
@@ -205,8 +205,10 @@ def _backward_kernel(
     p = tl.exp(scores - tl.load(top_ptr + row)) * tl.load(inverse_norm_ptr + row)
     grad = tl.load(g_ptr + row) * p
     if not K_IS_ZERO:
-        cp = p * tl.load(c_ptr + row)
-        grad *= (tl.load(kappa_ptr + row) + tl.load(kappa_1_ptr + row) * cp) / (1.0 + cp)
+        c = tl.load(c_ptr + row)
+        one = 1.0 / tl.maximum(c, 1.0)  # numerator and denominator by c, where it is large: kappa_1 c overflows
+        cp = p * (c * one)
+        grad *= (tl.load(kappa_ptr + row) * one + tl.load(kappa_1_ptr + row) * cp) / (one + cp)
     grad = tl.where((columns == z) & (z != MASK), tl.load(grad_z_ptr + row), grad)
     grad = tl.where(columns == x, tl.load(grad_x_ptr + row), grad) * tl.load(grad_loss_ptr + row)
     tl.store(out + row * out_stride + columns, grad.to(out.dtype.element_ty), mask=columns < V)

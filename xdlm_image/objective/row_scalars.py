@@ -106,7 +106,7 @@ def loss_and_scalars(sums: RowSums, rows: Rows, process: XDLMProcess) -> tuple[t
     damped = damped + p_z * one_less_ratio
     common, common_1 = damped - q * saturation, damped + p_x * (1.0 + c) * saturation
     kappa = common + r * h - az
-    kappa_1 = torch.where(az > 0.5, common + one_less_az, common_1 + r * h - az)
+    kappa_1 = torch.where(u > 1.0, common + one_less_az, common_1 + r * h - az)
     grad_x = g * (p_x * (common - az) - r * q * (1.0 + h))
     grad_z = g * (p_z * (common + common_1 * u) * one_less_ratio + az * (others + p_x))  # others + p_x = 1 - p_z
     return loss, RowScalars(top, inverse_norm, g, kappa, kappa_1, grad_x, torch.where(is_wrong, grad_z, grad_x))
