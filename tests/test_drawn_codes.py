@@ -22,16 +22,23 @@ def some_codes(number: int, num_codes: int = 24) -> torch.Tensor:
 def test_codes_come_back_and_a_set_knows_what_it_lacks(tmp_path):
     drawn = open_set(tmp_path)
     assert not drawn.is_drawn(0, 1)
-    drawn.write(0, some_codes(4), 2.0)
-    drawn.write(8, some_codes(2), 1.0)
+    drawn.write(0, some_codes(4), 0.5)
+    drawn.write(8, some_codes(2), 0.5)
     again = open_set(tmp_path)  # after a kill
     assert again.is_drawn(0, 4) and again.is_drawn(8, 10) and not again.is_drawn(3, 5)
     assert torch.equal(again.read(0, 4), some_codes(4)) and torch.equal(again.read(8, 10), some_codes(2))
     assert again.read(0, 4).dtype == torch.int64 and again.seconds == pytest.approx(3.0)
 
 
+def test_the_usual_time_of_an_image_has_no_pause_in_it(tmp_path):
+    drawn = open_set(tmp_path)
+    for start, seconds in ((0, 90.0), (4, 0.5), (8, 0.5)):  # the first batch was compiled
+        drawn.write(start, some_codes(min(4, 10 - start)), seconds)
+    assert drawn.usual_seconds == 0.5 and drawn.seconds == pytest.approx(4 * 90 + 6 * 0.5)
+
+
 def test_a_set_grows_and_a_smaller_one_is_its_beginning(tmp_path):
-    open_set(tmp_path, 4).write(0, some_codes(4), 1.0)
+    open_set(tmp_path, 4).write(0, some_codes(4), 0.25)
     larger = open_set(tmp_path, 10)
     assert larger.is_drawn(0, 4) and not larger.is_drawn(4, 5)
     larger.write(4, some_codes(6), 9.0)
@@ -57,6 +64,11 @@ def test_another_set_and_damage_are_refused(tmp_path):
     damaged.flush()
     with pytest.raises(ValueError, match="an id is 24, of 24 codes: damaged"):
         open_set(tmp_path).read(0, 2)
+    about = (tmp_path / "about.json").read_text()
+    (tmp_path / "about.json").write_text(about[:-20])
+    with pytest.raises(ValueError, match=r"about\.json: damaged .*; remove the folder"):
+        open_set(tmp_path)
+    (tmp_path / "about.json").write_text(about)
     file = tmp_path / "codes.bin"
     for cut in (1, 12):  # a byte, an image
         file.write_bytes(file.read_bytes()[:-cut])

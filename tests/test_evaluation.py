@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,8 @@ from xdlm_image.data.images import normalise, open_images
 from xdlm_image.evaluation import drawing, references, sweep
 from xdlm_image.evaluation.batches import Uint8Images, real_batches, reconstructed_batches
 from xdlm_image.evaluation.code_pairs import PairFrequencies
-from xdlm_image.evaluation.drawing import SamplerSettings, decode, draw_all, draw_codes, open_pipeline
+from xdlm_image.evaluation.drawing import DrawnBatches, SamplerSettings, decode, draw_all, draw_codes, open_pipeline
+from xdlm_image.evaluation.drawn_codes import DrawnCodes
 from xdlm_image.evaluation.extractor import load_extractor
 from xdlm_image.evaluation.feature_metrics import coverage, kid_of_classes, precision_recall, unbiased_mmd
 from xdlm_image.evaluation.fid import fid_of_images
@@ -127,6 +129,32 @@ def test_drawn_images_do_not_depend_on_the_batch_and_are_those_of_the_user(parts
     theirs = torch.stack([torch.from_numpy(np.array(picture)).permute(2, 0, 1) for picture in user])
     assert (theirs.int() - images.int()).abs().max() <= 1  # a value on the edge may fall to either side
     assert (theirs == images).float().mean() > 0.999
+
+
+@pytest.mark.parametrize("has_codes", [True, False])
+@pytest.mark.parametrize("batch_size", [250, 20, 6])
+def test_speed_is_of_a_usual_image_whatever_the_batch(batch_size, has_codes, tmp_path, monkeypatch):
+    """20 images on a clock by which drawing one takes 1/4 s and decoding it as long; the first batch a minute more."""
+    now = [0.0]
+
+    def spend(number: int, shape: tuple[int, ...], seconds: float, pause: float = 0.0) -> torch.Tensor:
+        now[0] += number * seconds + pause
+        return torch.zeros(number, *shape, dtype=torch.int64)
+
+    def pause() -> float:
+        return 60.0 if batch_size == 6 and now[0] == 0 else 0.0
+
+    monkeypatch.setattr(drawing, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(drawing, "draw_codes", lambda _, labels, *rest: spend(len(labels), (2, 3), 0.25, pause()))
+    monkeypatch.setattr(drawing, "decode", lambda _, codes: spend(len(codes), (1, 4, 4), 0.25))
+    monkeypatch.setattr(drawing, "draw_images", lambda _, labels, *rest: spend(len(labels), (1, 4, 4), 0.5, pause()))
+    store = DrawnCodes(tmp_path / "codes", {}, 20, (2, 3), 24) if has_codes else None
+    cpu, extra = torch.device("cpu"), 60.0 if batch_size == 6 else 0.0
+    for start in range(2 if has_codes else 1):
+        batches = DrawnBatches(None, 20, 5, 0, SamplerSettings(2), batch_size, store)
+        assert sum(len(batch.images) for batch in batches) == 20
+        assert batches.images_per_second(cpu) == pytest.approx(2.0)
+        assert batches.seconds(cpu) == pytest.approx(10.0 + extra), start
 
 
 # ---------------------------------------------------------------------------------------------- the sweep
@@ -276,6 +304,36 @@ def test_cells_of_another_protocol_are_not_taken_for_this_one(parts, finished, t
     assert after == pytest.approx(before["fid"], rel=1e-6)
 
 
+def test_images_that_were_written_anew_are_measured_anew(parts, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(sweep, "_pictures", lambda *args: None)
+    root = tmp_path / "images"
+    shutil.copytree(parts.data.root, root)
+
+    def rewrite(flip: bool) -> None:
+        for file in (root / "val").rglob("*.png"):
+            with Image.open(file) as picture:
+                pixels = np.array(picture)
+            Image.fromarray(255 - pixels if flip else pixels).save(file, format="BMP")  # always as large
+
+    def fids() -> list[dict[str, float]]:
+        content = json.loads(evaluate(recipe).read_text())
+        return [found["fid"] for found in (*content["cells"], *content["image_sets"])]
+
+    data = dataclasses.replace(parts.data, root=str(root))
+    pipelines, images = {"mdlm": parts.pipelines["mdlm"]}, {"val": str(root / "val")}
+    recipe = parts.recipe(tmp_path / "out", data=data, pipelines=pipelines, images=images, num_steps=[1], seeds=[0])
+    rewrite(flip=False)
+    before, fingerprint = fids(), open_images(data, "test").fingerprint
+    assert before[1]["pooled"] == pytest.approx(0, abs=1e-3)  # the reference against itself
+    capfd.readouterr()
+    assert fids() == before and "since" not in "".join(capfd.readouterr())
+    rewrite(flip=True)
+    assert open_images(data, "test").fingerprint == fingerprint  # which does not see it
+    after = fids()
+    assert after[0] != before[0] and after[1]["pooled"] == pytest.approx(0, abs=1e-3)
+    assert "were written since these statistics were computed; computing them again" in "".join(capfd.readouterr())
+
+
 def test_metrics_that_are_not_wanted_are_left_out_and_the_rest_is_the_same(parts, finished, tmp_path):
     shutil.copytree(finished, tmp_path / "sweep")
     recipe = parts.recipe(tmp_path / "sweep", pipelines={"mdlm": parts.pipelines["mdlm"]}, num_steps=[3], seeds=[0])
@@ -291,6 +349,14 @@ def test_metrics_that_are_not_wanted_are_left_out_and_the_rest_is_the_same(parts
     assert "Coverage" in page and "KID" not in page and "Precision" not in page
     evaluate(recipe)
     assert _numbers(tmp_path / "sweep")[0]["kid"] == before["kid"]
+
+
+def test_a_cell_of_another_number_of_images_is_no_result(parts, tmp_path, monkeypatch):
+    original = sweep.measure
+    monkeypatch.setattr(sweep, "measure", lambda extractor, batches, *rest: original(extractor, [*batches][1:], *rest))
+    with pytest.raises(RuntimeError, match="mdlm-steps1-seed0: 11 images were measured, num_samples is 18"):
+        evaluate(parts.recipe(tmp_path))
+    assert not list(tmp_path.glob("cells/*"))
 
 
 def test_numbers_do_not_depend_on_the_batch_size(parts, finished, tmp_path):

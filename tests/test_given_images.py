@@ -37,6 +37,33 @@ def test_npz_as_adm_writes_it(save, tmp_path):
     assert len(prints) == 2
 
 
+def test_the_fingerprint_is_of_the_content(tmp_path):
+    def of_labels(*labels: int) -> str:
+        np.savez(tmp_path / "a.npz", PIXELS, np.array(labels))
+        return GivenImages(tmp_path / "a.npz", 3, 8, CLASSES).fingerprint
+
+    assert of_labels(0, 1, 2, 0, 1) == of_labels(0, 1, 2, 0, 1) != of_labels(0, 1, 2, 0, 2)
+    folder, prints = tmp_path / "folder", []
+    folder.mkdir()
+    for pixels in (PIXELS, PIXELS, 255 - PIXELS):  # uncompressed: the sizes of the files are the same
+        for i, image in enumerate(pixels):
+            Image.fromarray(image).save(folder / f"{i}.bmp")
+        prints.append(GivenImages(folder, 3, 8, CLASSES).fingerprint)
+    (folder / "0.bmp").rename(folder / "9.bmp")
+    prints.append(GivenImages(folder, 3, 8, CLASSES).fingerprint)
+    assert prints[0] == prints[1] and len(set(prints)) == 3
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_an_archive_that_does_not_fit_its_checksums_is_refused(save, tmp_path):
+    save(tmp_path / "a.npz", PIXELS, np.array([2, 0, 1, 1, 0]))
+    content = bytearray((tmp_path / "a.npz").read_bytes())
+    content[500] ^= 1  # in the pixels
+    (tmp_path / "a.npz").write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.npz.*cannot be read as ADM's \.npz"):
+        GivenImages(tmp_path / "a.npz", 3, 8, CLASSES)
+
+
 def test_folders_with_and_without_classes(tmp_path):
     for i, name in enumerate(["ant", "bee", "cat", "bee", "strange"]):
         (tmp_path / name).mkdir(exist_ok=True)

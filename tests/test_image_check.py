@@ -47,6 +47,14 @@ def test_whole_files_pass_once(root, monkeypatch):
         check_images(training(root.parent / "copy"))
 
 
+def test_files_that_were_written_since_are_checked_again(root):
+    check_images(training(root))
+    file = root / "train" / "a" / "00.png"
+    file.write_bytes(bytes(file.stat().st_size))  # as large as before
+    with pytest.raises(ValueError, match="1 of 15 files of train are broken"):
+        check_images(training(root))
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_all_broken_files_are_told_at_once(root, num_workers):
     images = root / "train" / "a"

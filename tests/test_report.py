@@ -12,7 +12,8 @@ from PIL import Image
 
 from xdlm_image.evaluation import sweep
 from xdlm_image.evaluation.plan import _add_nelbo
-from xdlm_image.evaluation.plots import write_plots
+from xdlm_image.evaluation.plots import PLOTS, write_plots
+from xdlm_image.evaluation.report import write_html
 from xdlm_image.evaluation.sweep import evaluate
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*images are few for the.*:UserWarning")
@@ -77,8 +78,6 @@ def test_the_html_page_is_whole_in_one_file(finished):
 
 
 def test_names_with_markup_do_not_become_markup(finished, tmp_path):
-    from xdlm_image.evaluation.report import write_html
-
     content = json.loads((finished / "fid.json").read_text())
     content["warnings"] = ["<script>alert(1)</script>"]
     page = write_html(tmp_path, content).read_text()
@@ -108,6 +107,29 @@ def test_fid_against_nelbo(finished, tmp_path):
         _add_nelbo(str(tmp_path / "nelbo.json"), told)
     with pytest.raises(FileNotFoundError, match="`xdlm-image nelbo` writes it"):
         _add_nelbo(str(tmp_path / "none.json"), told)
+
+
+def test_a_page_shows_nothing_of_an_earlier_sweep_in_its_folder(finished, tmp_path):
+    content = json.loads((finished / "fid.json").read_text())
+    for name in PLOTS:
+        (tmp_path / name).write_bytes((finished / "fid.png").read_bytes())
+    content["protocol"]["pipelines"].pop("mdlm")  # one k, no NELBO
+    content["cells"] = [cell for cell in content["cells"] if cell["pipeline"] != "mdlm"]
+    assert write_plots(tmp_path, content) == [tmp_path / "fid.png", tmp_path / "fid_time.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fid.png", "fid_time.png"]
+    assert len(Page(write_html(tmp_path, content).read_text()).sources) == 2
+    content["cells"], content["protocol"]["pipelines"] = [], {}
+    assert write_plots(tmp_path, content) == [] and Page(write_html(tmp_path, content).read_text()).sources == []
+
+
+def test_neighbours_stand_beside_their_pipeline(finished, tmp_path):
+    """As docs/evaluation.md tells: `neighbours --output OUTPUT_DIR/neighbours_NAME.png`."""
+    content = json.loads((finished / "fid.json").read_text())
+    for name in ("neighbours_mdlm.png", "neighbours_stranger.png"):
+        Image.new("L", (8, 8)).save(tmp_path / name)
+    page = write_html(tmp_path, content).read_text()
+    assert page.index("<h2>mdlm") < page.index('alt="neighbours_mdlm.png"') < page.index("<h2>xdlm-0.1")
+    assert "stranger" not in page
 
 
 def test_plots_of_nfe_time_and_k(finished):

@@ -1,7 +1,8 @@
 """One pass over all files of an image set before expensive work, so that broken ones are known at once.
 
 This file owns the pass and the memory of sets that passed (small files in `~/.cache/xdlm_image/checked`, named after
-what the images are). What makes a file broken is decided in `images`. It never changes an image.
+what the images are and when they were written). What makes a file broken is decided in `images`. It never changes an
+image.
 """
 
 from __future__ import annotations
@@ -70,8 +71,10 @@ def _fault(path: str) -> tuple[str, str | None]:
 
 
 def _note_of(images: ImageSet, paths: list[str]) -> Path:
-    """File that says that these images, at this place, have passed."""
-    name = hashlib.sha256(f"{images.fingerprint}\0{os.path.abspath(paths[0])}".encode(errors="surrogateescape"))
+    """File that says that these images, at this place and as they were last written, have passed."""
+    name = hashlib.sha256(
+        f"{images.fingerprint}\0{images.touched}\0{os.path.abspath(paths[0])}".encode(errors="surrogateescape")
+    )
     return Path.home() / ".cache" / "xdlm_image" / "checked" / f"{name.hexdigest()[:32]}.json"
 
 

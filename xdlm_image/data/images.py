@@ -12,6 +12,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +94,17 @@ class ImageSet(Dataset):
     def paths(self) -> list[str]:
         """The images' files, in order; empty where they lie in one array."""
         return [] if self._paths is None else self._paths.tolist()
+
+    @cached_property
+    def touched(self) -> str:
+        """SHA-256 over when each file was last written, which `fingerprint` does not see; "" for an array's images."""
+        if self._paths is None:
+            return ""
+        digest = hashlib.sha256()
+        for path in self._paths:
+            time = os.stat(path).st_mtime_ns if os.path.exists(path) else -1  # a dangling link: reading it names it
+            digest.update(f"{time}\n".encode())
+        return digest.hexdigest()
 
     def raw(self, index: int, generator: torch.Generator | None = None) -> torch.Tensor:
         """Image `index` as uint8 (C, S, S) after resize and crop.

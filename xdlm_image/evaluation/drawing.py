@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +21,9 @@ from xdlm_image.data.images import to_uint8
 from xdlm_image.evaluation.batches import Batch, blocks_of_rank
 from xdlm_image.evaluation.drawn_codes import DrawnCodes
 from xdlm_image.evaluation.foreign_pipelines import ForeignPipeline, is_foreign
+from xdlm_image.evaluation.measuring import sum_over_ranks
 from xdlm_image.evaluation.seeds import image_generators
+from xdlm_image.evaluation.statistics import rank_and_world
 from xdlm_image.pipelines import XDLMPipeline
 from xdlm_image.schedulers import XDLMScheduler
 from xdlm_image.tokenizer.codes import tokenizer_hash
@@ -205,7 +208,7 @@ class DrawnBatches:
     (pipelines that have no codes) everything is drawn.
 
     Attributes:
-        seconds: What this rank spent drawing without a store, and decoding, so far.
+        blocks: (seconds an image, images kept) of each block that this rank decoded, or drew without a store, so far.
         called: Images that this rank had the pipeline draw so far, those that fill up the last block with them.
     """
 
@@ -226,7 +229,7 @@ class DrawnBatches:
         self.settings = settings
         self.batch_size = batch_size
         self.store = store
-        self.seconds = 0.0
+        self.blocks: list[tuple[float, int]] = []
         self.called = 0
 
     def __iter__(self) -> Iterator[Batch]:
@@ -239,16 +242,31 @@ class DrawnBatches:
                 if not self.store.is_drawn(start, stop):
                     began = time.perf_counter()
                     drawn = draw_codes(self.pipeline, labels, indices, self.seed, self.settings)[: len(block)]
-                    self.store.write(start, drawn, time.perf_counter() - began)
+                    self.store.write(start, drawn, (time.perf_counter() - began) / len(indices))
                 codes = self.store.read(start, stop)
             began = time.perf_counter()
             if codes is None:
-                images = draw_images(self.pipeline, labels, indices, self.seed, self.settings)[: len(block)]
+                images = draw_images(self.pipeline, labels, indices, self.seed, self.settings)
                 self.called += len(indices)
             else:
                 images = decode(self.pipeline, codes)
-            self.seconds += time.perf_counter() - began
-            yield Batch(images, torch.tensor(labels[: len(block)]), codes, start)
+            self.blocks.append(((time.perf_counter() - began) / len(images), len(block)))
+            yield Batch(images[: len(block)], torch.tensor(labels[: len(block)]), codes, start)
+
+    def seconds(self, device: torch.device) -> float:
+        """What drawing and decoding the set took, over all processes; not what filled up the last block."""
+        own = sum(seconds * kept for seconds, kept in self.blocks)
+        return (self.store.seconds if self.store else 0.0) + sum_over_ranks(own, device)
+
+    def images_per_second(self, device: torch.device) -> float:
+        """Speed of all processes together: their number over the seconds that an image usually takes one of them.
+
+        Those are the median over blocks of what drawing took an image, and the same for decoding, whose medians of the
+        ranks are averaged; so neither the last block nor a pause makes a difference.
+        """
+        own = [statistics.median(seconds for seconds, _ in self.blocks)] if self.blocks else []
+        usual = sum_over_ranks(sum(own), device) / sum_over_ranks(len(own), device)
+        return rank_and_world()[1] / (usual + (self.store.usual_seconds if self.store else 0.0))
 
 
 def draw_all(

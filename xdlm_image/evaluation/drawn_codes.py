@@ -37,7 +37,7 @@ class DrawnCodes:
         num_codes: Codebook size.
 
     Raises:
-        ValueError: The folder holds another set, or files of other sizes.
+        ValueError: The folder holds another set, or damaged files.
     """
 
     def __init__(
@@ -56,8 +56,13 @@ class DrawnCodes:
     def _prepare(self, about: dict[str, Any]) -> None:
         """Write what is missing; make the files long enough (what is not written reads as 0)."""
         path = self.folder / "about.json"
-        if path.is_file() and json.loads(path.read_text(encoding="utf-8")) != json.loads(json.dumps(about)):
-            raise ValueError(f"{self.folder}: holds the codes of another set of images; remove it")
+        if path.is_file():
+            try:
+                held = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise ValueError(f"{path}: damaged ({error}); remove the folder") from error
+            if held != json.loads(json.dumps(about)):
+                raise ValueError(f"{self.folder}: holds the codes of another set of images; remove it")
         self.folder.mkdir(parents=True, exist_ok=True)
         items = {"codes.bin": int(np.prod(self._shape[1:])) * self._dtype.itemsize, "seconds.bin": 4}  # bytes an image
         sizes = {}
@@ -84,14 +89,19 @@ class DrawnCodes:
         return codes
 
     def write(self, start: int, codes: torch.Tensor, seconds: float) -> None:
-        """Keep codes (B, h, w) of the images from `start` on, which took `seconds` together."""
+        """Keep codes (B, h, w) of the images from `start` on, each of which took `seconds`."""
         stop = start + len(codes)
         self._codes[start:stop] = codes.cpu().numpy().astype(self._dtype)
         self._codes.flush()
-        self._seconds[start:stop] = max(seconds / len(codes), 1e-9)
+        self._seconds[start:stop] = max(seconds, 1e-9)
         self._seconds.flush()
 
     @property
     def seconds(self) -> float:
         """Seconds that all images took, over every process and every start."""
         return float(self._seconds.sum(dtype=np.float64))
+
+    @property
+    def usual_seconds(self) -> float:
+        """Median of the seconds that an image took: a pause, or a first batch that was compiled, is not in it."""
+        return float(np.median(self._seconds))

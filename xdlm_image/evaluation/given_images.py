@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import struct
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from torchvision.transforms.v2 import functional as tv
 
 from xdlm_image.data.images import read_image
 from xdlm_image.evaluation.batches import Batch, blocks_of_rank
+from xdlm_image.files import sha256_of_file
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 LOSSY = (".jpg", ".jpeg", ".webp")
@@ -37,7 +39,7 @@ class GivenImages:
 
     Attributes:
         labels: (N,) int64, -1 where the class is not known.
-        fingerprint: SHA-256 over the files' names and sizes, or the array's shape and a part of its bytes.
+        fingerprint: SHA-256 over the files' names and contents, or of the archive.
         notes: What a reader of the numbers must know.
 
     Raises:
@@ -97,7 +99,8 @@ class GivenImages:
             )
         digest = hashlib.sha256()
         for file in self._files:
-            digest.update(f"{file.relative_to(self.path).as_posix()} {file.stat().st_size}\n".encode())
+            name = file.relative_to(self.path).as_posix()
+            digest.update(f"{name}\0{sha256_of_file(file)}\n".encode(errors="surrogateescape"))
         self.fingerprint = digest.hexdigest()
 
     def _read(self, file: Path) -> torch.Tensor:
@@ -112,12 +115,14 @@ class GivenImages:
                 names = archive.namelist()
                 if "arr_0.npy" not in names:
                     raise ValueError(f"it holds {', '.join(names) or 'nothing'} and no arr_0")
+                if (broken := archive.testzip()) is not None:
+                    raise ValueError(f"{broken} does not fit its checksum: the file is damaged")
                 array = _open_member(self.path, archive.getinfo("arr_0.npy"))
             labels = None
             if "arr_1.npy" in names:
                 with np.load(self.path, allow_pickle=False) as opened:
                     labels = opened["arr_1"]
-        except (ValueError, OSError, zipfile.BadZipFile, struct.error) as error:
+        except (ValueError, OSError, zipfile.BadZipFile, zlib.error, struct.error) as error:
             raise ValueError(f"images={str(self.path)!r}: cannot be read as ADM's .npz ({error})") from error
         if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] not in (1, 3) or len(array) == 0:
             raise ValueError(
@@ -138,10 +143,7 @@ class GivenImages:
                     f"{num_classes} classes"
                 )
             self.labels = labels.astype(np.int64)
-        digest = hashlib.sha256(f"{array.shape} {self.path.stat().st_size}".encode())
-        for i in np.linspace(0, len(array) - 1, min(64, len(array))).astype(int):
-            digest.update(np.ascontiguousarray(array[i]).tobytes())
-        self.fingerprint = digest.hexdigest()
+        self.fingerprint = sha256_of_file(self.path)
 
     # -- both ---------------------------------------------------------------------------------------------------------
 

@@ -108,6 +108,15 @@ def sum_over_ranks(value: float, device: torch.device) -> float:
     return float(total)
 
 
+def _of_first_rank(value: str) -> str:
+    """The first rank's value: the ranks must decide alike, also where each has its own copy of the images."""
+    if rank_and_world()[1] == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
 def barrier() -> None:
     """Wait for the other ranks, if there are any."""
     if rank_and_world()[1] > 1:
@@ -128,6 +137,7 @@ def cached_measure(
     total: int,
     num_codes: int | None = None,
     features: Path | None = None,
+    touched: str = "",
 ) -> Measured:
     """`measure`, or what an earlier run with the same key left in `folder`.
 
@@ -141,13 +151,16 @@ def cached_measure(
         num_codes: As for `measure`.
         features: Folder for the features themselves, where they are wanted too: `folder`, or one that is dropped
             before it.
+        touched: `ImageSet.touched` of the images. It is no part of the key, since what was measured stays true of
+            copies of the files; but what is here is only taken where it is the same.
     """
     key = {**key, "extractor": extractor.weights_hash, "layers": list(extractor.fid_layers)}
     if extractor.judge is not None:
         key["classifier"] = extractor.judge.weights_hash
     place = folder / f"{label}-{short_hash(key)}"
     file = None if features is None else features / place.name / FEATURES
-    found = _load_again(place, key, num_codes, file)
+    touched = _of_first_rank(touched)
+    found = _load_again(place, key, num_codes, file, touched)
     if found is not None:
         return found
     rank, world = rank_and_world()
@@ -162,6 +175,7 @@ def cached_measure(
             measured.pairs.save(place / "pairs.safetensors", {"num_codes": str(num_codes)})
         hashes = _hashes(place, extractor.fid_layers, num_codes)
         about: dict[str, Any] = {"key": key, "class_accuracy": measured.class_accuracy, "statistics_sha256": hashes}
+        about["touched"] = touched
         if file is not None:
             about |= {"features_sha256": sha256_of_file(file), "inception_score": measured.score}
         write_json(place / "about.json", about)  # last: it makes the folder whole
@@ -174,11 +188,16 @@ def _hashes(place: Path, layers: Sequence[str], num_codes: int | None) -> dict[s
     return {name: sha256_of_file(place / f"{name}.safetensors") for name in names}
 
 
-def _load_again(place: Path, key: dict[str, Any], num_codes: int | None, features: Path | None) -> Measured | None:
+def _load_again(
+    place: Path, key: dict[str, Any], num_codes: int | None, features: Path | None, touched: str
+) -> Measured | None:
     if not (place / "about.json").is_file():
         return None
     try:
-        return load_measured(place, key, num_codes, features)
+        found = load_measured(place, key, num_codes, features)
+        if json.loads((place / "about.json").read_text(encoding="utf-8")).get("touched", "") != touched:
+            raise ValueError(f"{place}: the images' files were written since these statistics were computed")
+        return found
     except ValueError as error:
         print(f"{error}; computing them again")
         return None

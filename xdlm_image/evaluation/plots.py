@@ -1,6 +1,6 @@
 """Plots of a sweep: FID against network evaluations, against time, and over k.
 
-This file owns the pictures `fid*.png`; it reads `fid.json`'s content and nothing else.
+This file owns the pictures `PLOTS`; it reads `fid.json`'s content and nothing else.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 from xdlm_image.evaluation.tables import Content, floor_images, measured_layers, rows
 from xdlm_image.files import write_atomic
 
+PLOTS = ("fid.png", "fid_time.png", "fid_k.png", "fid_nelbo.png")
 NELBO = "nelbo_bits_per_token"
 Point = tuple[float, float, float]  # x, mean, standard deviation (nan of one value)
 
@@ -21,9 +22,18 @@ Point = tuple[float, float, float]  # x, mean, standard deviation (nan of one va
 def write_plots(output_dir: str | Path, content: Content) -> list[Path]:
     """Write `fid.png` and `fid_time.png`; `fid_k.png` if pipelines differ in k, `fid_nelbo.png` if NELBO is known.
 
-    Each has a panel for every feature layer.
+    Each has a panel for every feature layer. Without cells there is none. What an earlier sweep left under a name that
+    is not written now is removed, so that no page shows it beside other numbers.
     """
     output = Path(output_dir)
+    found = _written(output, content) if content["cells"] else []
+    for name in PLOTS:
+        if output / name not in found:
+            (output / name).unlink(missing_ok=True)
+    return found
+
+
+def _written(output: Path, content: Content) -> list[Path]:
     lines = rows(content)
     found = [
         _panels(

@@ -142,6 +142,7 @@ def make_reference(
         lambda: real_batches(images, batch_size),
         len(images),
         features=folder / "statistics",
+        touched=images.touched,
     )
     floors = {}
     for count, indices in subsets.items():
@@ -153,6 +154,7 @@ def make_reference(
             lambda: real_batches(floor_images, batch_size, indices),  # noqa: B023  (called at once)
             len(indices),
             features=folder / FLOORS,
+            touched=floor_images.touched,
         )
         floors[str(count)] = {
             "num_images": len(indices),
@@ -322,4 +324,5 @@ def _reconstructed(
         len(images) if indices is None else len(indices),
         int(vqvae.config.num_vq_embeddings),
         features,
+        images.touched,
     )

@@ -15,6 +15,7 @@ from typing import Any
 
 import jinja2
 
+from xdlm_image.evaluation.plots import PLOTS
 from xdlm_image.evaluation.tables import Content, Table, measured_layers, metric_table, tables, text
 from xdlm_image.files import write_json, write_text
 
@@ -123,7 +124,7 @@ def write_html(output_dir: str | Path, content: Content) -> Path:
         models.append(
             {"name": name, "about": about, "pictures": [p for p in pictures if p], "table": _of(content, name)}
         )
-    plots = [_embedded(output / name) for name in ("fid.png", "fid_time.png", "fid_k.png", "fid_nelbo.png")]
+    plots = [_embedded(output / name) for name in PLOTS]
     page = environment.get_template("report.html.jinja").render(
         content=content,
         tables=tables(content),

@@ -30,7 +30,7 @@ from xdlm_image.evaluation.features import FeatureSet
 from xdlm_image.evaluation.foreign_pipelines import ForeignPipeline
 from xdlm_image.evaluation.given_images import GivenImages
 from xdlm_image.evaluation.grids import class_grid, save_grid
-from xdlm_image.evaluation.measuring import Measured, barrier, cached_measure, measure, short_hash, sum_over_ranks
+from xdlm_image.evaluation.measuring import Measured, barrier, cached_measure, measure, short_hash
 from xdlm_image.evaluation.plan import Plan, check, device_name, metric_name, protocol, versions
 from xdlm_image.evaluation.plots import write_plots
 from xdlm_image.evaluation.references import Reference, make_reference
@@ -44,7 +44,7 @@ from xdlm_image.recipes import EvaluateRecipe
 from xdlm_image.recipes.sampling import FEATURE_METRICS
 from xdlm_image.tokenizer.codes import load_tokenizer
 
-CELL_VERSION = 3  # raise it when what a cell means changes: older cells are then measured anew
+CELL_VERSION = 4  # raise it when what a cell means changes: older cells are then measured anew
 GRID_STEPS = 8
 GRID_CLASSES = 10
 GRID_IMAGES = 8
@@ -104,8 +104,7 @@ def evaluate(recipe: EvaluateRecipe) -> Path:
                     _pictures(plan, pipeline, name, output)
     if main:
         write_report(output, content)
-        if content["cells"]:
-            write_plots(output, content)
+        write_plots(output, content)
         write_html(output, content)
     barrier()
     return output / "fid.json"
@@ -173,6 +172,7 @@ def _judged_by(plan: Plan, reference: Reference) -> dict[str, Any]:
     return {
         **({"feature_metrics_left_out": left_out} if left_out else {}),
         "reference": reference.about["images"],
+        "reference_statistics": reference.images.hashes,
         "extractor": plan.extractor.weights_hash,
         "class_accuracy": plan.extractor.judge.weights_hash if plan.extractor.judge else plan.extractor.judges_classes,
     }
@@ -205,7 +205,7 @@ def _cell(
         "cell_version": CELL_VERSION,
         **drawn,
         "num_samples": recipe.num_samples,
-        "reconstructions": reconstructions is not None,
+        "reconstructions": None if reconstructions is None else reconstructions.hashes,
         **_judged_by(plan, reference),
     }
     variant = "".join(
@@ -237,7 +237,9 @@ def _cell(
     rows_before = 0 if store else pipeline.rows
     with tqdm(total=-(-recipe.num_samples // world), desc=label, unit="image", leave=False, disable=not main) as bar:
         measured = measure(plan.extractor, batches, num_codes, bar, recipe.num_samples)
-    seconds = (store.seconds if store else 0.0) + sum_over_ranks(batches.seconds, plan.device)
+    count = measured.statistics[plan.extractor.fid_layers[0]].count
+    if count != recipe.num_samples:
+        raise RuntimeError(f"{label}: {count} images were measured, num_samples is {recipe.num_samples}")
     result = {
         "pipeline": name,
         "num_steps": settings.num_steps,
@@ -246,12 +248,12 @@ def _cell(
         "time_grid": settings.time_grid,
         "nfe": settings.nfe if store else (pipeline.rows - rows_before) / max(1, batches.called),
         "seed": seed,
-        "num_samples": recipe.num_samples,
+        "num_samples": count,
         **distances(measured, reference.images, recipe.feature_metrics),
         **_against_reconstructions(measured, reconstructions),
         "class_accuracy": measured.class_accuracy if plan.pipelines[name]["conditional"] else None,
-        "sampling_seconds": round(seconds, 3),  # of all processes together
-        "images_per_second": round(world * recipe.num_samples / seconds, 2),
+        "sampling_seconds": round(batches.seconds(plan.device), 3),  # of all processes together
+        "images_per_second": round(batches.images_per_second(plan.device), 2),
         "batch_size": recipe.batch_size,
         "processes": world,
         "device": device_name(plan.device),
