@@ -86,6 +86,8 @@ def test_command_line_wins_over_the_recipe() -> None:
         ),
         (["sample", "--pipeline", "nowhere", "--output", "grid.png"], ["nowhere"]),
         (["sample", "--pipeline", "p", "--output", "g.png", "--num_steps", "0"], ["num_steps=0"]),
+        (["sample", "--pipeline", "p", "--output", "g.png", "--temperature", ".nan"], ["temperature=nan", "finite"]),
+        (["neighbours", "--pipeline", "p", "--guidance_scale", ".inf"], ["guidance_scale=inf", "finite"]),
         (["sample", "--pipeline", "p", "--output", "g.png", "--device", "nonsense"], ["device='nonsense'"]),
     ],
 )

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import math
 import re
 import shutil
 import warnings
@@ -295,7 +296,14 @@ def test_cells_of_another_protocol_are_not_taken_for_this_one(parts, finished, t
     assert _numbers(tmp_path / "sweep")[0]["fid"] != before["fid"]
     assert "1 result(s) of another protocol are left aside" in "".join(capfd.readouterr())
     changed.pipelines = {"mdlm": parts.pipelines["mdlm"]}
-    for file in (tmp_path / "sweep" / "cells").glob("mdlm-steps3-seed0-*.json"):
+    cells = list((tmp_path / "sweep" / "cells").glob("mdlm-steps3-seed0-*.json"))
+    for file in cells:
+        file.write_text(json.dumps({**json.loads(file.read_text()), "result": {"kid": None}}))
+    capfd.readouterr()
+    evaluate(changed)
+    assert "cannot be used (it has no fid); measuring anew" in "".join(capfd.readouterr())
+    assert _numbers(tmp_path / "sweep")[0]["fid"] == before["fid"]
+    for file in cells:
         file.write_text(file.read_text()[:-20])
     for file in (tmp_path / "sweep" / "reference" / "statistics").rglob("pooled.safetensors"):
         file.write_bytes(file.read_bytes()[:-8])
@@ -482,6 +490,9 @@ def test_wrong_recipes_are_refused_before_anything_is_drawn(parts, tmp_path, mon
         (dict(pipelines={"../a": good}), ValueError, r"'\.\./a'"),
         (dict(num_samples=20), ValueError, "num_samples=20.*multiple of the 3 classes.*21"),
         (dict(num_samples=0), ValueError, "num_samples=0"),
+        (dict(num_samples=3 * 2**18), ValueError, "num_samples=786432: at most 262144"),
+        (dict(guidance_scale=[1.0, math.inf]), ValueError, "guidance_scale=inf: must be a finite number"),
+        (dict(temperature=math.nan), ValueError, "temperature=nan: must be a finite number"),
         (dict(num_steps=[4, 4]), ValueError, r"num_steps=\[4, 4\]"),
         (dict(seeds=[-1]), ValueError, "seed=-1"),
         (dict(batch_size=0), ValueError, "batch_size=0"),

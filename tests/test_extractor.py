@@ -16,6 +16,7 @@ from xdlm_image.evaluation import inception as room
 from xdlm_image.evaluation.dinov2 import DINOv2, positions
 from xdlm_image.evaluation.extractor import load_extractor
 from xdlm_image.evaluation.extractor_training import augment, train_extractor
+from xdlm_image.evaluation.plan import metric_name
 from xdlm_image.evaluation.small_classifier import SMALL_CLASSIFIER, SmallClassifier
 from xdlm_image.files import sha256_of_file
 
@@ -175,6 +176,7 @@ def inception_weights(monkeypatch, tmp_path):
     weights = tmp_path / "checkpoints" / room.URL_INCEPTION_V3.rsplit("/", 1)[1]
     weights.parent.mkdir()
     torch.save({}, weights)
+    monkeypatch.setattr(room, "RELEASED", sha256_of_file(weights)[:8])
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(room.FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
     return weights
@@ -206,7 +208,8 @@ def test_the_layer_of_sfid_is_the_seventh_part_of_a_branch_in_adms_order(incepti
 def test_inception_weights_can_be_named(inception_weights, tmp_path, monkeypatch):
     elsewhere = shutil.copy(inception_weights, tmp_path / "mine.pth")
     inception_weights.unlink()
-    assert load_extractor(f"inception:{elsewhere}", "cpu").weights_hash == sha256_of_file(elsewhere)
+    named = load_extractor(f"inception:{elsewhere}", "cpu")
+    assert named.weights_hash == sha256_of_file(elsewhere) and named.is_inception and not named.unreleased
     with pytest.raises(OSError, match=r"from .*nowhere\.pth"):
         load_extractor(f"inception:{tmp_path / 'nowhere.pth'}", "cpu")
 
@@ -217,6 +220,21 @@ def test_inception_weights_can_be_named(inception_weights, tmp_path, monkeypatch
     torch.save({"state": Evil()}, elsewhere)
     with pytest.raises(OSError, match="(?s)weights_only|Unsupported"):
         load_extractor(f"inception:{elsewhere}", "cpu")
+
+
+def test_other_weights_than_the_released_ones_are_no_inception_fid(inception_weights, monkeypatch):
+    monkeypatch.undo()
+    assert room.RELEASED == "6726825d"
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(inception_weights.parents[1]))
+    monkeypatch.setattr(room.FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
+    with pytest.raises(OSError, match=r"is not the released file: its SHA-256 begins with \w{8}, not with 6726825d"):
+        load_extractor("inception", "cpu")
+    mine = load_extractor(f"inception:{inception_weights}", "cpu")
+    assert mine.unreleased and not mine.is_inception and not mine.describe()["is_inception"]
+    assert metric_name(mine).startswith(
+        "Fréchet distance of features of inception-v3-compat (not the released weights)"
+    )
+    assert "This is not Inception FID" in metric_name(mine)
 
 
 # ------------------------------------------------------------------------------------------------ DINOv2

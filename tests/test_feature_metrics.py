@@ -49,6 +49,8 @@ def test_each_class_is_compared_with_itself():
     labels, theirs = torch.tensor([0, 1, 2] * 3), torch.tensor([0, 0, 0, 2, 2, 2, 2, 1])
     found = kid_of_classes(x, labels, y, theirs)
     assert set(found) == {0, 2}  # one image of class 1 is too few
+    strangers = kid_of_classes(x, torch.where(labels == 0, -1, labels), y, torch.where(theirs == 0, -1, theirs))
+    assert set(strangers) == {2}  # of no known class on both sides
     assert found[2] == pytest.approx(direct_mmd(x[labels == 2].double(), y[theirs == 2].double()), rel=1e-10)
 
 

@@ -42,10 +42,17 @@ def test_adms_file_gives_fid_and_sfid_and_its_images_are_not_touched(tmp_path):
     assert fid_from_statistics(found["2048"], other) == pytest.approx(10.0, rel=1e-9)
 
 
-def test_tensors_and_arrays_of_a_pt_file(tmp_path):
+def test_tensors_of_a_pt_file(tmp_path):
     torch.save({"mu": torch.tensor(MU).float(), "sigma": torch.tensor(SIGMA)}, tmp_path / "a.pt")
     found = read_moments(tmp_path / "a.pt")
     assert set(found) == {"2048"} and found["2048"].to_fid()["sigma"] == pytest.approx(SIGMA)
+
+
+def test_arrays_in_a_pt_file_are_refused_with_our_own_remedy(tmp_path):
+    torch.save({"mu": MU, "sigma": SIGMA}, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match="numpy arrays perhaps; save tensors, or an .npz") as caught:
+        read_moments(tmp_path / "a.pt")
+    assert "weights_only" not in str(caught.value)
 
 
 def test_what_is_no_such_file_is_refused(tmp_path):
@@ -72,6 +79,8 @@ def test_what_is_no_such_file_is_refused(tmp_path):
     refused("nan.npz", "no covariance")
     np.savez(tmp_path / "skew.npz", mu=MU, sigma=np.array([[1.0, 2.0], [0.0, 1.0]]))
     refused("skew.npz", "no covariance")
+    np.savez(tmp_path / "negative.npz", mu=MU, sigma=np.array([[1.0, 2.0], [2.0, 1.0]]))
+    refused("negative.npz", "no covariance .its eigenvalues go from -1 to 3; none may be negative")
     (tmp_path / "cut.npz").write_bytes((tmp_path / "shape.npz").read_bytes()[:40])
     refused("cut.npz", "cannot be read")
 
@@ -138,6 +147,16 @@ def test_a_sweep_against_adms_file_gives_the_numbers_of_its_images(parts, incept
     np.savez(tmp_path / "narrow.npz", mu=MU, sigma=SIGMA)
     with pytest.raises(ValueError, match="'2048' has 2 features, .* 16"):
         against("narrow.npz")
+
+
+def test_weights_that_nobody_released_are_told_of_beside_published_statistics(parts, inception, tmp_path, monkeypatch):
+    other = dataclasses.replace(inception, is_inception=False, unreleased=True)
+    monkeypatch.setattr(plan, "load_extractor", lambda name, device: other)
+    np.savez(tmp_path / "a.npz", mu=np.zeros(16), sigma=np.eye(16))
+    recipe = parts.recipe(tmp_path / "out", data=DataOptions(), reference=str(tmp_path / "a.npz"))
+    with pytest.warns(UserWarning, match="no Inception FID and compares with no published number or statistics"):
+        checked = sweep.check(recipe)
+    assert any("not the released ones" in warning for warning in checked.warnings)
 
 
 def test_published_statistics_judge_only_inceptions_features(parts, tmp_path):

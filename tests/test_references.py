@@ -119,6 +119,17 @@ def test_folders_that_do_not_fit_are_refused(parts, folder, tmp_path):
         about.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"other statistics than reference\.json tells of"):
         evaluate(_recipe(parts, out, changed))
+    gaps = shutil.copytree(folder, tmp_path / "gaps")
+    whole = (gaps / "reference.json").read_text()
+    for place, name in (("images", "class_names"), ("", "train"), ("train", "floors"), ("", "class_accuracy")):
+        about = json.loads(whole)
+        (about[place] if place else about).pop(name)
+        (gaps / "reference.json").write_text(json.dumps(about))
+        with pytest.raises(ValueError, match=f"cannot be used .reference.json holds no '{name}'.; make it again"):
+            evaluate(_recipe(parts, out, gaps))
+    (gaps / "reference.json").write_text(whole.replace("bicubic with antialiasing", "bilinear"))
+    with pytest.raises(ValueError, match="its images were resized by 'shorter side to image_size, bilinear"):
+        evaluate(_recipe(parts, out, gaps))
     damaged = shutil.copytree(folder, tmp_path / "damaged")
     file = next((damaged / "statistics").rglob("pooled.safetensors"))
     file.write_bytes(file.read_bytes()[:-8])

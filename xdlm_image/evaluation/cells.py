@@ -19,15 +19,16 @@ def refuse_name(argument: str, name: str) -> None:
         raise ValueError(f"{argument}: the name {name!r} becomes part of file names; use letters, digits, . _ = + -")
 
 
-def read_cell(path: Path, key: dict[str, Any]) -> dict[str, Any] | None:
+def read_cell(path: Path, key: dict[str, Any], number: str) -> dict[str, Any] | None:
     """The result in a cell's file `{"key": ..., "result": ...}`.
 
     Args:
         path: The file.
         key: JSON of everything that decides the result.
+        number: Name of what every result holds.
 
     Returns:
-        None, with a line of why, where there is no such file or it is damaged or of another key.
+        None, with a line of why, where there is no such file or it is damaged, without `number`, or of another key.
     """
     if not path.is_file():
         return None
@@ -35,7 +36,9 @@ def read_cell(path: Path, key: dict[str, Any]) -> dict[str, Any] | None:
         stored = json.loads(path.read_text(encoding="utf-8"))
         if stored["key"] != json.loads(json.dumps(key)):
             raise ValueError("it is of another protocol")
+        if stored["result"].get(number) is None:
+            raise ValueError(f"it has no {number}")
         return dict(stored["result"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         tqdm.write(f"{path}: this result cannot be used ({error}); measuring anew")
         return None

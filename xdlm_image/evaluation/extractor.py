@@ -17,9 +17,9 @@ import torch
 from xdlm_image.devices import best_device
 from xdlm_image.evaluation.class_judge import ClassJudge
 from xdlm_image.evaluation.small_classifier import REMEDY, SMALL_CLASSIFIER, ExtractorConfig, SmallClassifierFeatures
-from xdlm_image.files import sha256_of_file
 
 INCEPTION, DINOV2 = "inception", "dinov2"
+NOT_RELEASED = "not the released weights"
 SMALL_LAYERS = ["pooled", "spatial", "logits"]
 
 
@@ -37,6 +37,7 @@ class FeatureExtractor:
         device: Where it computes.
         config: The small classifier's configuration; None without one.
         is_inception: Whether numbers of the main layer may be called Inception FID.
+        unreleased: Whether the main layer is Inception's, but of other weights than the released ones.
         judge: Who says which class an image shows; None leaves that to `logits_layer`.
     """
 
@@ -49,6 +50,7 @@ class FeatureExtractor:
     device: torch.device
     config: ExtractorConfig | None = None
     is_inception: bool = False
+    unreleased: bool = False
     judge: ClassJudge | None = None
 
     @property
@@ -104,8 +106,8 @@ def load_extractor(
     """One extractor, or several as one; the first gives the main layer.
 
     Args:
-        names: `inception` (torch-fidelity's InceptionV3) or `inception:FILE` of its weights, `dinov2` (timm's ViT-L/14)
-            or `dinov2:FILE`, or the folder of a trained small classifier; or a list of them.
+        names: `inception` (torch-fidelity's InceptionV3) or `inception:FILE` of weights for it, `dinov2` (timm's
+            ViT-L/14) or `dinov2:FILE`, or the folder of a trained small classifier; or a list of them.
         device: torch device; None picks the best there is.
 
     Raises:
@@ -139,6 +141,7 @@ def load_extractor(
         device=target,
         config=next((part.config for part in parts if part.config), None),
         is_inception=parts[0].is_inception,
+        unreleased=parts[0].unreleased,
     )
 
 
@@ -149,14 +152,15 @@ def _load_one(name: str, device: torch.device) -> FeatureExtractor:
 
         inception = Inception(file or None).to(device).eval().requires_grad_(False)
         return FeatureExtractor(
-            name="inception-v3-compat",
+            name="inception-v3-compat" if inception.is_released else f"inception-v3-compat ({NOT_RELEASED})",
             compute=lambda images: inception(_in_colour(images)),
             feature_dims={"2048": 2048, "spatial": SPATIAL_DIM},
             logits_layer=None,
             score_layer="logits_unbiased",
-            weights_hash=sha256_of_file(inception.weights),
+            weights_hash=inception.weights_hash,
             device=device,
-            is_inception=True,
+            is_inception=inception.is_released,
+            unreleased=not inception.is_released,
         )
     if kind == DINOV2:
         from xdlm_image.evaluation.dinov2 import DINOv2

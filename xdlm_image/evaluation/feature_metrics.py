@@ -56,12 +56,12 @@ def kid_of_classes(
 
     Args:
         samples: (N, D) features.
-        labels: (N,) class ids.
+        labels: (N,) class ids; a negative one is of no known class and left out.
         reference: (M, D) features.
         reference_labels: (M,) class ids.
     """
     found = {}
-    for label in sorted(set(labels.tolist()) & set(reference_labels.tolist())):
+    for label in sorted(label for label in {*labels.tolist()} & {*reference_labels.tolist()} if label >= 0):
         ours, theirs = samples[labels == label], reference[reference_labels == label]
         if min(len(ours), len(theirs)) >= 2:
             found[int(label)] = unbiased_mmd(ours, theirs)

@@ -10,6 +10,9 @@ from pathlib import Path
 import torch
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
+from xdlm_image.files import sha256_of_file
+
+RELEASED = "6726825d"  # of which the SHA-256 of the released weights begins
 SPATIAL_CHANNELS = 7
 SPATIAL_DIM = SPATIAL_CHANNELS * 17 * 17
 REMEDY = "or name another extractor: FOLDER of a small classifier (`xdlm-image train-extractor`) gives no Inception FID"
@@ -19,10 +22,15 @@ class Inception(torch.nn.Module):
     """torch-fidelity's InceptionV3 (the network of the FID paper, TensorFlow's resize and all).
 
     Args:
-        weights: File of the released weights; None takes torch.hub's, and fetches them once.
+        weights: File of weights; None takes the released ones from torch.hub's cache, and fetches them once.
+
+    Attributes:
+        weights: That file.
+        weights_hash: Its SHA-256.
+        is_released: Whether it is the released one, without which no number is an Inception FID.
 
     Raises:
-        OSError: They cannot be fetched or loaded.
+        OSError: They cannot be fetched or loaded, or torch.hub's cache holds others.
     """
 
     def __init__(self, weights: str | Path | None = None) -> None:
@@ -32,13 +40,20 @@ class Inception(torch.nn.Module):
         try:
             if weights is None and not hub.exists():
                 hub.parent.mkdir(parents=True, exist_ok=True)
-                torch.hub.download_url_to_file(URL_INCEPTION_V3, str(hub), hash_prefix="6726825d")
+                torch.hub.download_url_to_file(URL_INCEPTION_V3, str(hub), hash_prefix=RELEASED)
+            self.weights_hash = sha256_of_file(self.weights)
+            self.is_released = self.weights_hash.startswith(RELEASED)
+            if weights is None and not self.is_released:
+                raise ValueError(
+                    f"{hub} is not the released file: its SHA-256 begins with {self.weights_hash[:8]}, not with "
+                    f"{RELEASED}; remove it, or name it as inception:FILE if it is meant"
+                )
             # torch-fidelity loads this file with weights_only=False: make sure first that it holds nothing but weights
             torch.load(self.weights, map_location="cpu", weights_only=True)
             self.net = FeatureExtractorInceptionV3(
                 "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(self.weights)
             )
-        except Exception as error:  # urllib, SSL, RuntimeError on a wrong hash: the remedy is the same
+        except Exception as error:  # urllib, SSL, a wrong hash, an unpickler: the remedy is the same
             origin = URL_INCEPTION_V3 if weights is None else str(weights)
             raise OSError(
                 f"extractor='inception': its weights could not be loaded from {origin} ({error}). Put the file at "

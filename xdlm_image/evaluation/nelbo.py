@@ -244,7 +244,7 @@ def _cell(plan: NelboPlan, name: str) -> dict[str, Any]:
         "dtype": recipe.dtype,
     }
     path = Path(recipe.output_dir) / "cells" / f"{name}-{short_hash(key)}.json"
-    done = read_cell(path, key)
+    done = read_cell(path, key, "bits_per_token")
     if done is not None:
         return {**done, "pipeline": name}
     pipeline = open_pipeline(about["folder"], plan.device, f"pipelines.{name}", getattr(torch, recipe.dtype))

@@ -34,6 +34,7 @@ from xdlm_image.evaluation.drawing import (
 from xdlm_image.evaluation.extractor import FeatureExtractor, load_extractor
 from xdlm_image.evaluation.foreign_pipelines import ForeignPipeline
 from xdlm_image.evaluation.given_images import GivenImages, images_in_npz
+from xdlm_image.evaluation.inception import RELEASED
 from xdlm_image.evaluation.reference_files import KNOWN, is_reference_file, open_reference_file
 from xdlm_image.evaluation.references import Reference, open_reference, open_reference_images
 from xdlm_image.evaluation.seeds import SEED_RULE, image_seed
@@ -98,6 +99,11 @@ def check(recipe: EvaluateRecipe) -> Plan:
         )
     extractor.check_images(*shape)
     notes = []
+    if extractor.unreleased:
+        notes.append(
+            f"the extractor's weights are not the released ones of Inception (SHA-256 {RELEASED}...): its FID is no "
+            "Inception FID and compares with no published number or statistics"
+        )
     if extractor.config is not None and extractor.config.class_names != names:
         extractor = replace(extractor, logits_layer=None)
         if recipe.classifier is None:

@@ -116,7 +116,7 @@ def open_reference_file(reference: str, extractor: FeatureExtractor) -> tuple[Re
         FileNotFoundError, OSError: As `find_reference_file`.
         ValueError: Another extractor than Inception, statistics of another width, or no such file.
     """
-    if not extractor.is_inception:
+    if not (extractor.is_inception or extractor.unreleased):
         raise ValueError(
             f"reference={reference!r}: published statistics are of Inception, the extractor is {extractor.name}; set "
             "extractor: inception (first in a list), or make a reference folder with `xdlm-image reference`"
@@ -173,7 +173,7 @@ def read_moments(path: str | Path) -> dict[str, StreamedStatistics]:
     """Layer -> statistics from a file with `mu` and `sigma`, and where it is ADM's also `mu_s` and `sigma_s` (sFID).
 
     Args:
-        path: .npz (numpy arrays), or .pt / .pth (a dict of tensors or arrays, loaded with weights_only=True).
+        path: .npz (numpy arrays), or .pt / .pth (a dict of tensors, loaded with weights_only=True).
 
     Raises:
         FileNotFoundError: No such file.
@@ -184,7 +184,7 @@ def read_moments(path: str | Path) -> dict[str, StreamedStatistics]:
         raise FileNotFoundError(f"reference={str(path)!r}: no such file")
     try:
         found = _arrays(path)
-    except (ValueError, OSError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+    except (ValueError, OSError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile) as error:
         raise ValueError(f"reference={str(path)!r}: cannot be read as a file of statistics ({error})") from error
     statistics = {}
     for (mean, covariance), layer in NAMES.items():
@@ -202,10 +202,13 @@ def _arrays(path: Path) -> dict[str, Any]:
         with np.load(path, allow_pickle=False) as opened:  # images (ADM's arr_0) are not touched
             return {name: opened[name] if name in wanted else None for name in opened.files}
     if path.suffix in (".pt", ".pth"):
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:  # torch's advice is to run the file
+            raise ValueError("more is in it than tensors, numpy arrays perhaps; save tensors, or an .npz") from error
         if not isinstance(loaded, dict):
             raise ValueError(f"a {type(loaded).__name__}, no dict")
-        return {str(name): value for name, value in loaded.items()}
+        return {str(name): value for name, value in loaded.items() if isinstance(value, torch.Tensor)}
     raise ValueError(f"{path.suffix or 'no suffix'}: .npz, .pt and .pth are known; pickles are not opened")
 
 
@@ -221,6 +224,12 @@ def _statistics(path: Path, mean_name: str, mean: Any, covariance_name: str, cov
         sigma, sigma.T, atol=1e-6 * largest
     ):
         raise ValueError(f"reference={str(path)!r}: {covariance_name} is no covariance (not finite, or not symmetric)")
+    eigenvalues = torch.linalg.eigvalsh(sigma)  # ascending
+    if eigenvalues[0] < -1e-6 * eigenvalues[-1].abs():
+        raise ValueError(
+            f"reference={str(path)!r}: {covariance_name} is no covariance (its eigenvalues go from "
+            f"{eigenvalues[0]:.3g} to {eigenvalues[-1]:.3g}; none may be negative)"
+        )
     statistics = StreamedStatistics(len(mu))
     statistics.count = UNKNOWN_COUNT
     statistics.mean, statistics.scatter = mu, sigma * (UNKNOWN_COUNT - 1)

@@ -214,7 +214,7 @@ def open_reference(folder: str | Path, extractor: FeatureExtractor) -> Reference
 
     Raises:
         FileNotFoundError: No such folder, or no `reference.json` in it.
-        ValueError: Another extractor, another version, or damaged files.
+        ValueError: Another extractor, another version, images resized by another rule, or damaged files.
     """
     path = Path(folder) / "reference.json"
     if not path.is_file():
@@ -234,6 +234,9 @@ def open_reference(folder: str | Path, extractor: FeatureExtractor) -> Reference
         key = {name: about["images"][name] for name in (*_KEY, "uint8_rule")}
         if key["uint8_rule"] != UINT8_RULE:
             raise ValueError(f"its uint8 rule is {key['uint8_rule']!r}, this package's is {UINT8_RULE!r}")
+        if about["images"]["resize"] != RESIZE_RULE:
+            raise ValueError(f"its images were resized by {about['images']['resize']!r}, not by {RESIZE_RULE!r}")
+        _refuse_gaps(about)
         key |= {"extractor": used["weights_sha256"], "layers": layers}
         place = Path(folder) / about["statistics"]["folder"]
         images = load_measured(place, key, None, place / FEATURES)
@@ -248,7 +251,8 @@ def open_reference(folder: str | Path, extractor: FeatureExtractor) -> Reference
             if measured.hashes != statistics["sha256"]:
                 raise ValueError(f"{statistics['folder']} holds other statistics than reference.json tells of")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"reference={str(folder)!r}: cannot be used ({error}); make it again") from error
+        reason = f"reference.json holds no {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"reference={str(folder)!r}: cannot be used ({reason}); make it again") from error
     return Reference(about, images, reconstructions)
 
 
@@ -293,6 +297,19 @@ def reference(recipe: ReferenceRecipe) -> Path:
 
 
 _KEY = ("fingerprint", "split", "num_images", "image_size", "channels", "crop")
+
+
+def _refuse_gaps(about: dict[str, Any]) -> None:
+    """KeyError or TypeError where something is missing that only the end of a sweep would ask for."""
+    list(about["images"]["class_names"])
+    floors = [*about["train"]["floors"].values(), *about["reconstructions"].values()]
+    for measured in (about, *floors):
+        measured["class_accuracy"]
+    for floor in floors:
+        floor["fid"], floor["num_images"]
+    dict(about["train"]["images"])
+    for floor in about["reconstructions"].values():
+        dict(floor["train"])
 
 
 def _subset(images: ImageSet, count: int) -> list[int]:

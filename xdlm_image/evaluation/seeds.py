@@ -6,8 +6,10 @@ This file owns the rule (seed, image index) -> generator, and nothing else.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 INDEX_BITS = 18  # torch's CPU generator (mt19937) uses 32 bits of a seed: 18 for the image, 14 for the seed
 MAX_IMAGES = 2**INDEX_BITS
@@ -41,4 +43,6 @@ def image_seed(seed: int, index: int) -> int:
 
 def image_generators(seed: int, indices: Iterable[int]) -> list[torch.Generator]:
     """One CPU generator an image, for a pipeline's `generator` argument."""
+    import torch  # here, so that recipes know the limits above without it
+
     return [torch.Generator("cpu").manual_seed(image_seed(seed, int(index))) for index in indices]

@@ -149,7 +149,7 @@ def _image_set(plan: Plan, name: str, reference: Reference) -> dict[str, Any]:
     given = plan.given[name]
     key = {"cell_version": CELL_VERSION, **given.describe(), **_judged_by(plan, reference)}
     path = Path(plan.recipe.output_dir) / "cells" / f"{name}-{short_hash(key)}.json"
-    done = read_cell(path, key)
+    done = read_cell(path, key, "fid")
     if done is not None:
         return {**done, "name": name}
     main, world = rank_and_world()[0] == 0, rank_and_world()[1]
@@ -219,7 +219,7 @@ def _cell(
     )
     label = f"{name}-steps{settings.num_steps}{variant}-seed{seed}"
     path = Path(recipe.output_dir) / "cells" / f"{label}-{short_hash(key)}.json"
-    done = read_cell(path, key)
+    done = read_cell(path, key, "fid")
     if done is not None:
         return {**done, "pipeline": name}
     main = rank_and_world()[0] == 0

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 
 def require(condition: bool, argument: str, value: object, remedy: str) -> None:
     if not condition:
         raise ValueError(f"{argument}={value!r}: {remedy}")
+
+
+def require_finite(argument: str, value: float) -> None:
+    require(math.isfinite(value), argument, value, "must be a finite number")

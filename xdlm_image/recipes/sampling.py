@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from .checks import require
+from xdlm_image.evaluation.seeds import MAX_IMAGES
+
+from .checks import require, require_finite
 from .data import DataOptions
 
 TraceKind = Literal["strip", "gif", "codes"]
@@ -63,6 +65,8 @@ class SampleRecipe:
     def __post_init__(self) -> None:
         require(self.num_steps >= 1, "num_steps", self.num_steps, "at least 1 step")
         require(self.images_per_class >= 1, "images_per_class", self.images_per_class, "at least 1 image")
+        require_finite("guidance_scale", self.guidance_scale)
+        require_finite("temperature", self.temperature)
         require(0 < self.strength <= 1, "strength", self.strength, "above 0, at most 1")
         require(self.image is not None or self.strength == 0.6, "strength", self.strength, "does nothing without image")
         require(
@@ -118,6 +122,8 @@ class NeighboursRecipe:
         for name in ("images_per_class", "num_neighbours", "num_steps", "batch_size"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
         require(self.held_out >= 20, "held_out", self.held_out, "at least 20: their nearest 5 % are the measure")
+        require_finite("guidance_scale", self.guidance_scale)
+        require_finite("temperature", self.temperature)
         require(self.temperature > 0, "temperature", self.temperature, "must be positive")
 
 
@@ -232,9 +238,18 @@ class EvaluateRecipe:
             self.num_samples,
             "at least 2 images, and far more for numbers that mean much",
         )
+        require(
+            self.num_samples <= MAX_IMAGES,
+            "num_samples",
+            self.num_samples,
+            f"at most {MAX_IMAGES}, so that no two images share random numbers; give more seeds",
+        )
         known = isinstance(self.feature_metrics, list) and set(self.feature_metrics) <= set(FEATURE_METRICS)
         require(known, "feature_metrics", self.feature_metrics, f"a list of some of {', '.join(FEATURE_METRICS)}")
         require(self.batch_size >= 1, "batch_size", self.batch_size, "must be at least 1")
+        for name, scales in (("guidance_scale", self.guidance_scales), ("temperature", self.temperatures)):
+            for scale in scales:
+                require_finite(name, scale)
         require(min(self.temperatures) > 0, "temperature", self.temperature, "must be positive")
 
     @property
