@@ -7,6 +7,7 @@ import math
 import re
 import shutil
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -28,7 +29,7 @@ from xdlm_image.evaluation.measuring import cached_measure
 from xdlm_image.evaluation.report import markdown
 from xdlm_image.evaluation.seeds import MAX_IMAGES, MAX_SEED, image_generators, image_seed
 from xdlm_image.evaluation.sweep import evaluate
-from xdlm_image.evaluation.tables import mean_and_spread
+from xdlm_image.evaluation.tables import mean_and_spread, number
 from xdlm_image.schedulers import XDLMScheduler
 from xdlm_image.tokenizer.codes import decode_codes, encode_images
 
@@ -431,10 +432,51 @@ def test_images_on_disk_are_judged_as_the_pipeline_that_drew_them(parts, finishe
     assert content["cells"] == [] and not (tmp_path / "out" / "fid.png").exists()
     page = (tmp_path / "out" / "fid.md").read_text()
     assert re.search(r"\| npz \| 18 \| \d+\.\d+ \|", page) and "3 steps" not in page
+    floor = content["floors"]["train_against_reference"]
+    told = "Floors: 18 training images against the reference: FID"
+    assert f"{told} `pooled` {number(floor['fid']['pooled'])}, FID `spatial`" in page
+    assert f"class accuracy (%) {number(100 * floor['class_accuracy'])}." in page
     again = json.loads(evaluate(dataclasses.replace(recipe, images={"other": images["png"]})).read_text())
     assert again["image_sets"][0]["fid"] == found["png"]["fid"]
     with pytest.raises(ValueError, match="images=.*the name 'mdlm' stands for a pipeline too"):
         parts.recipe(tmp_path, images={"mdlm": "a"})
+
+
+def test_drawn_images_are_written_where_it_is_asked_for(parts, finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "_pictures", lambda *args: None)
+    recipe = parts.recipe(tmp_path / "out", pipelines={"mdlm": parts.pipelines["mdlm"]}, num_steps=[3], seeds=[1])
+    evaluate(recipe)
+    asking = dataclasses.replace(recipe, images_dir=str(tmp_path / "images"))
+    folder = tmp_path / "images" / "mdlm-steps3-seed1"
+
+    def written() -> list[str]:
+        return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.png"))
+
+    with monkeypatch.context() as patch:  # codes are stored, so that a finished cell is only decoded
+        patch.setattr(drawing, "draw_codes", None)
+        evaluate(asking)
+        everything = sorted(f"{CLASSES[i % 3]}/{i:07d}.png" for i in range(18))
+        assert written() == everything
+        for lose in (Path.unlink, lambda path: path.rename(folder / "ant" / "0000021.png")):  # as of a larger set
+            lose(folder / "ant" / "0000003.png")
+            evaluate(asking)
+            assert written() == everything
+        patch.setattr(sweep, "measure", None)
+        evaluate(asking)  # nothing is missing
+    cell = _numbers(tmp_path / "out")[0]
+    assert cell == next(c for c in _numbers(finished) if (c["pipeline"], c["num_steps"], c["seed"]) == ("mdlm", 3, 1))
+    judged = parts.recipe(tmp_path / "judged", pipelines={}, images={"x": str(folder)})
+    (found,) = json.loads(evaluate(judged).read_text())["image_sets"]
+    assert found["fid"] == pytest.approx(cell["fid"], rel=1e-9, abs=1e-9) and found["num_images"] == 18
+    for name in ("kid", "kid_of_classes", "precision", "recall", "coverage", "class_accuracy"):
+        assert found[name] == cell[name], name
+    pixels = {path: path.read_bytes() for path in folder.rglob("*.png")}
+    evaluate(dataclasses.replace(asking, pipelines={"mdlm": parts.pipelines["xdlm-0.1"]}))  # others under this name
+    assert written() == everything and sum(path.read_bytes() == old for path, old in pixels.items()) == 0
+    evaluate(asking)
+    assert all(path.read_bytes() == old for path, old in pixels.items())
+    with pytest.raises(ValueError, match="images_dir='a': needs pipelines"):
+        parts.recipe(tmp_path, pipelines={}, images={"x": "b"}, images_dir="a")
 
 
 def test_a_network_in_bfloat16_draws_almost_the_same_and_is_told_of(parts, finished, tmp_path, monkeypatch):
@@ -555,4 +597,9 @@ def test_few_samples_are_warned_of(parts, tmp_path):
         warnings.simplefilter("always")
         sweep.check(parts.recipe(tmp_path, num_samples=33))
     texts = [str(w.message) for w in caught if "images are few" in str(w.message)]
-    assert len(texts) == 1 and "33 images are few for the 64 features of 'spatial'" in texts[0]
+    assert len(texts) == 1 and texts[0].startswith("33 images are few for the 64 features of 'spatial'")
+    with warnings.catch_warnings(record=True) as caught:  # 5,000 are not drawn, and not warned of
+        warnings.simplefilter("always")
+        sweep.check(parts.recipe(tmp_path, pipelines={}, images={"mine": f"{parts.data.root}/val"}, num_samples=5000))
+    texts = [str(w.message) for w in caught if "images are few" in str(w.message)]
+    assert len(texts) == 1 and texts[0].startswith("mine: 36 images are few for the 64 features of 'spatial'")

@@ -1,5 +1,6 @@
 """Folders and .npz of other people's samples: what comes out, and what is refused by name."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from xdlm_image.evaluation.given_images import NO_CLASS, GivenImages
+from xdlm_image.evaluation.given_images import NO_CLASS, GivenImages, class_folders
 
 CLASSES = ["ant", "bee", "cat"]
 PIXELS = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), dtype=np.uint8)
@@ -69,11 +70,30 @@ def test_folders_with_and_without_classes(tmp_path):
         (tmp_path / name).mkdir(exist_ok=True)
         Image.fromarray(PIXELS[i]).save(tmp_path / name / f"{i}.png")
     given = GivenImages(tmp_path, 3, 8, CLASSES)
-    assert given.labels.tolist() == [0, 1, 1, 2, NO_CLASS]
-    assert torch.equal(gather(given), expected(PIXELS[[0, 1, 3, 2, 4]])) and not given.notes
-    Image.fromarray(PIXELS[0]).save(tmp_path / "ant" / "9.jpg")
+    assert given.labels.tolist() == [0, 1, 2, 1, NO_CLASS]  # in the order of the files' names
+    assert torch.equal(gather(given), expected())
+    (note,) = given.notes
+    assert "1 of its folders are no class of the reference (strange): no class accuracy is given" in note
+    for i in range(6):
+        (tmp_path / f"odd{i}").mkdir()
+        Image.fromarray(PIXELS[0]).save(tmp_path / f"odd{i}" / "0.png")
     (note,) = GivenImages(tmp_path, 3, 8, CLASSES).notes
+    assert "7 of its folders are no class of the reference (odd0, odd1, odd2, odd3, odd4, ...)" in note
+    for i in range(6):
+        shutil.rmtree(tmp_path / f"odd{i}")
+    (tmp_path / "strange").rename(tmp_path / "cat_")
+    assert GivenImages(tmp_path, 3, 8, ["ant", "bee", "cat", "cat*"]).labels.tolist() == [0, 1, 2, 1, 3]
+    assert class_folders(["T-shirt/top", "a:b", "a/b", "n01440764", "bee, wasp", ".."]) == [
+        "T-shirt_top", "a_b_1", "a_b_2", "n01440764", "bee, wasp", "_",
+    ]  # fmt: skip
+    Image.fromarray(PIXELS[0]).save(tmp_path / "ant" / "9.jpg")
+    (note,) = GivenImages(tmp_path, 3, 8, [*CLASSES, "cat_"]).notes
     assert "1 of 6 files are JPEG" in note
+    (alone := tmp_path / "alone").mkdir()
+    Image.fromarray(PIXELS[0]).save(alone / "0.png")
+    assert GivenImages(tmp_path, 3, None, []).image_size == 8
+    with pytest.raises(ValueError, match="images=.*alone'.*a single image; distances need at least 2"):
+        GivenImages(alone, 3, 8, CLASSES)
 
 
 def test_grey_and_colour_meet_only_where_nothing_is_lost(tmp_path):
@@ -94,7 +114,7 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path):
         with pytest.raises(error, match=match):
             gather(GivenImages(tmp_path / "a.npz", 3, 8, CLASSES))
 
-    refused(r"8 x 6 pixels, the reference 8 x 8; samples are never resized", PIXELS[:, :, :6])
+    refused(r"8 x 6 pixels, the reference 8 x 8; samples are never resized here: set data.image_size", PIXELS[:, :, :6])
     refused(r"arr_0 is float32 \(5, 8, 8, 3\); expected uint8", PIXELS.astype(np.float32))
     refused(r"arr_0 is uint8 \(5, 3, 8, 8\)", PIXELS.transpose(0, 3, 1, 2).copy())
     refused("holds samples.npy and no arr_0", samples=PIXELS)

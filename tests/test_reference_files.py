@@ -142,11 +142,26 @@ def test_a_sweep_against_adms_file_gives_the_numbers_of_its_images(parts, incept
     page = (tmp_path / "against bare.npz" / "fid.md").read_text()
     assert "features `2048`" in page and "features `spatial`" not in page and "bare.npz" in page
     np.savez(tmp_path / "larger.npz", np.zeros((4, 32, 32, 3), np.uint8), **moments)
-    with pytest.raises(ValueError, match=r"draws images of .* \(3, 16\), the reference has \(3, 32\)"):
+    with pytest.raises(ValueError, match=r"draws images of .* \(3, 16\), the reference has \(3, 32\); use another"):
         against("larger.npz")
     np.savez(tmp_path / "narrow.npz", mu=MU, sigma=SIGMA)
     with pytest.raises(ValueError, match="'2048' has 2 features, .* 16"):
         against("narrow.npz")
+
+
+def test_a_file_that_does_not_say_its_size_takes_that_of_the_first_set(parts, inception, tmp_path):
+    np.savez(tmp_path / "a.npz", mu=np.zeros(16), sigma=np.eye(16))
+    images = {"val": f"{parts.data.root}/val"}
+    recipe = parts.recipe(
+        tmp_path / "out", data=DataOptions(), reference=str(tmp_path / "a.npz"), pipelines={}, images=images
+    )
+    checked = sweep.check(recipe)
+    assert (checked.given["val"].image_size, checked.given["val"].channels) == (16, 3)
+    assert "the reference has no floors" in checked.warnings
+    with pytest.raises(ValueError, match=r"and data\.image_size=16: a reference folder or file stands for the images"):
+        sweep.check(dataclasses.replace(recipe, data=DataOptions(image_size=16)))
+    with pytest.raises(ValueError, match="reference_split='train': .* is a file of statistics, which has no splits"):
+        sweep.check(dataclasses.replace(recipe, reference_split="train"))
 
 
 def test_weights_that_nobody_released_are_told_of_beside_published_statistics(parts, inception, tmp_path, monkeypatch):

@@ -85,6 +85,7 @@ def test_what_the_folder_lacks_is_said_and_left_out(parts, folder, tmp_path, mon
         "reference_class_accuracy": content["floors"]["reference_class_accuracy"],
         "train_against_reference": None,
         "reconstruction": [],
+        "image_sets": [],
     }
     assert any("floors for 18, 36 images, none for 21" in warning for warning in content["warnings"])
     page = (tmp_path / "out" / "fid.md").read_text()
@@ -95,6 +96,15 @@ def test_what_the_folder_lacks_is_said_and_left_out(parts, folder, tmp_path, mon
     )
 
 
+def test_given_images_stand_over_the_floor_of_as_many(parts, folder, tmp_path):
+    images = {"val": f"{parts.data.root}/val"}  # 36
+    content = _content(evaluate(_recipe(parts, tmp_path, folder, pipelines={}, images=images, num_samples=18)))
+    assert [floor["num_images"] for floor in content["floors"]["image_sets"]] == [18, 36]
+    page = (tmp_path / "fid.md").read_text()
+    assert "Floors: 18 training images against the reference: FID" in page and "; 36 training images against" in page
+    assert not any("floors" in warning for warning in content["warnings"])
+
+
 def test_folders_that_do_not_fit_are_refused(parts, folder, tmp_path):
     out = tmp_path / "out"
     with pytest.raises(FileNotFoundError, match=r"reference=.*xdlm-image reference"):
@@ -103,7 +113,7 @@ def test_folders_that_do_not_fit_are_refused(parts, folder, tmp_path):
         evaluate(_recipe(parts, out, "adm-imagenet-265"))
     with pytest.raises(ValueError, match="reference_split='train': the images of .* are of the split 'test'"):
         evaluate(_recipe(parts, out, folder, reference_split="train"))
-    with pytest.raises(ValueError, match="give one of the two"):
+    with pytest.raises(ValueError, match=r"reference=.* data\.name='folder', .*data\.image_size=16.*one of the two"):
         evaluate(_recipe(parts, out, folder, data=parts.data))
     stranger = train_extractor(extractor_recipe(parts.data, tmp_path / "stranger", seed=5, epochs=1))
     with pytest.raises(ValueError, match="numbers of two extractors do not compare"):

@@ -34,12 +34,13 @@ def numbers(value, path=""):
 def test_two_processes_killed_on_the_way_give_what_one_gives(tmp_path, monkeypatch):
     monkeypatch.setattr(sweep, "_pictures", lambda *args: None)
     parts = build_parts(tmp_path / "parts")
-    one = parts.recipe(tmp_path / "one", num_steps=[2], seeds=[0, 1])
+    one = parts.recipe(tmp_path / "one", num_steps=[2], seeds=[0, 1], images_dir=str(tmp_path / "images of one"))
     whole = json.loads(evaluate(one).read_text())
     options = [
         f"--pipelines={json.dumps(parts.pipelines)}",
         f"--extractor={parts.extractor}",
         f"--output_dir={tmp_path / 'two'}",
+        f"--images_dir={tmp_path / 'images of two'}",
         f"--data.root={parts.data.root}",
         *("--data.name=folder", "--data.image_size=16", "--data.channels=3"),
         *("--num_steps=[2]", "--num_samples=18", "--seeds=[0,1]", "--batch_size=7"),
@@ -68,3 +69,7 @@ def test_two_processes_killed_on_the_way_give_what_one_gives(tmp_path, monkeypat
     for drawn in sorted((tmp_path / "one" / "codes").iterdir()):
         again = Path(tmp_path, "two", "codes", drawn.name)
         assert (again / "codes.bin").read_bytes() == (drawn / "codes.bin").read_bytes()
+    pictures = [path for path in Path(one.images_dir).rglob("*") if path.is_file()]
+    assert len(pictures) == 4 * (18 + 1)
+    for path in pictures:
+        assert path.read_bytes() == (tmp_path / "images of two" / path.relative_to(one.images_dir)).read_bytes()

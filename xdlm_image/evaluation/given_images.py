@@ -7,10 +7,12 @@ them. It never draws and never measures.
 from __future__ import annotations
 
 import hashlib
+import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from xdlm_image.files import sha256_of_file
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 LOSSY = (".jpg", ".jpeg", ".webp")
 NO_CLASS = -1
+NAMED = 5  # strange class folders that a note names
 
 
 class GivenImages:
@@ -34,20 +37,20 @@ class GivenImages:
         path: Folder of image files (class folders below it give labels), or .npz with `arr_0` uint8 (N, H, W, C) and,
             if there are labels, `arr_1` integers (N,).
         channels: 1 or 3; grey files become three equal channels, colour ones are refused where 1 is wanted.
-        image_size: Side in pixels that every image must have.
+        image_size: Side in pixels that every image must have; None takes the first image's.
         class_names: Names of the class folders by id; without any, labels are left alone.
 
     Attributes:
+        image_size: Side in pixels of every image.
         labels: (N,) int64, -1 where the class is not known.
-        fingerprint: SHA-256 over the files' names and contents, or of the archive.
         notes: What a reader of the numbers must know.
 
     Raises:
         FileNotFoundError: Nothing there, or no image in it.
-        ValueError: An archive without such an array, or of another size or kind.
+        ValueError: A single image, or an archive without such an array, or of another size or kind.
     """
 
-    def __init__(self, path: str | Path, channels: int, image_size: int, class_names: list[str]) -> None:
+    def __init__(self, path: str | Path, channels: int, image_size: int | None, class_names: list[str]) -> None:
         self.path = Path(path)
         self.channels, self.image_size = channels, image_size
         self.notes: list[str] = []
@@ -59,6 +62,8 @@ class GivenImages:
             self._open_folder(class_names)
         else:
             raise FileNotFoundError(f"images={str(path)!r}: neither a folder nor an .npz file")
+        if len(self) < 2:
+            raise ValueError(f"images={str(path)!r}: a single image; distances need at least 2, and mean far more")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -77,6 +82,17 @@ class GivenImages:
                 images = torch.stack([self._read(self._files[i]) for i in block])
             yield Batch(images, torch.from_numpy(self.labels[block.start : block.stop]), None, block.start)
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over the files' names and contents, or of the archive."""
+        if self._array is not None:
+            return sha256_of_file(self.path)
+        digest = hashlib.sha256()
+        for file in self._files:
+            name = file.relative_to(self.path).as_posix()
+            digest.update(f"{name}\0{sha256_of_file(file)}\n".encode(errors="surrogateescape"))
+        return digest.hexdigest()
+
     def describe(self) -> dict[str, Any]:
         """What a protocol must record about it."""
         return {"path": str(self.path), "num_images": len(self), "fingerprint": self.fingerprint}
@@ -84,24 +100,27 @@ class GivenImages:
     # -- folders ------------------------------------------------------------------------------------------------------
 
     def _open_folder(self, class_names: list[str]) -> None:
-        self._files = sorted(p for p in self.path.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
+        found = (p for p in self.path.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
+        self._files = sorted(found, key=lambda p: (p.name, p))  # not class by class: Inception Score splits in order
         if not self._files:
             raise FileNotFoundError(f"images={str(self.path)!r}: no image file in it ({', '.join(EXTENSIONS)})")
         self._read(self._files[0])  # another size is refused before anything is measured
-        ids = {name: i for i, name in enumerate(class_names)}
+        ids = {name: i for names in (class_folders(class_names), class_names) for i, name in enumerate(names)}
         below = [file.relative_to(self.path).parts[0] for file in self._files]
         self.labels = np.array([ids.get(name, NO_CLASS) for name in below], dtype=np.int64)
+        strangers = sorted({name for name in below if name not in ids and (self.path / name).is_dir()})
+        if strangers and class_names:
+            named = ", ".join(strangers[:NAMED]) + (", ..." if len(strangers) > NAMED else "")
+            self.notes.append(
+                f"{self.path}: {len(strangers)} of its folders are no class of the reference ({named}): no class "
+                "accuracy is given for it"
+            )
         lossy = sum(file.suffix.lower() in LOSSY for file in self._files)
         if lossy:
             self.notes.append(
                 f"{self.path}: {lossy} of {len(self)} files are JPEG or WebP, whose losses shift FID by more than "
                 "models differ; store samples as PNG"
             )
-        digest = hashlib.sha256()
-        for file in self._files:
-            name = file.relative_to(self.path).as_posix()
-            digest.update(f"{name}\0{sha256_of_file(file)}\n".encode(errors="surrogateescape"))
-        self.fingerprint = digest.hexdigest()
 
     def _read(self, file: Path) -> torch.Tensor:
         pixels = tv.pil_to_tensor(read_image(str(file), self.channels))  # (C, H, W)
@@ -143,23 +162,31 @@ class GivenImages:
                     f"{num_classes} classes"
                 )
             self.labels = labels.astype(np.int64)
-        self.fingerprint = sha256_of_file(self.path)
 
     # -- both ---------------------------------------------------------------------------------------------------------
 
     def _fitted(self, images: torch.Tensor, name: str) -> torch.Tensor:
         """Refuse another size; grey to colour (B, C, S, S)."""
+        if self.image_size is None:
+            self.image_size = int(images.shape[-2])
         size = (self.image_size, self.image_size)
         if tuple(images.shape[-2:]) != size:
             raise ValueError(
                 f"images: {name} has {images.shape[-2]} x {images.shape[-1]} pixels, the reference {size[0]} x "
-                f"{size[1]}; samples are never resized here, resize them as their authors say"
+                f"{size[1]}; samples are never resized here: set data.image_size and data.channels to theirs, name a "
+                "reference of their size, or resize them as their authors say"
             )
         if images.shape[1] == 3 and self.channels == 1:
             if not torch.equal(images[:, :1].expand_as(images), images):
-                raise ValueError(f"images: {name} is in colour, the reference is grey")
+                raise ValueError(f"images: {name} is in colour, the reference is grey; set data.channels: 3 for it")
             return images[:, :1].contiguous()
         return images.expand(-1, self.channels, -1, -1).contiguous()
+
+
+def class_folders(class_names: Sequence[str]) -> list[str]:
+    """What folders of these classes are called: their names, with `_` for what no file system takes, all different."""
+    safe = [re.sub(r'[/\\:*?"<>|\x00-\x1f]', "_", name).strip(". ") or "_" for name in class_names]
+    return [f"{name}_{i}" if safe.count(name) > 1 else name for i, name in enumerate(safe)]
 
 
 def images_in_npz(path: Path) -> tuple[int, int] | None:

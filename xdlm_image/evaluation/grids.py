@@ -16,7 +16,7 @@ from xdlm_image.data.images import read_image
 from xdlm_image.devices import best_device
 from xdlm_image.evaluation.drawing import SamplerSettings, class_names, draw_all, open_pipeline
 from xdlm_image.evaluation.foreign_pipelines import ForeignPipeline
-from xdlm_image.evaluation.pictures import save_picture, to_picture
+from xdlm_image.evaluation.pictures import save_images, save_picture, to_picture
 from xdlm_image.evaluation.trace_pictures import check_trace, write_trace
 from xdlm_image.files import refuse_unwritable
 from xdlm_image.pipelines import XDLMImg2ImgPipeline, XDLMPipeline
@@ -136,11 +136,9 @@ def sample(recipe: SampleRecipe) -> Path:
         refuse_unwritable(recipe.images_dir, "images_dir")
     images = class_grid(pipeline, ids, recipe.images_per_class, recipe.seed, settings, recipe.batch_size)
     if recipe.images_dir is not None:
-        for row, label in enumerate(ids):
-            for column in range(recipe.images_per_class):
-                index = row * recipe.images_per_class + column
-                picture = to_picture(images[row, column])
-                save_picture(Path(recipe.images_dir) / f"{index:05d}_class{label:04d}.png", picture)
+        labels = [label for label in ids for _ in range(recipe.images_per_class)]
+        numbered = [f"{i:05d}_class{label:04d}.png" for i, label in enumerate(labels)]
+        save_images(recipe.images_dir, numbered, images.flatten(0, 1))
     for path in write_trace(recipe, pipeline, ids, settings):
         print(path)
     names = class_names(pipeline)

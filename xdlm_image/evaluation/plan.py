@@ -113,13 +113,6 @@ def check(recipe: EvaluateRecipe) -> Plan:
         if reference is not None and reference.about["class_accuracy"] is not None:
             notes.append("the reference folder's images were judged by another classifier: their accuracy is left out")
             reference.forget_class_accuracy()
-    for layer, dim in extractor.feature_dims.items():
-        smallest = recipe.num_samples if target.num_images is None else min(recipe.num_samples, target.num_images)
-        if smallest < 2 * dim:
-            notes.append(
-                f"{smallest} images are few for the {dim} features of {layer!r} (at least {2 * dim} are wanted): FID "
-                "is biased upwards, compare only numbers of the same num_samples"
-            )
     pipelines = {
         name: _check_pipeline(recipe, name, folder, device, shape, names) for name, folder in recipe.pipelines.items()
     }
@@ -131,6 +124,9 @@ def check(recipe: EvaluateRecipe) -> Plan:
     if recipe.nelbo is not None:
         _add_nelbo(recipe.nelbo, pipelines)
     given = {name: GivenImages(path, *shape, names) for name, path in recipe.images.items()}
+    numbers = {"": recipe.num_samples} if pipelines else {}
+    numbers |= {f"{name}: ": len(images_given) for name, images_given in given.items()}
+    notes += [note for of, number in numbers.items() for note in _few(of, number, target.num_images, extractor)]
     for name, images_given in given.items():
         notes += images_given.notes
         if len(images_given) != recipe.num_samples and recipe.pipelines:
@@ -142,18 +138,36 @@ def check(recipe: EvaluateRecipe) -> Plan:
         for name, pipeline in pipelines.items():
             if pipeline["tokenizer_hash"] not in (None, *reference.reconstructions):
                 notes.append(
-                    f"the reference folder holds no reconstructions by the tokenizer of {name}: no distance to "
+                    f"the reference holds no reconstructions by the tokenizer of {name}: no distance to "
                     "reconstructions and none of pairs of codes is given"
                 )
-        if str(recipe.num_samples) not in reference.about["train"]["floors"]:
-            measured = ", ".join(reference.about["train"]["floors"]) or "no number"
-            notes.append(f"the reference folder has floors for {measured} images, none for {recipe.num_samples}")
+        known = list(reference.about["train"]["floors"])
+        missing = sorted({number for number in numbers.values() if str(number) not in known})
+        if known and missing:
+            notes.append(f"the reference has floors for {_listed(known)} images, none for {_listed(missing)}")
+        elif missing:
+            notes.append("the reference has no floors")
     if rank_and_world()[0] == 0:
         for note in notes:
             warnings.warn(note, stacklevel=3)
     if images is not None:
         check_images(images[0])
     return Plan(recipe, device, extractor, images, reference, target.shown, names, pipelines, given, notes)
+
+
+def _few(of: str, number: int, reference: int | None, extractor: FeatureExtractor) -> list[str]:
+    """A warning for each layer that has many features for so many images, or for so few of the reference."""
+    smallest = number if reference is None else min(number, reference)
+    return [
+        f"{of}{smallest} images are few for the {dim} features of {layer!r} (at least {2 * dim} are wanted): FID is "
+        "biased upwards, compare only numbers of as many images"
+        for layer, dim in extractor.feature_dims.items()
+        if smallest < 2 * dim
+    ]
+
+
+def _listed(values: list) -> str:
+    return ", ".join(map(str, values))
 
 
 class _Target(NamedTuple):
@@ -172,13 +186,20 @@ def _open_target(recipe: EvaluateRecipe, extractor: FeatureExtractor, device: to
         images = open_reference_images(recipe.data, recipe.reference_split)
         shape = (int(recipe.data.channels), recipe.data.image_size)
         return _Target(images, None, None, list(images[0].class_names), shape, len(images[0]))
-    if is_reference_file(recipe.reference):
-        return _open_target_file(recipe, recipe.reference, extractor, device)
     if recipe.data != DataOptions():
+        usual, own = vars(DataOptions()), vars(recipe.data)
+        given = _listed([f"data.{name}={value!r}" for name, value in own.items() if value != usual[name]])
         raise ValueError(
-            f"reference={recipe.reference!r} and data.name={recipe.data.name!r}: a reference folder stands for the "
-            "images; give one of the two"
+            f"reference={recipe.reference!r} and {given}: a reference folder or file stands for the images; give one "
+            "of the two"
         )
+    if is_reference_file(recipe.reference):
+        if recipe.reference_split != EvaluateRecipe.reference_split:
+            raise ValueError(
+                f"reference_split={recipe.reference_split!r}: reference={recipe.reference!r} is a file of statistics, "
+                "which has no splits; leave it out"
+            )
+        return _open_target_file(recipe, recipe.reference, extractor, device)
     if not Path(recipe.reference).exists():
         raise FileNotFoundError(
             f"reference={recipe.reference!r}: no such folder or file; make one with `xdlm-image reference`, or name "
@@ -196,18 +217,25 @@ def _open_target(recipe: EvaluateRecipe, extractor: FeatureExtractor, device: to
 
 
 def _open_target_file(recipe: EvaluateRecipe, file: str, extractor: FeatureExtractor, device: torch.device) -> _Target:
-    """A file of statistics: the size is its own if it has one; classes, and else the size, are the first pipeline's."""
+    """A file of statistics: the size is its own if it has one, else that of the first pipeline or set of images.
+
+    Classes are the first pipeline's; without one there are none.
+    """
     reference, path = open_reference_file(file, extractor)
     names: list[str] = []
-    shape = (int(recipe.data.channels), recipe.data.image_size)
+    images = images_in_npz(path)
+    size = reference.about["images"]["image_size"] if images is None else images[1]
+    channels = 3
     if recipe.pipelines:
         name, folder = next(iter(recipe.pipelines.items()))
         pipeline = open_any_pipeline(folder, device, f"pipelines.{name}")
-        names, shape = folder_names(pipeline), image_shape(pipeline)
-    images = images_in_npz(path)
-    size = reference.about["images"]["image_size"] if images is None else images[1]
-    if size is not None:
-        shape = (3, size)
+        names = folder_names(pipeline)
+        if size is None:
+            channels, size = image_shape(pipeline)
+    elif size is None:
+        size = GivenImages(next(iter(recipe.images.values())), channels, None, names).image_size
+    assert size is not None  # there are pipelines or images
+    shape = (channels, size)
     shown = None if images is None else GivenImages(path, *shape, names)
     return _Target(None, reference, shown, names, shape, None)
 
@@ -218,9 +246,10 @@ def _check_pipeline(
     argument = f"pipelines.{name}={folder!r}"
     pipeline = open_any_pipeline(folder, device, f"pipelines.{name}")
     if image_shape(pipeline) != shape:
+        remedy = "use another" if recipe.reference else "set data.channels and data.image_size to the pipeline's"
         raise ValueError(
-            f"{argument}: it draws images of (channels, size) {image_shape(pipeline)}, the reference has {shape}; set "
-            "data.channels and data.image_size to the pipeline's"
+            f"{argument}: it draws images of (channels, size) {image_shape(pipeline)}, the reference has {shape}; "
+            f"{remedy}"
         )
     if isinstance(pipeline, ForeignPipeline):
         for guidance, temperature, grid in product(recipe.guidance_scales, recipe.temperatures, recipe.time_grids):

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -59,24 +59,29 @@ class Reference:
         for measured in (self.about, *self.about["reconstructions"].values(), *self.about["train"]["floors"].values()):
             measured["class_accuracy"] = None
 
-    def floors(self, pipelines: Mapping[str, str], num_samples: int) -> dict[str, Any]:
+    def floors(self, pipelines: Mapping[str, str], num_samples: int, image_sets: Collection[int]) -> dict[str, Any]:
         """The floors of a sweep, as `fid.json` holds them.
 
         Args:
             pipelines: Name -> tokenizer hash.
             num_samples: Images a cell; floors of training images are of as many, or missing (None).
+            image_sets: Numbers of images of the sets that are already drawn; where no floor is of as many, those of
+                `num_samples` stand alone.
         """
+        train = self.about["train"]
+        known = {count: train["floors"].get(str(count)) for count in sorted({num_samples, *image_sets})}
+        of_train = {count: {**train["images"], **floor} for count, floor in known.items() if floor is not None}
         entries = []
         for tokenizer, floor in self.about["reconstructions"].items():
             users = [name for name, used in pipelines.items() if used == tokenizer]
             if users:
-                train = floor["train"].get(str(num_samples))
-                entries.append({"tokenizer_hash": tokenizer, "pipelines": users, **floor, "train": train})
-        train = self.about["train"]["floors"].get(str(num_samples))
+                of_tokenizer = floor["train"].get(str(num_samples))
+                entries.append({"tokenizer_hash": tokenizer, "pipelines": users, **floor, "train": of_tokenizer})
         return {
             "reference_class_accuracy": self.about["class_accuracy"],
-            "train_against_reference": None if train is None else {**self.about["train"]["images"], **train},
+            "train_against_reference": of_train.get(num_samples),
             "reconstruction": entries,
+            "image_sets": [*of_train.values()] if image_sets else [],
         }
 
 

@@ -1,7 +1,8 @@
 """The verb `evaluate`: FID of pipelines over step counts, checked first, resumable, with its whole protocol.
 
 This file owns the order of a sweep and what `fid.json` holds. Numbers come from `references` and `fid`, images from
-`drawing`, pictures from `grids`, pages from `report`. No drawn image is written to disk besides the grids.
+`drawing`, pictures from `grids`, pages from `report`. No drawn image is written to disk besides the grids, unless
+`images_dir` asks for it.
 """
 
 from __future__ import annotations
@@ -26,11 +27,12 @@ from xdlm_image.evaluation.drawing import (
     open_any_pipeline,
 )
 from xdlm_image.evaluation.drawn_codes import DrawnCodes
+from xdlm_image.evaluation.drawn_pictures import DrawnPictures
 from xdlm_image.evaluation.features import FeatureSet
 from xdlm_image.evaluation.foreign_pipelines import ForeignPipeline
 from xdlm_image.evaluation.given_images import GivenImages
 from xdlm_image.evaluation.grids import class_grid, save_grid
-from xdlm_image.evaluation.measuring import Measured, barrier, cached_measure, measure, short_hash
+from xdlm_image.evaluation.measuring import Measured, barrier, cached_measure, measure, short_hash, sum_over_ranks
 from xdlm_image.evaluation.plan import Plan, check, device_name, metric_name, protocol, versions
 from xdlm_image.evaluation.plots import write_plots
 from xdlm_image.evaluation.references import Reference, make_reference
@@ -69,6 +71,8 @@ def evaluate(recipe: EvaluateRecipe) -> Path:
     plan = check(recipe)
     output = Path(recipe.output_dir)
     refuse_unwritable(output, "output_dir")
+    if recipe.images_dir is not None:
+        refuse_unwritable(recipe.images_dir, "images_dir")
 
     reference = plan.reference or _measured_reference(plan, output)
     if plan.shown is not None and recipe.feature_metrics:
@@ -79,7 +83,9 @@ def evaluate(recipe: EvaluateRecipe) -> Path:
         "warnings": plan.warnings,
         "protocol": protocol(plan, reference),
         "floors": reference.floors(
-            {name: about["tokenizer_hash"] for name, about in plan.pipelines.items()}, recipe.num_samples
+            {name: about["tokenizer_hash"] for name, about in plan.pipelines.items()},
+            recipe.num_samples,
+            {len(given) for given in plan.given.values()},
         ),
         "image_sets": [_image_set(plan, name, reference) for name in plan.given],
         "cells": [],
@@ -219,12 +225,16 @@ def _cell(
     )
     label = f"{name}-steps{settings.num_steps}{variant}-seed{seed}"
     path = Path(recipe.output_dir) / "cells" / f"{label}-{short_hash(key)}.json"
+    pictures = None
+    if recipe.images_dir is not None:
+        pictures = DrawnPictures(Path(recipe.images_dir) / label, drawn, recipe.num_samples, plan.class_names)
+    lacks_pictures = pictures is not None and sum_over_ranks(not pictures.is_whole(), plan.device) > 0
     done = read_cell(path, key, "fid")
-    if done is not None:
+    if done is not None and not lacks_pictures:
         return {**done, "pipeline": name}
     main = rank_and_world()[0] == 0
     if main:
-        others = sorted(path.parent.glob(f"{label}-" + "?" * 12 + ".json"))
+        others = set(path.parent.glob(f"{label}-" + "?" * 12 + ".json")) - {path}
         if others:
             tqdm.write(f"{label}: {len(others)} result(s) of another protocol are left aside; measuring anew")
     store = num_codes = None
@@ -236,7 +246,8 @@ def _cell(
     world = rank_and_world()[1]
     rows_before = 0 if store else pipeline.rows
     with tqdm(total=-(-recipe.num_samples // world), desc=label, unit="image", leave=False, disable=not main) as bar:
-        measured = measure(plan.extractor, batches, num_codes, bar, recipe.num_samples)
+        kept = batches if pictures is None else pictures.keep(batches)
+        measured = measure(plan.extractor, kept, num_codes, bar, recipe.num_samples)
     count = measured.statistics[plan.extractor.fid_layers[0]].count
     if count != recipe.num_samples:
         raise RuntimeError(f"{label}: {count} images were measured, num_samples is {recipe.num_samples}")

@@ -98,7 +98,11 @@ def text(value: float | str | None) -> str:
 
 def floor_images(content: Content) -> str:
     """What the images of the floor are: `training images`, or those of the split that stands in for them."""
-    split = (content["floors"]["train_against_reference"] or {}).get("split", "train")
+    return _floor_images(content["floors"]["train_against_reference"] or {})
+
+
+def _floor_images(floor: Content) -> str:
+    split = floor.get("split", "train")
     return "training images" if split == "train" else f"{split} images"
 
 
@@ -224,7 +228,13 @@ def _image_sets(content: Content) -> Table:
         values = [value(found) for _, value in columns]
         texts = ["–" if value is None else number(value) for value in values]
         lines.append([found["name"], str(found["num_images"]), *texts])
-    return Table("Sets of images", ["images", "number", *(title for title, _ in columns)], lines)
+    floors = []
+    for floor in content["floors"]["image_sets"]:
+        told = [f"{title} {number(of)}" for title, value in columns if (of := value(floor)) is not None]
+        floors.append(f"{floor['num_images']} {_floor_images(floor)} against the reference: {', '.join(told)}")
+    return Table(
+        "Sets of images", ["images", "number", *(title for title, _ in columns)], lines, _listed_floors(floors)
+    )
 
 
 # -- floors -----------------------------------------------------------------------------------------------------------

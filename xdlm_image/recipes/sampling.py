@@ -187,6 +187,8 @@ class EvaluateRecipe:
         compile: Draw through torch.compile; the first cell takes half a minute to a minute longer, and on a CPU a C++
             compiler is needed. Images of a seed then differ in rounding.
         batch_size: Images drawn at once.
+        images_dir: Also write every drawn image there, as CELL/CLASS/IIIIIII.png, so that a folder CELL can be given to
+            `images`; None writes none.
         device: torch device; None picks the best there is.
     """
 
@@ -209,6 +211,7 @@ class EvaluateRecipe:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     compile: bool = False
     batch_size: int = 250
+    images_dir: str | None = None
     device: str | None = None
 
     def __post_init__(self) -> None:
@@ -219,6 +222,7 @@ class EvaluateRecipe:
             "name at least one, as NAME: FOLDER, or sets of images with images",
         )
         both = sorted(set(self.pipelines) & set(self.images))
+        require(self.images_dir is None or len(self.pipelines) > 0, "images_dir", self.images_dir, "needs pipelines")
         require(not both, "images", self.images, f"the name {both and both[0]!r} stands for a pipeline too")
         axes: dict[str, Sequence[Any]] = {
             "num_steps": self.num_steps,
