@@ -1,4 +1,4 @@
-"""Pairs of codes, seeds, drawing, and sweeps end to end on tiny pipelines."""
+"""Pairs of codes, and sweeps end to end on tiny pipelines."""
 
 import copy
 import dataclasses
@@ -7,31 +7,27 @@ import math
 import re
 import shutil
 import warnings
-from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from evaluation_parts import CLASSES, NUM_CODES, build_parts, one_thread, save_pipeline  # noqa: F401
-from PIL import Image
 
 from xdlm_image.data.images import normalise, open_images
 from xdlm_image.evaluation import drawing, references, sweep
 from xdlm_image.evaluation.batches import Uint8Images, real_batches, reconstructed_batches
 from xdlm_image.evaluation.code_pairs import PairFrequencies
-from xdlm_image.evaluation.drawing import DrawnBatches, SamplerSettings, decode, draw_all, draw_codes, open_pipeline
-from xdlm_image.evaluation.drawn_codes import DrawnCodes
+from xdlm_image.evaluation.drawing import SamplerSettings, decode, draw_codes, open_pipeline
 from xdlm_image.evaluation.extractor import load_extractor
 from xdlm_image.evaluation.feature_metrics import coverage, kid_of_classes, precision_recall, unbiased_mmd
 from xdlm_image.evaluation.fid import fid_of_images
 from xdlm_image.evaluation.measuring import cached_measure
 from xdlm_image.evaluation.report import markdown
-from xdlm_image.evaluation.seeds import MAX_IMAGES, MAX_SEED, image_generators, image_seed
+from xdlm_image.evaluation.seeds import image_generators
 from xdlm_image.evaluation.sweep import evaluate
-from xdlm_image.evaluation.tables import mean_and_spread, number
+from xdlm_image.evaluation.tables import mean_and_spread
 from xdlm_image.schedulers import XDLMScheduler
-from xdlm_image.tokenizer.codes import decode_codes, encode_images
+from xdlm_image.tokenizer.codes import encode_images
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*images are few for the.*:UserWarning")
 
@@ -85,78 +81,6 @@ def test_total_variation_sees_pairs_that_do_not_go_together(num_codes, tmp_path)
         PairFrequencies.load(tmp_path / "pairs.safetensors", 5)
     with pytest.raises(ValueError, match=rf"must lie in \[0, {num_codes}\)"):
         a.update(torch.full((1, 2, 2), num_codes))
-
-
-# ---------------------------------------------------------------------------------------------- seeds, drawing
-
-
-def test_every_image_of_every_seed_has_its_own_random_numbers():
-    seeds = {image_seed(s, i) for s in (0, 1, 2, MAX_SEED - 1) for i in (*range(3000), MAX_IMAGES - 1)}
-    assert len(seeds) == 4 * 3001 and all(0 <= seed < 2**32 for seed in seeds)
-    assert image_seed(0, 0) == 0 and image_seed(0, 1) == 0x514E28B7  # MurmurHash3's fmix32
-    first, second = (torch.rand(4, generator=image_generators(s, [7])[0]) for s in (0, 1))
-    assert not torch.equal(first, second)  # seed * 2**32 + index would make them equal
-    for seed, index, word in ((MAX_SEED, 0, "seed="), (-1, 0, "seed="), (0, MAX_IMAGES, "index"), (0, -1, "index")):
-        with pytest.raises(ValueError, match=word):
-            image_seed(seed, index)
-
-
-def test_drawn_images_do_not_depend_on_the_batch_and_are_those_of_the_user(parts):
-    pipeline = open_pipeline(parts.pipelines["xdlm-0.1"], torch.device("cpu"))
-    labels, settings = [0, 1, 2, 0, 1, 2], SamplerSettings(num_steps=3, guidance_scale=2.0)
-    assert settings.nfe == 6 and SamplerSettings(3).nfe == 3
-
-    def codes(indices):
-        return pipeline(
-            [labels[i] for i in indices],
-            num_steps=3,
-            guidance_scale=2.0,
-            generator=image_generators(4, indices),
-            output_type="latent",
-        ).images
-
-    together = codes(range(6))
-    assert torch.equal(together, torch.cat([codes([i]) for i in range(6)]))
-    assert len({tuple(image.flatten().tolist()) for image in together}) == 6
-    images = draw_all(pipeline, labels, 4, settings, batch_size=4)
-    assert images.dtype == torch.uint8 and images.shape == (6, 3, 16, 16)
-    # the rule is round to nearest: against the decoder's own output ...
-    decoded = decode_codes(pipeline.vqvae, together).double()
-    exact = (decoded + 1) * 127.5
-    assert (images - exact.clamp(0, 255)).abs().max() <= 0.5 + 1e-3
-    # ... and against the picture a user gets
-    user = pipeline(
-        labels, num_steps=3, guidance_scale=2.0, generator=image_generators(4, range(6)), output_type="pil"
-    ).images
-    theirs = torch.stack([torch.from_numpy(np.array(picture)).permute(2, 0, 1) for picture in user])
-    assert (theirs.int() - images.int()).abs().max() <= 1  # a value on the edge may fall to either side
-    assert (theirs == images).float().mean() > 0.999
-
-
-@pytest.mark.parametrize("has_codes", [True, False])
-@pytest.mark.parametrize("batch_size", [250, 20, 6])
-def test_speed_is_of_a_usual_image_whatever_the_batch(batch_size, has_codes, tmp_path, monkeypatch):
-    """20 images on a clock by which drawing one takes 1/4 s and decoding it as long; the first batch a minute more."""
-    now = [0.0]
-
-    def spend(number: int, shape: tuple[int, ...], seconds: float, pause: float = 0.0) -> torch.Tensor:
-        now[0] += number * seconds + pause
-        return torch.zeros(number, *shape, dtype=torch.int64)
-
-    def pause() -> float:
-        return 60.0 if batch_size == 6 and now[0] == 0 else 0.0
-
-    monkeypatch.setattr(drawing, "time", SimpleNamespace(perf_counter=lambda: now[0]))
-    monkeypatch.setattr(drawing, "draw_codes", lambda _, labels, *rest: spend(len(labels), (2, 3), 0.25, pause()))
-    monkeypatch.setattr(drawing, "decode", lambda _, codes: spend(len(codes), (1, 4, 4), 0.25))
-    monkeypatch.setattr(drawing, "draw_images", lambda _, labels, *rest: spend(len(labels), (1, 4, 4), 0.5, pause()))
-    store = DrawnCodes(tmp_path / "codes", {}, 20, (2, 3), 24) if has_codes else None
-    cpu, extra = torch.device("cpu"), 60.0 if batch_size == 6 else 0.0
-    for start in range(2 if has_codes else 1):
-        batches = DrawnBatches(None, 20, 5, 0, SamplerSettings(2), batch_size, store)
-        assert sum(len(batch.images) for batch in batches) == 20
-        assert batches.images_per_second(cpu) == pytest.approx(2.0)
-        assert batches.seconds(cpu) == pytest.approx(10.0 + extra), start
 
 
 # ---------------------------------------------------------------------------------------------- the sweep
@@ -313,36 +237,6 @@ def test_cells_of_another_protocol_are_not_taken_for_this_one(parts, finished, t
     assert after == pytest.approx(before["fid"], rel=1e-6)
 
 
-def test_images_that_were_written_anew_are_measured_anew(parts, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(sweep, "_pictures", lambda *args: None)
-    root = tmp_path / "images"
-    shutil.copytree(parts.data.root, root)
-
-    def rewrite(flip: bool) -> None:
-        for file in (root / "val").rglob("*.png"):
-            with Image.open(file) as picture:
-                pixels = np.array(picture)
-            Image.fromarray(255 - pixels if flip else pixels).save(file, format="BMP")  # always as large
-
-    def fids() -> list[dict[str, float]]:
-        content = json.loads(evaluate(recipe).read_text())
-        return [found["fid"] for found in (*content["cells"], *content["image_sets"])]
-
-    data = dataclasses.replace(parts.data, root=str(root))
-    pipelines, images = {"mdlm": parts.pipelines["mdlm"]}, {"val": str(root / "val")}
-    recipe = parts.recipe(tmp_path / "out", data=data, pipelines=pipelines, images=images, num_steps=[1], seeds=[0])
-    rewrite(flip=False)
-    before, fingerprint = fids(), open_images(data, "test").fingerprint
-    assert before[1]["pooled"] == pytest.approx(0, abs=1e-3)  # the reference against itself
-    capfd.readouterr()
-    assert fids() == before and "since" not in "".join(capfd.readouterr())
-    rewrite(flip=True)
-    assert open_images(data, "test").fingerprint == fingerprint  # which does not see it
-    after = fids()
-    assert after[0] != before[0] and after[1]["pooled"] == pytest.approx(0, abs=1e-3)
-    assert "were written since these statistics were computed; computing them again" in "".join(capfd.readouterr())
-
-
 def test_metrics_that_are_not_wanted_are_left_out_and_the_rest_is_the_same(parts, finished, tmp_path):
     shutil.copytree(finished, tmp_path / "sweep")
     recipe = parts.recipe(tmp_path / "sweep", pipelines={"mdlm": parts.pipelines["mdlm"]}, num_steps=[3], seeds=[0])
@@ -401,82 +295,6 @@ def test_a_sweep_over_settings_has_a_row_for_each(parts, finished, tmp_path, mon
         parts.recipe(tmp_path, temperature=[1.0, 0.0])
     with pytest.raises(ValueError, match="guidance_scale=.*each only once"):
         parts.recipe(tmp_path, guidance_scale=[1.0, 1.0])
-
-
-def test_images_on_disk_are_judged_as_the_pipeline_that_drew_them(parts, finished, tmp_path):
-    cell = next(c for c in _numbers(finished) if (c["pipeline"], c["num_steps"], c["seed"]) == ("mdlm", 3, 1))
-    folder = next((finished / "codes").glob("mdlm-steps3-seed1-*"))
-    codes = np.memmap(folder / "codes.bin", "<u2", "r").reshape(-1, 4, 4)[:18].astype(np.int64)
-    pixels = decode(open_pipeline(parts.pipelines["mdlm"], torch.device("cpu")), torch.from_numpy(codes))
-    pixels = pixels.permute(0, 2, 3, 1).numpy()
-    for i, image in enumerate(pixels):
-        place = tmp_path / "drawn" / CLASSES[i % 3]
-        place.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).save(place / f"{i:02d}.png")
-    np.savez(tmp_path / "drawn.npz", pixels, np.arange(18) % 3)
-    np.savez(tmp_path / "bare.npz", pixels)
-    images = {
-        name: str(tmp_path / file) for name, file in (("png", "drawn"), ("npz", "drawn.npz"), ("bare", "bare.npz"))
-    }
-    recipe = parts.recipe(tmp_path / "out", pipelines={}, images=images)
-    content = json.loads(evaluate(recipe).read_text())
-    found = {result["name"]: result for result in content["image_sets"]}
-    for name in images:
-        assert found[name]["num_images"] == 18 and found[name]["fid"] == pytest.approx(cell["fid"], rel=1e-6)
-        for metric in ("precision", "recall", "coverage"):
-            assert found[name][metric] == cell[metric]
-    for name in ("png", "npz"):
-        assert found[name]["class_accuracy"] == cell["class_accuracy"]
-        assert found[name]["kid_of_classes"] == pytest.approx(cell["kid_of_classes"], rel=1e-3)
-    assert found["bare"]["class_accuracy"] is None and found["bare"]["kid_of_classes"] == {}
-    assert content["cells"] == [] and not (tmp_path / "out" / "fid.png").exists()
-    page = (tmp_path / "out" / "fid.md").read_text()
-    assert re.search(r"\| npz \| 18 \| \d+\.\d+ \|", page) and "3 steps" not in page
-    floor = content["floors"]["train_against_reference"]
-    told = "Floors: 18 training images against the reference: FID"
-    assert f"{told} `pooled` {number(floor['fid']['pooled'])}, FID `spatial`" in page
-    assert f"class accuracy (%) {number(100 * floor['class_accuracy'])}." in page
-    again = json.loads(evaluate(dataclasses.replace(recipe, images={"other": images["png"]})).read_text())
-    assert again["image_sets"][0]["fid"] == found["png"]["fid"]
-    with pytest.raises(ValueError, match="images=.*the name 'mdlm' stands for a pipeline too"):
-        parts.recipe(tmp_path, images={"mdlm": "a"})
-
-
-def test_drawn_images_are_written_where_it_is_asked_for(parts, finished, tmp_path, monkeypatch):
-    monkeypatch.setattr(sweep, "_pictures", lambda *args: None)
-    recipe = parts.recipe(tmp_path / "out", pipelines={"mdlm": parts.pipelines["mdlm"]}, num_steps=[3], seeds=[1])
-    evaluate(recipe)
-    asking = dataclasses.replace(recipe, images_dir=str(tmp_path / "images"))
-    folder = tmp_path / "images" / "mdlm-steps3-seed1"
-
-    def written() -> list[str]:
-        return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.png"))
-
-    with monkeypatch.context() as patch:  # codes are stored, so that a finished cell is only decoded
-        patch.setattr(drawing, "draw_codes", None)
-        evaluate(asking)
-        everything = sorted(f"{CLASSES[i % 3]}/{i:07d}.png" for i in range(18))
-        assert written() == everything
-        for lose in (Path.unlink, lambda path: path.rename(folder / "ant" / "0000021.png")):  # as of a larger set
-            lose(folder / "ant" / "0000003.png")
-            evaluate(asking)
-            assert written() == everything
-        patch.setattr(sweep, "measure", None)
-        evaluate(asking)  # nothing is missing
-    cell = _numbers(tmp_path / "out")[0]
-    assert cell == next(c for c in _numbers(finished) if (c["pipeline"], c["num_steps"], c["seed"]) == ("mdlm", 3, 1))
-    judged = parts.recipe(tmp_path / "judged", pipelines={}, images={"x": str(folder)})
-    (found,) = json.loads(evaluate(judged).read_text())["image_sets"]
-    assert found["fid"] == pytest.approx(cell["fid"], rel=1e-9, abs=1e-9) and found["num_images"] == 18
-    for name in ("kid", "kid_of_classes", "precision", "recall", "coverage", "class_accuracy"):
-        assert found[name] == cell[name], name
-    pixels = {path: path.read_bytes() for path in folder.rglob("*.png")}
-    evaluate(dataclasses.replace(asking, pipelines={"mdlm": parts.pipelines["xdlm-0.1"]}))  # others under this name
-    assert written() == everything and sum(path.read_bytes() == old for path, old in pixels.items()) == 0
-    evaluate(asking)
-    assert all(path.read_bytes() == old for path, old in pixels.items())
-    with pytest.raises(ValueError, match="images_dir='a': needs pipelines"):
-        parts.recipe(tmp_path, pipelines={}, images={"x": "b"}, images_dir="a")
 
 
 def test_a_network_in_bfloat16_draws_almost_the_same_and_is_told_of(parts, finished, tmp_path, monkeypatch):

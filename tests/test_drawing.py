@@ -1,0 +1,83 @@
+"""Which random numbers an image is drawn from, what a user would get, and how fast it was."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from evaluation_parts import one_thread, save_pipeline  # noqa: F401
+
+from xdlm_image.evaluation import drawing
+from xdlm_image.evaluation.drawing import DrawnBatches, SamplerSettings, draw_all, open_pipeline
+from xdlm_image.evaluation.drawn_codes import DrawnCodes
+from xdlm_image.evaluation.seeds import MAX_IMAGES, MAX_SEED, image_generators, image_seed
+from xdlm_image.tokenizer.codes import decode_codes
+
+
+def test_every_image_of_every_seed_has_its_own_random_numbers():
+    seeds = {image_seed(s, i) for s in (0, 1, 2, MAX_SEED - 1) for i in (*range(3000), MAX_IMAGES - 1)}
+    assert len(seeds) == 4 * 3001 and all(0 <= seed < 2**32 for seed in seeds)
+    assert image_seed(0, 0) == 0 and image_seed(0, 1) == 0x514E28B7  # MurmurHash3's fmix32
+    first, second = (torch.rand(4, generator=image_generators(s, [7])[0]) for s in (0, 1))
+    assert not torch.equal(first, second)  # seed * 2**32 + index would make them equal
+    for seed, index, word in ((MAX_SEED, 0, "seed="), (-1, 0, "seed="), (0, MAX_IMAGES, "index"), (0, -1, "index")):
+        with pytest.raises(ValueError, match=word):
+            image_seed(seed, index)
+
+
+def test_drawn_images_do_not_depend_on_the_batch_and_are_those_of_the_user(tmp_path):
+    pipeline = open_pipeline(save_pipeline(tmp_path, k=0.1, seed=2), torch.device("cpu"))
+    labels, settings = [0, 1, 2, 0, 1, 2], SamplerSettings(num_steps=3, guidance_scale=2.0)
+    assert settings.nfe == 6 and SamplerSettings(3).nfe == 3
+
+    def codes(indices):
+        return pipeline(
+            [labels[i] for i in indices],
+            num_steps=3,
+            guidance_scale=2.0,
+            generator=image_generators(4, indices),
+            output_type="latent",
+        ).images
+
+    together = codes(range(6))
+    assert torch.equal(together, torch.cat([codes([i]) for i in range(6)]))
+    assert len({tuple(image.flatten().tolist()) for image in together}) == 6
+    images = draw_all(pipeline, labels, 4, settings, batch_size=4)
+    assert images.dtype == torch.uint8 and images.shape == (6, 3, 16, 16)
+    # the rule is round to nearest: against the decoder's own output ...
+    decoded = decode_codes(pipeline.vqvae, together).double()
+    exact = (decoded + 1) * 127.5
+    assert (images - exact.clamp(0, 255)).abs().max() <= 0.5 + 1e-3
+    # ... and against the picture a user gets
+    user = pipeline(
+        labels, num_steps=3, guidance_scale=2.0, generator=image_generators(4, range(6)), output_type="pil"
+    ).images
+    theirs = torch.stack([torch.from_numpy(np.array(picture)).permute(2, 0, 1) for picture in user])
+    assert (theirs.int() - images.int()).abs().max() <= 1  # a value on the edge may fall to either side
+    assert (theirs == images).float().mean() > 0.999
+
+
+@pytest.mark.parametrize("has_codes", [True, False])
+@pytest.mark.parametrize("batch_size", [250, 20, 6])
+def test_speed_is_of_a_usual_image_whatever_the_batch(batch_size, has_codes, tmp_path, monkeypatch):
+    """20 images on a clock by which drawing one takes 1/4 s and decoding it as long; the first batch a minute more."""
+    now = [0.0]
+
+    def spend(number: int, shape: tuple[int, ...], seconds: float, pause: float = 0.0) -> torch.Tensor:
+        now[0] += number * seconds + pause
+        return torch.zeros(number, *shape, dtype=torch.int64)
+
+    def pause() -> float:
+        return 60.0 if batch_size == 6 and now[0] == 0 else 0.0
+
+    monkeypatch.setattr(drawing, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(drawing, "draw_codes", lambda _, labels, *rest: spend(len(labels), (2, 3), 0.25, pause()))
+    monkeypatch.setattr(drawing, "decode", lambda _, codes: spend(len(codes), (1, 4, 4), 0.25))
+    monkeypatch.setattr(drawing, "draw_images", lambda _, labels, *rest: spend(len(labels), (1, 4, 4), 0.5, pause()))
+    store = DrawnCodes(tmp_path / "codes", {}, 20, (2, 3), 24) if has_codes else None
+    cpu, extra = torch.device("cpu"), 60.0 if batch_size == 6 else 0.0
+    for start in range(2 if has_codes else 1):
+        batches = DrawnBatches(None, 20, 5, 0, SamplerSettings(2), batch_size, store)
+        assert sum(len(batch.images) for batch in batches) == 20
+        assert batches.images_per_second(cpu) == pytest.approx(2.0)
+        assert batches.seconds(cpu) == pytest.approx(10.0 + extra), start
