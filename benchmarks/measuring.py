@@ -4,6 +4,7 @@ import argparse
 import ctypes
 import gc
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -69,7 +70,8 @@ def machine(arguments: argparse.Namespace) -> dict[str, Any]:
 def measure(
     candidates: dict[str, Callable[[], Any]], device: str, repeats: int, unit: int
 ) -> dict[str, dict[str, float]]:
-    """Run the candidates in turns: once to warm up and for memory, then `repeats` times.
+    """Run the candidates in turns: once to warm up and for memory, then `repeats` times, each time in another order
+    (who comes after one that gives much memory back takes longer).
 
     Returns:
         For each: `seconds` (median), `low`, `high`, `processor_seconds` (median, this process, all threads: what other
@@ -81,8 +83,9 @@ def measure(
     for name, candidate in candidates.items():
         candidate()
         memory[name] = peak_bytes(candidate, on_gpu) / unit
+    order = random.Random(0)
     for _ in range(repeats):
-        for name, candidate in candidates.items():
+        for name, candidate in order.sample(list(candidates.items()), len(candidates)):
             began = time.perf_counter(), time.process_time()
             candidate()
             if on_gpu:

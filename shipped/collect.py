@@ -41,6 +41,7 @@ def collect_evaluation(runs: Path, models: Path) -> None:
     """Numbers, tables, plots and grids."""
     pictures = [file.name for file in sorted((runs / "evaluation").glob("*.png"))]
     copy(runs / "evaluation", models / "evaluation", ("fid.json", "fid.csv", "fid.md", "report.html", *pictures))
+    copy(runs / "nelbo", models / "evaluation", ("nelbo.json", "nelbo.csv", "nelbo.md", "nelbo.png"))
     copy(runs / "independent", models / "training" / "independent", ("config.json", "report.json"))
 
 

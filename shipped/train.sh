@@ -21,6 +21,7 @@ case "$size" in
         train=(--max_steps 2500 --optimizer muon --mixed_precision bf16 --compile true
             --attention_backend _native_math)
         rate=([mdlm]=8e-3 [xdlm-0.1]=8e-3 [xdlm-0.5]=8e-3 [udlm]=8e-3)
+        nelbo=(--num_images 3000)
         evaluate=(--num_samples 5000 --seeds '[0, 1, 2]' --dtype bfloat16 --compile true)
         at_once=2
         export OMP_NUM_THREADS=1 # one core a training, and two processes where images are drawn
@@ -34,6 +35,7 @@ case "$size" in
             --max_steps 40000 --optimizer muon --mixed_precision bf16 --compile true --validate_every 2000 --sample_every 5000
             --checkpoint_every 2000)
         rate=([mdlm]=1e-3 [xdlm-0.1]=1e-3 [xdlm-0.5]=1e-3 [udlm]=1e-3)
+        nelbo=()
         evaluate=(--num_samples 5000 --seeds '[0, 1, 2]' --batch_size 1000)
         at_once=4
         ;;
@@ -42,6 +44,7 @@ case "$size" in
         tokenizer=(--max_steps 20 --plain_steps 5 --warmup_steps 5)
         train=(--max_steps 4 --optimizer muon --warmup_steps 2 --batch_size 16 --validation_samples 32 --sample_every 0)
         rate=([mdlm]=2e-3 [xdlm-0.1]=2e-3 [xdlm-0.5]=2e-3 [udlm]=2e-3)
+        nelbo=(--num_images 80 --num_times 1)
         evaluate=(--num_samples 20 --seeds '[0]' --num_steps '[1, 2]')
         at_once=1
         ;;
@@ -79,7 +82,12 @@ xdlm-image reference --data.name fashion-mnist --extractor "$models/extractor" -
 
 pipelines="{mdlm: $models/pipelines/mdlm, xdlm-0.1: $models/pipelines/xdlm-0.1, \
 xdlm-0.5: $models/pipelines/xdlm-0.5, udlm: $models/pipelines/udlm}"
+# How well they foretell held-out codes: those of the collected tokenizer, whose float16 weights round otherwise.
+xdlm-image encode --config fashion_mnist/encode --tokenizer "$models/pipelines/mdlm/vqvae" --splits '[test]' \
+    --output_dir "$runs/codes_of_models"
+xdlm-image nelbo --pipelines "$pipelines" --codes "$runs/codes_of_models/test" --output_dir "$runs/nelbo" "${nelbo[@]}"
 "${drawing[@]}" evaluate --pipelines "$pipelines" --data.name fashion-mnist --extractor "$models/extractor" \
-    --classifier "$runs/independent" --output_dir "$runs/evaluation" "${evaluate[@]}"
+    --classifier "$runs/independent" --nelbo "$runs/nelbo/nelbo.json" --output_dir "$runs/evaluation" \
+    "${evaluate[@]}"
 python shipped/collect.py "$runs" "$models" --evaluation
 echo "xdlm-image demo --models $models"

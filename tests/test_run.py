@@ -63,6 +63,8 @@ def test_the_whole_path_in_small(tmp_path):
     }  # fmt: skip
     judge = content["protocol"]["extractor"]["classifier"]["weights_sha256"]
     assert judge != content["protocol"]["extractor"]["weights_sha256"]
+    for name in ("fid_nelbo.png", "nelbo.json", "nelbo.md"):
+        assert (models / "evaluation" / name).stat().st_size > 500
     for name in ("recipe.yaml", "metrics.jsonl"):
         assert (models / "training" / "xdlm-0.5" / name).stat().st_size > 100
     assert (models / "training" / "curves.png").stat().st_size > 1000

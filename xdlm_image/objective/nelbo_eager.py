@@ -20,14 +20,9 @@ def forward(logits: torch.Tensor, rows: Rows, process: XDLMProcess) -> tuple[tor
     columns, is_wrong = columns_of(rows, process)
     picked = torch.empty(len(logits), 2, dtype=rows.c.dtype, device=logits.device)  # exp(logit - top) at the columns
     top, rest, norm, log_terms, damped = torch.empty(5, len(logits), dtype=rows.c.dtype, device=logits.device)
-    # L(c p) as the log of the rounded 1 + c p errs by V 2^-24 / (beta c) = 2^-24 k / alpha of the loss at most
-    rounded = rows.alpha >= process.k / 16
-    all_rounded = bool(rounded.all())
     step, e, d = _workspace(logits, rows.c.dtype)
-    per_row = (columns, is_wrong, rows.c, rounded, picked, top, rest, norm, log_terms, damped)
-    for block, at, wrong, c, is_rounded, e_at, tops, rests, norms, logs, damps in zip(
-        *(v.split(step) for v in (logits, *per_row))
-    ):
+    per_row = (columns, is_wrong, rows.c, picked, top, rest, norm, log_terms, damped)
+    for block, at, wrong, c, e_at, tops, rests, norms, logs, damps in zip(*(v.split(step) for v in (logits, *per_row))):
         e, d = e[: len(block)], d[: len(block)]
         scores = block if block.dtype == d.dtype else d.copy_(block)
         _top(scores, process.excluded_column, out=tops)
@@ -38,13 +33,16 @@ def forward(logits: torch.Tensor, rows: Rows, process: XDLMProcess) -> tuple[tor
         torch.sum(e_at, 1, out=norms).add_(rests)
         if process.k > 0.0:
             torch.mul(e, (c / norms)[:, None], out=d)  # c p_j
-            exact = None if all_rounded else (~is_rounded).nonzero()[:, 0]  # few rows, if any
-            exact_logs = None if exact is None else d[exact].log1p_().sum(1)
             torch.sum(e.div_(d.add_(1.0)), 1, out=damps)
             torch.sum(d.log_(), 1, out=logs)
-            if exact is not None:
-                logs[exact] = exact_logs
-    if process.k == 0.0:
+    if process.k > 0.0:
+        # L(c p) as the log of the rounded 1 + c p errs by V 2^-24 / (beta c) = 2^-24 k / alpha of the loss at most
+        for exact in (rows.alpha < process.k / 16).nonzero()[:, 0].split(step):  # few rows, if any
+            e = torch.empty(len(exact), logits.shape[1], dtype=top.dtype, device=logits.device)
+            _exp(logits[exact].to(top.dtype), top[exact, None], process.excluded_column, out=e)
+            e.scatter_(1, columns[exact], 0.0).mul_((rows.c / norm)[exact, None])
+            log_terms[exact] = e.log1p_().sum(1)
+    else:
         log_terms = logits.gather(1, columns[:, :1])[:, 0].to(top.dtype) - top - norm.log()  # log p_x
     p_x, p_z = (picked / norm[:, None]).unbind(1)
     return loss_and_scalars(RowSums(top, norm, p_x, p_z, rest / norm, log_terms, damped / norm), rows, process)
@@ -70,10 +68,8 @@ def backward(
     """
     step, e, d = _workspace(logits, rows.c.dtype)
     one = 1.0 / rows.c.clamp(min=1.0)  # numerator and denominator by c, where it is large: kappa_1 c overflows
-    per_row = (
-        scalars.top, one, rows.c * one * scalars.inverse_norm, scalars.kappa * one, scalars.kappa_1,
-        scalars.g * grad_loss * scalars.inverse_norm,
-    )  # fmt: skip
+    g = scalars.g * grad_loss * scalars.inverse_norm
+    per_row = (scalars.top, one, rows.c * one * scalars.inverse_norm, scalars.kappa * one * g, scalars.kappa_1 * g, g)
     wide = (v[:, None] for v in per_row)
     for block, out_rows, top, one, c, kappa, kappa_1, g in zip(*(v.split(step) for v in (logits, out, *wide))):
         e, d = e[: len(block)], d[: len(block)]
@@ -84,7 +80,7 @@ def backward(
         else:
             torch.mul(e, c, out=d)  # c p_j, and so on
             torch.mul(d, kappa_1, out=grad).add_(kappa)
-            grad.div_(d.add_(one)).mul_(e).mul_(g)
+            grad.div_(d.add_(one)).mul_(e)
         if grad is not out_rows:
             out_rows.copy_(grad)
     write_grads_at(rows, scalars, grad_loss, process, out)
