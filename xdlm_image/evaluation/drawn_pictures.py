@@ -29,6 +29,9 @@ class DrawnPictures:
         key: JSON that decides the images.
         num_samples: Images of the set.
         class_names: By class id; the folders are called as `class_folders` says.
+
+    Raises:
+        ValueError: The folder holds images of another set, or of somebody else.
     """
 
     def __init__(self, folder: str | Path, key: dict[str, Any], num_samples: int, class_names: Sequence[str]) -> None:
@@ -36,15 +39,17 @@ class DrawnPictures:
         classes = class_folders(class_names)
         self.names = [f"{classes[i % len(classes)]}/{i:07d}.png" for i in range(num_samples)]
         self._about = json.loads(json.dumps({"key": key}))
+        if self._found() and not self._is_of_this_set():
+            raise ValueError(f"images_dir: {self.folder} holds other images than would be written; move it away")
 
     def is_whole(self) -> bool:
         """Whether the folder holds the images of this set, and no others."""
-        return self._is_of_this_set() and self._found() == set(self.names)
+        return self._found() == set(self.names)
 
     def keep(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """Pass batches on, each written first; every rank writes its own. Images of another set are removed."""
+        """Pass batches on, each written first; every rank writes its own. What a larger set had more is removed."""
         if rank_and_world()[0] == 0:
-            for name in self._found() - (set(self.names) if self._is_of_this_set() else set()):
+            for name in self._found() - set(self.names):
                 (self.folder / name).unlink()
             write_json(self.folder / "about.json", self._about)
         barrier()

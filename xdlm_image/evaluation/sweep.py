@@ -78,7 +78,7 @@ def evaluate(recipe: EvaluateRecipe) -> Path:
     if plan.shown is not None and recipe.feature_metrics:
         reference.images.kept = _features_of(plan.shown, plan, output)
     content: dict[str, Any] = {
-        "schema_version": 4,
+        "schema_version": 5,
         "metric": metric_name(plan.extractor),
         "warnings": plan.warnings,
         "protocol": protocol(plan, reference),

@@ -1,8 +1,8 @@
 """The XDLM objective for training: loss and gradient from a few scalars per token.
 
 Owns `xdlm_nelbo`, its place in autograd, and the choice between the passes over the logits: Triton kernels where they
-run, plain torch elsewhere. It reads the process and never an inference
-scheduler; nothing as wide as the vocabulary outlives a block of rows but the logits and their gradient.
+run, plain torch elsewhere. It reads the process and never an inference scheduler; nothing as wide as the vocabulary
+outlives a block of rows but the logits and their gradient.
 """
 
 from __future__ import annotations
