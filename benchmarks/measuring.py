@@ -3,6 +3,7 @@
 import argparse
 import ctypes
 import gc
+import os
 import platform
 import random
 import statistics
@@ -61,6 +62,7 @@ def machine(arguments: argparse.Namespace) -> dict[str, Any]:
         "machine": torch.cuda.get_device_name() if on_gpu else platform.machine(),
         "cpu_units": [unit for unit in ("avx2", "avx512_f", "avx512_bf16", "amx_bf16") if can.get(unit)],
         "threads": arguments.threads,
+        "huge_pages_for_all": os.environ.get("THP_MEM_ALLOC_ENABLE") == "1",
         **({"dtype": str(arguments.dtype)} if "dtype" in arguments else {}),
         "repeats": arguments.repeats,
         "versions": versions,

@@ -1,7 +1,8 @@
-"""Every way to read the logits gives the same loss and gradient: plain torch, and Triton's kernels (without a GPU, in
-Triton's interpreter, which is slow: cases are few and tiny)."""
+"""Every way to read the logits gives the same loss and gradient: plain torch, compiled C++, and Triton's kernels
+(without a GPU, in Triton's interpreter, which is slow: cases are few and tiny)."""
 
 import importlib.util
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,12 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from xdlm_image.objective import nelbo, nelbo_eager, reference_nelbo, xdlm_nelbo
+from xdlm_image.objective import nelbo, nelbo_cpu, nelbo_eager, reference_nelbo, xdlm_nelbo
 from xdlm_image.schedulers import XDLMProcess
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed here")
-backends = pytest.mark.parametrize("backend", ["eager", pytest.param("triton", marks=needs_triton)])
+needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler here")
+on_the_cpu = pytest.mark.skipif(DEVICE.type != "cpu", reason="the tensors of these tests are on the GPU")
+cpp = pytest.param("cpp", marks=[needs_compiler, on_the_cpu])
+backends = pytest.mark.parametrize("backend", ["eager", cpp, pytest.param("triton", marks=needs_triton)])
+on_cpu_backends = pytest.mark.parametrize("backend", ["eager", pytest.param("cpp", marks=needs_compiler)])
 
 
 @pytest.fixture(autouse=True)
@@ -169,18 +174,79 @@ def test_in_place_is_refused_where_it_would_destroy_something(backend: str) -> N
 
 def test_backends_are_chosen_by_device_and_refused_by_name() -> None:
     cpu = torch.device("cpu")
-    assert nelbo.passes_for(cpu, torch.float32, "auto") is nelbo_eager
+    for dtype in (torch.float64, torch.float16):
+        assert nelbo.passes_for(cpu, dtype, "auto") is nelbo_eager
     assert nelbo.passes_for(torch.device("cuda"), torch.float64, "auto") is nelbo_eager
-    with pytest.raises(ValueError, match="backend='cuda'.*auto, eager, triton"):
+    with pytest.raises(ValueError, match="backend='cuda'.*auto, eager, cpp, triton"):
         nelbo.passes_for(cpu, torch.float32, "cuda")
-    with pytest.raises(ValueError, match="float64"):
+    with pytest.raises(ValueError, match="backend='triton'.*float64"):
         nelbo.passes_for(cpu, torch.float64, "triton")
+    with pytest.raises(ValueError, match="backend='cpp'.*float16"):
+        nelbo.passes_for(cpu, torch.float16, "cpp")
+    with pytest.raises(ValueError, match="backend='cpp'.* on cuda"):
+        nelbo.passes_for(torch.device("cuda"), torch.float32, "cpp")
 
 
+@needs_compiler
+def test_a_cpu_takes_compiled_passes() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        assert nelbo.passes_for(torch.device("cpu"), dtype, "auto") is nelbo_cpu
+
+
+@pytest.mark.parametrize("compiler", ["no_such_compiler", "false"])
+def test_a_compiler_that_cannot_compile_is_told_and_done_without(compiler: str, monkeypatch) -> None:
+    monkeypatch.setenv("CXX", compiler)
+    monkeypatch.setattr(nelbo_cpu, "library", nelbo_cpu.library.__wrapped__)
+    with pytest.warns(UserWarning, match=f"{compiler}.*CXX.*plain torch"):
+        assert nelbo._fastest.__wrapped__("cpu", torch.float32) == "eager"
+    with pytest.raises((OSError, RuntimeError), match=compiler):
+        nelbo.passes_for(torch.device("cpu"), torch.float32, "cpp")
+
+
+# --- compiled C++ ---------------------------------------------------------------------------------
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("k", "definition"), [(0.0, "A"), (0.1, "B")])
+def test_rows_do_not_depend_on_threads_or_strides(k: float, definition: str, dtype: torch.dtype, monkeypatch) -> None:
+    torch.manual_seed(6)
+    process = process_of(k, 2500, definition)  # several of the chunks that sums are taken over
+    z, x = codes(process, 7)
+    padded = torch.randn(1, 7, process.logits_width + 5).to(dtype)
+    half = torch.full((1,), 0.5)
+    expected = loss_and_gradient(xdlm_nelbo, padded[..., :-5].contiguous(), z, x, process, half, half, backend="cpp")
+    monkeypatch.setattr(nelbo_cpu, "LEAST_ELEMENTS", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    leaf = padded.clone().requires_grad_()
+    loss = xdlm_nelbo(leaf[..., :-5], z, x, process, half, half, backend="cpp")
+    (loss * torch.arange(1, 8)).sum().backward()
+    assert torch.equal(loss.double(), expected[0]) and torch.equal(leaf.grad[..., :-5].double(), expected[1])
+    moved = padded * 1.0
+    moved.requires_grad_()
+    strided = (moved * 1.0)[..., :-5]
+    loss = xdlm_nelbo(strided, z, x, process, half, half, backend="cpp", in_place=True)
+    (loss * torch.arange(1, 8)).sum().backward()
+    assert torch.equal(moved.grad[..., :-5].double(), expected[1]) and not moved.grad[..., -5:].any()
+
+
+@needs_compiler
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_compiled_passes_hide_no_numbers_gone_wrong(bad: float) -> None:
+    process = process_of(0.1, 40, "A")
+    z, x = codes(process, 6)
+    logits = torch.randn(1, 6, 40)
+    logits[0, 3, 7] = bad
+    half = torch.full((1,), 0.5)
+    loss, gradient = loss_and_gradient(xdlm_nelbo, logits, z, x, process, half, half, backend="cpp")
+    assert loss.isnan()[0].tolist() == gradient.isnan().any(-1)[0].tolist() == [i == 3 for i in range(6)]
+
+
+@on_cpu_backends
 @pytest.mark.parametrize("logits_of", [torch.zeros, lambda *shape: 3.0 * torch.randn(*shape)], ids=["equal", "random"])
 @pytest.mark.parametrize(("k", "definition"), [(0.1, "B"), (1.0, "A"), (0.0, "A")])
 @pytest.mark.parametrize("width", [16387, 262144])
-def test_wide_rows_follow_float64(width: int, k: float, definition: str, logits_of, monkeypatch) -> None:
+def test_wide_rows_follow_float64(width: int, k: float, definition: str, logits_of, backend: str, monkeypatch) -> None:
     """Equal logits are the hard ones: what adds one by one then errs the same way each time."""
     monkeypatch.undo()
     torch.manual_seed(4)
@@ -191,7 +257,7 @@ def test_wide_rows_follow_float64(width: int, k: float, definition: str, logits_
     alpha = torch.tensor([[0.9, 0.3, 0.7, 0.0063, 0.05, 0.0063]], dtype=torch.float64)
     times = [value.float() for value in (alpha, 1 - alpha)]
     expected = loss_and_gradient(xdlm_nelbo, logits.double(), z, x, process, *(value.double() for value in times))
-    actual = loss_and_gradient(xdlm_nelbo, logits, z, x, process, *times)
+    actual = loss_and_gradient(xdlm_nelbo, logits, z, x, process, *times, backend=backend)
     assert ((actual[0] - expected[0]).abs() / expected[0].abs().clamp(min=1.0)).max() < 2e-6
     assert ((actual[1] - expected[1]).abs().amax(-1) <= 4e-6 * expected[1].abs().amax(-1)).all()
 
@@ -223,7 +289,7 @@ def test_a_triton_that_cannot_run_is_told_and_done_without(monkeypatch) -> None:
 
     monkeypatch.setattr(nelbo_triton, "self_check", fail)
     with pytest.warns(UserWarning, match="no C compiler"):
-        assert not nelbo._triton_runs.__wrapped__("cuda", torch.float32)
+        assert nelbo._fastest.__wrapped__("cuda", torch.float32) == "eager"
 
 
 @needs_triton

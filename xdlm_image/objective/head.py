@@ -99,9 +99,11 @@ class _XDLMHeadNelbo(torch.autograd.Function):
         with torch.autocast(features.device.type, enabled=False):
             matrix = weight.to(dtype)
             offset = None if bias is None else bias.to(dtype)
-            for block in _blocks(features, len(weight)):
+            blocks = _blocks(features, len(weight))
+            buffer = features.new_empty(blocks[0].stop if blocks else 0, len(weight), dtype=dtype)
+            for block in blocks:
                 h = features[block].to(dtype)  # (r, D)
-                logits = torch.nn.functional.linear(h, matrix, offset)  # (r, V)
+                logits = _project(h, matrix, offset, out=buffer[: len(h)])  # (r, V)
                 loss[block], scalars = passes.forward(logits, rows[block], process)
                 if not any(wanted):
                     continue
@@ -111,7 +113,10 @@ class _XDLMHeadNelbo(torch.autograd.Function):
                 if grad_weight is not None:
                     if dtype == torch.float16:  # its range ends at 65,504, and no scale is known yet
                         logits, h = logits.float(), h.float()
-                    grad_weight += logits.T @ h
+                    if logits.dtype == grad_weight.dtype:
+                        grad_weight.addmm_(logits.T, h)
+                    else:
+                        grad_weight += logits.T @ h
                 if grad_bias is not None:
                     grad_bias += logits.sum(0, dtype=grad_bias.dtype)
         ctx.save_for_backward(grad_features, grad_weight, grad_bias)
@@ -129,6 +134,11 @@ class _XDLMHeadNelbo(torch.autograd.Function):
             for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes)
         ]
         return *grads, None, None, None
+
+
+def _project(h: torch.Tensor, matrix: torch.Tensor, offset: torch.Tensor | None, out: torch.Tensor) -> torch.Tensor:
+    """linear(h, matrix, offset) into memory that is already there: a block's worth of new pages takes its time."""
+    return torch.mm(h, matrix.T, out=out) if offset is None else torch.addmm(offset, h, matrix.T, out=out)
 
 
 def _blocks(features: torch.Tensor, width: int) -> list[slice]:

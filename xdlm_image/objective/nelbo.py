@@ -1,8 +1,8 @@
 """The XDLM objective for training: loss and gradient from a few scalars per token.
 
-Owns `xdlm_nelbo`, its place in autograd, and the choice between the passes over the logits: Triton kernels where they
-run, plain torch elsewhere. It reads the process and never an inference scheduler; nothing as wide as the vocabulary
-outlives a block of rows but the logits and their gradient.
+Owns `xdlm_nelbo`, its place in autograd, and the choice between the passes over the logits: Triton kernels or compiled
+C++ where they run, plain torch elsewhere. It reads the process and never an inference scheduler; nothing as wide as the
+vocabulary outlives a block of rows but the logits and their gradient.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from ..schedulers import XDLMProcess
 from . import nelbo_eager
 from .row_scalars import Rows
 
-BACKENDS = ("auto", "eager", "triton")
+BACKENDS = ("auto", "eager", "cpp", "triton")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+CPP_DTYPES = (torch.float32, torch.bfloat16)
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -49,7 +50,8 @@ def xdlm_nelbo(
             them: read them before. Autograd refuses a second backward pass, and any other use of the logits that comes
             later than this one in the backward pass.
         backend: Who reads the logits: `"triton"` (float32 arithmetic on CUDA, or on the CPU under Triton's
-            interpreter), `"eager"` (plain torch, everywhere), or `"auto"`: Triton on CUDA where it works, else eager.
+            interpreter), `"cpp"` (the same on the CPU, not for float16; takes a C++ compiler), `"eager"` (plain torch,
+            everywhere), or `"auto"`: Triton on CUDA and C++ on the CPU where they work, else eager.
 
     Returns:
         (B, L), float32 (float64 for float64 logits), never below -5e-6. Finite for alpha and beta in [0, 1] and
@@ -121,28 +123,44 @@ def passes_for(device: torch.device, dtype: torch.dtype, backend: str) -> Any:
     """The module whose `forward` and `backward` pass over logits of this dtype on this device."""
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r}: must be one of {', '.join(BACKENDS)}")
-    if backend == "eager" or (backend == "auto" and not _triton_runs(device.type, dtype)):
+    if backend == "auto":
+        backend = _fastest(device.type, dtype)
+    if backend == "eager":
         return nelbo_eager
-    if dtype not in TRITON_DTYPES:
-        raise ValueError(f"backend='triton': computes in float32, the logits are {dtype}; use 'eager'")
+    dtypes, where = (CPP_DTYPES, ("cpu",)) if backend == "cpp" else (TRITON_DTYPES, ("cuda", "cpu"))
+    if dtype not in dtypes or device.type not in where:
+        raise ValueError(
+            f"backend={backend!r}: reads {', '.join(map(str, dtypes))} on {' or '.join(where)}, the logits are {dtype} "
+            f"on {device.type}; use 'eager'"
+        )
+    if backend == "cpp":
+        from . import nelbo_cpu
+
+        nelbo_cpu.library()
+        return nelbo_cpu
     from . import nelbo_triton
 
     return nelbo_triton
 
 
 @functools.cache
-def _triton_runs(device_type: str, dtype: torch.dtype) -> bool:
-    """Whether Triton's kernels work here; asked once, by running one."""
-    if device_type != "cuda" or dtype not in TRITON_DTYPES or importlib.util.find_spec("triton") is None:
-        return False
+def _fastest(device_type: str, dtype: torch.dtype) -> str:
+    """The backend for logits of this dtype on such a device; asked once, by trying it."""
     try:
-        from . import nelbo_triton
+        if device_type == "cpu" and dtype in CPP_DTYPES:
+            from . import nelbo_cpu
 
-        nelbo_triton.self_check(device_type, dtype)
-    except Exception as error:  # a missing compiler, an old GPU: whatever it is, the other passes do without
-        warnings.warn(f"Triton cannot run here ({error}); the objective takes its slower path in torch", stacklevel=2)
-        return False
-    return True
+            nelbo_cpu.library()
+            return "cpp"
+        if device_type == "cuda" and dtype in TRITON_DTYPES and importlib.util.find_spec("triton") is not None:
+            from . import nelbo_triton
+
+            nelbo_triton.self_check(device_type, dtype)
+            return "triton"
+    except Exception as error:  # a missing compiler, an old GPU: whatever it is, plain torch does without
+        what = "C++ (install a compiler, or name one in CXX)" if device_type == "cpu" else "Triton"
+        warnings.warn(f"{error}: the objective runs without {what}, slower, in plain torch", stacklevel=2)
+    return "eager"
 
 
 class _XDLMNelbo(torch.autograd.Function):

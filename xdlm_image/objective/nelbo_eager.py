@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from ..schedulers import XDLMProcess
-from .row_scalars import Rows, RowScalars, RowSums, columns_of, loss_and_scalars
+from .row_scalars import Rows, RowScalars, RowSums, columns_of, gradient_factors, loss_and_scalars
 
 BLOCK_ELEMENTS_CPU = 1 << 17  # logits a thread and block: two work buffers of 0.5 MiB, and the logits themselves
 BLOCK_ELEMENTS_DEVICE = 1 << 24
@@ -67,10 +67,7 @@ def backward(
         out: (R, V), the logits' dtype.
     """
     step, e, d = _workspace(logits, rows.c.dtype)
-    one = 1.0 / rows.c.clamp(min=1.0)  # numerator and denominator by c, where it is large: kappa_1 c overflows
-    g = scalars.g * grad_loss * scalars.inverse_norm
-    per_row = (scalars.top, one, rows.c * one * scalars.inverse_norm, scalars.kappa * one * g, scalars.kappa_1 * g, g)
-    wide = (v[:, None] for v in per_row)
+    wide = (value[:, None] for value in gradient_factors(rows, scalars, grad_loss))
     for block, out_rows, top, one, c, kappa, kappa_1, g in zip(*(v.split(step) for v in (logits, out, *wide))):
         e, d = e[: len(block)], d[: len(block)]
         _exp(block if block.dtype == d.dtype else d.copy_(block), top, process.excluded_column, out=e)
@@ -92,7 +89,8 @@ def write_grads_at(
     """Write the gradient where it follows other equations: at x, and at z where it is a wrong code."""
     columns, _ = columns_of(rows, process)
     grads_at = torch.stack([scalars.grad_x, scalars.grad_z], 1) * grad_loss[:, None]
-    out.scatter_(1, columns, grads_at.to(out.dtype))
+    places = torch.arange(len(out), device=out.device)[:, None]
+    out.index_put_((places, columns), grads_at.to(out.dtype))  # scatter_ of half precision on a CPU copies all of out
 
 
 def _workspace(logits: torch.Tensor, dtype: torch.dtype) -> tuple[int, torch.Tensor, torch.Tensor]:

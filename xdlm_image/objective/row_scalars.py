@@ -112,6 +112,17 @@ def loss_and_scalars(sums: RowSums, rows: Rows, process: XDLMProcess) -> tuple[t
     return loss, RowScalars(top, inverse_norm, g, kappa, kappa_1, grad_x, torch.where(is_wrong, grad_z, grad_x))
 
 
+def gradient_factors(rows: Rows, scalars: RowScalars, grad_loss: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """top, one, c', kappa', kappa_1' and g', each (R,), of the gradient in the columns other than x and z:
+
+    e (kappa' + kappa_1' c' e) / (one + c' e) with e = exp(logit - top); at k = 0 g' e. Numerator and denominator are
+    divided by c where it is large: kappa_1 c overflows.
+    """
+    one = 1.0 / rows.c.clamp(min=1.0)
+    g = scalars.g * grad_loss * scalars.inverse_norm
+    return scalars.top, one, rows.c * one * scalars.inverse_norm, scalars.kappa * one * g, scalars.kappa_1 * g, g
+
+
 def _log1p_minus_ratio(u: torch.Tensor) -> torch.Tensor:
     """L(u) - u/(1+u) = sum_{n>=2} (-1)^n (n-1)/n u^n, without cancellation at small u >= 0."""
     return _series_or(u, [(n - 1) / n * (-1) ** n for n in range(2, 12)], torch.log1p(u) - u / (1.0 + u))
