@@ -1,5 +1,7 @@
 """Projection and loss as one: the numbers of the two layers apart, without ever holding all logits."""
 
+import weakref
+
 import head_rank
 import pytest
 import torch
@@ -17,7 +19,8 @@ PROCESS = XDLMProcess(0.1, K)
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch) -> None:
-    monkeypatch.setattr(head, "BLOCK_ELEMENTS_CPU", 4 * K)  # 4 rows: 30 rows end in half a block
+    monkeypatch.setattr(head, "BLOCK_BYTES", 8 * 4 * K)  # 4 rows of float64: 30 rows end in half a block
+    monkeypatch.setattr(head, "SHARE_BYTES", 2 * 5 * D)  # 5 rows of a half's weight gradient
 
 
 def case(dtype: torch.dtype = torch.float64):
@@ -112,6 +115,45 @@ def test_no_tensor_is_larger_than_a_block_or_an_argument() -> None:
     with LargestTensor() as largest:
         gradients(xdlm_head_nelbo(*leaves, *rest).mean, leaves)
     assert largest.elements <= max(B * L * D, K * D, 4 * K) < B * L * K
+
+
+class LiveBytes(TorchDispatchMode):
+    """The most bytes that operations' results held at once; those in the memory of `known` tensors do not count."""
+
+    def __init__(self, *known: torch.Tensor) -> None:
+        super().__init__()
+        self.known = {value.untyped_storage().data_ptr() for value in known}
+        self.live: dict[int, list[int]] = {}  # address -> [tensors, bytes]
+        self.peak = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for value in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(value, torch.Tensor) and (address := value.untyped_storage().data_ptr()) not in self.known:
+                self.live.setdefault(address, [0, value.untyped_storage().nbytes()])[0] += 1
+                weakref.finalize(value, self.forget, address)
+        self.peak = max(self.peak, sum(size for _, size in self.live.values()))
+        return result
+
+    def forget(self, address: int) -> None:
+        self.live[address][0] -= 1
+        if not self.live[address][0]:
+            del self.live[address]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("width", [3000, 12000])
+def test_workspace_does_not_grow_with_the_vocabulary(width: int, dtype: torch.dtype, monkeypatch) -> None:
+    monkeypatch.setattr(head, "BLOCK_BYTES", 3 << 18)
+    monkeypatch.setattr(head, "SHARE_BYTES", 1 << 18)
+    process = XDLMProcess(0.1, width)
+    leaves = [torch.randn(*shape, dtype=dtype, requires_grad=True) for shape in ((1, 256, 64), (width, 64), (width,))]
+    x, half = torch.zeros(1, 256, dtype=torch.long), torch.full((1,), 0.5)
+    with LiveBytes(*leaves) as memory:
+        xdlm_head_nelbo(*leaves, torch.full_like(x, process.mask), x, process, half, half)
+    gradients = 256 * 64 * dtype.itemsize + 4 * (width * 64 + width)  # of features; of weights, in float32
+    few = 256 * 4 * 50 + 4 * width  # numbers a row, and what a block adds to the bias
+    assert memory.peak - gradients < (1 << 20) + few < memory.peak
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

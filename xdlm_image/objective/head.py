@@ -16,8 +16,8 @@ from ..schedulers import XDLMProcess
 from .nelbo import passes_for, rows_of
 from .row_scalars import Rows
 
-BLOCK_ELEMENTS_CPU = 1 << 23  # fewer rows, and the weight gradient would be added up too often
-BLOCK_ELEMENTS_DEVICE = 1 << 25  # enough rows for a GPU's products; 64 MiB of bfloat16
+BLOCK_BYTES = 24 << 20  # of logits; with fewer rows the weight gradient would be added up too often
+SHARE_BYTES = 8 << 20  # of what a block adds to the weight gradient, where it cannot be added on the spot
 
 
 class XDLMLossOutput(NamedTuple):
@@ -99,7 +99,7 @@ class _XDLMHeadNelbo(torch.autograd.Function):
         with torch.autocast(features.device.type, enabled=False):
             matrix = weight.to(dtype)
             offset = None if bias is None else bias.to(dtype)
-            blocks = _blocks(features, len(weight))
+            blocks = _blocks(features, len(weight), dtype)
             buffer = features.new_empty(blocks[0].stop if blocks else 0, len(weight), dtype=dtype)
             for block in blocks:
                 h = features[block].to(dtype)  # (r, D)
@@ -111,12 +111,7 @@ class _XDLMHeadNelbo(torch.autograd.Function):
                 if grad_features is not None:
                     torch.mm(logits, matrix, out=grad_features[block])
                 if grad_weight is not None:
-                    if dtype == torch.float16:  # its range ends at 65,504, and no scale is known yet
-                        logits, h = logits.float(), h.float()
-                    if logits.dtype == grad_weight.dtype:
-                        grad_weight.addmm_(logits.T, h)
-                    else:
-                        grad_weight += logits.T @ h
+                    _add_product(logits, h, to=grad_weight)
                 if grad_bias is not None:
                     grad_bias += logits.sum(0, dtype=grad_bias.dtype)
         ctx.save_for_backward(grad_features, grad_weight, grad_bias)
@@ -141,6 +136,19 @@ def _project(h: torch.Tensor, matrix: torch.Tensor, offset: torch.Tensor | None,
     return torch.mm(h, matrix.T, out=out) if offset is None else torch.addmm(offset, h, matrix.T, out=out)
 
 
-def _blocks(features: torch.Tensor, width: int) -> list[slice]:
-    step = max(1, (BLOCK_ELEMENTS_CPU if features.device.type == "cpu" else BLOCK_ELEMENTS_DEVICE) // width)
+def _add_product(grads: torch.Tensor, h: torch.Tensor, to: torch.Tensor) -> None:
+    """to += grads.T @ h for grads (r, V), h (r, D) and `to` (V, D), which may have the wider dtype."""
+    if grads.dtype == to.dtype:
+        to.addmm_(grads.T, h)
+        return
+    step = max(1, SHARE_BYTES // (h.shape[1] * h.element_size()))
+    for part, columns in zip(to.split(step), grads.split(step, 1)):
+        if grads.dtype == torch.float16:  # its range ends at 65,504, and no scale is known yet
+            part.addmm_(columns.float().T, h.float())
+        else:
+            part += columns.T @ h
+
+
+def _blocks(features: torch.Tensor, width: int, dtype: torch.dtype) -> list[slice]:
+    step = max(1, BLOCK_BYTES // (width * dtype.itemsize))
     return [slice(start, min(start + step, len(features))) for start in range(0, len(features), step)]
