@@ -88,7 +88,7 @@ class XDLMOrderedScheduler(XDLMScheduler):
         temperature: float,
         generator: Generators,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """u of the masks anew: u * w where one is lifted, so that its branch has the same law; 1 (stays) elsewhere."""
+        """As drawn for visible codes; a mask's u becomes 1 where it stays, and u w where it leaves, below w as always."""
         u, v = draw_uniforms(z.shape, generator, z.device)
         more, noise = draw_uniforms(z.shape, generator, z.device)
         if s == 0.0:  # all leave
@@ -98,13 +98,17 @@ class XDLMOrderedScheduler(XDLMScheduler):
         if self.config.unmasking == "halton":
             order = halton_order(_side(z), z.device).expand(shape)  # (B, L)
         else:
-            scores = self._scores(logits, is_mask, v, noise, s, temperature)
-            order = scores.reshape(shape).argsort(dim=1, descending=True, stable=True)
-        masks = is_mask.reshape(shape).gather(1, order)  # (B, L), in the order
-        limit = masks.sum(1, keepdim=True) * ends[1] - more.reshape(shape)[:, :1]  # n w - u_0
+            scores = self._scores(logits, is_mask, v, noise, s, temperature).reshape(shape)
+            order = scores.argsort(dim=1, descending=True, stable=True)
+        end_model, w, _ = ends
+        masks = is_mask.reshape(shape).gather(1, order)  # (B, L), in the order, visible codes in between
+        limit = masks.sum(1, keepdim=True) * w - more.reshape(shape)[:, :1]  # n w - u_0
         lifted = masks & (masks.cumsum(1) - 1 < limit)
         leaves = torch.empty_like(lifted).scatter_(1, order, lifted).reshape(z.shape)
-        return torch.where(is_mask, torch.where(leaves, u * ends[1], 1.0), u), v
+        u = torch.where(is_mask, torch.where(leaves, u * w, 1.0), u)
+        if w > end_model:  # the order may have looked at v, so uniform noise is drawn by what is left of u
+            v = torch.where(leaves & (u >= end_model), (u - end_model) / (w - end_model), v)
+        return u, v
 
     def _scores(
         self,
