@@ -88,7 +88,7 @@ class XDLMOrderedScheduler(XDLMScheduler):
         temperature: float,
         generator: Generators,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As drawn for visible codes; a mask's u becomes 1 where it stays, and u w where it leaves, below w as always."""
+        """As drawn for visible codes; a mask's u becomes 1 where it stays, u w where it leaves: below w, as always."""
         u, v = draw_uniforms(z.shape, generator, z.device)
         more, noise = draw_uniforms(z.shape, generator, z.device)
         if s == 0.0:  # all leave
