@@ -125,7 +125,7 @@ class XDLMOrderedScheduler(XDLMScheduler):
         if len(places):
             # two passes over these rows, as draw_rows gives the probability of a code that is known beforehand
             excluded = self.process.excluded_column
-            drawn, _ = draw_rows(flat, places, places, v_rows, temperature, excluded)
+            drawn, _ = draw_rows(flat, places, torch.zeros_like(places), v_rows, temperature, excluded)
             scores[is_mask] = draw_rows(flat, places, drawn, v_rows, temperature, excluded)[1].log()
         if self.choice_temperature > 0.0:
             scores -= self.choice_temperature * s * (-noise.log()).log()  # Gumbel: -log(-log(uniform))
