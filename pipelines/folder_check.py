@@ -14,7 +14,11 @@ from .travelling_code import VERSIONED
 
 CARD = "README.md"
 PICTURE = "samples.png"
-CLASSES = {"transformer": "XDLMTransformer2DModel", "scheduler": "XDLMScheduler", "vqvae": "VQModel"}
+CLASSES = {
+    "transformer": ("XDLMTransformer2DModel",),
+    "scheduler": ("XDLMScheduler", "XDLMOrderedScheduler"),
+    "vqvae": ("VQModel",),
+}
 
 
 def check_index(folder: str | Path, given: Collection[str], package: str) -> None:
@@ -38,7 +42,7 @@ def check_index(folder: str | Path, given: Collection[str], package: str) -> Non
         raise ValueError(f"{file} is damaged ({error}): save or download the pipeline anew") from error
     if not isinstance(index, dict):
         raise ValueError(f"{file} holds a {type(index).__name__}: save or download the pipeline anew")
-    for part, name in CLASSES.items():
+    for part, names in CLASSES.items():
         if part in given:
             continue
         value = index.get(part)
@@ -49,10 +53,10 @@ def check_index(folder: str | Path, given: Collection[str], package: str) -> Non
             known = isinstance(library, str) and (
                 library.split(".")[0] == package or VERSIONED.fullmatch(library) is not None
             )
-        if found != name or not known:
+        if found not in names or not known:
             home = "diffusers" if part == "vqvae" else package
             raise ValueError(
-                f"{file}: {part} is {str(value)[:80]}, must be {name} of {home}; "
+                f"{file}: {part} is {str(value)[:80]}, must be {' or '.join(names)} of {home}; "
                 f"nothing was imported. Pass your own as from_pretrained(..., {part}=...) if that is meant"
             )
 

@@ -32,7 +32,7 @@ class XDLMPipeline(SelfContainedPipeline):
 
     Args:
         transformer: `XDLMTransformer2DModel`, predicts clean codes from noisy ones.
-        scheduler: `XDLMScheduler`, owns the noise and the reverse step.
+        scheduler: `XDLMScheduler` or a subclass, owns the noise and the reverse step.
         vqvae: The VQ tokenizer whose codes the transformer learned.
         id2label: Class id -> name; a name may list synonyms, "goldfish, Carassius auratus". Saved with the
             pipeline.

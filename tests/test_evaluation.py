@@ -1,6 +1,7 @@
 """Pairs of codes, and sweeps end to end on tiny pipelines."""
 
 import copy
+import csv
 import dataclasses
 import json
 import math
@@ -26,7 +27,7 @@ from xdlm_image.evaluation.report import markdown
 from xdlm_image.evaluation.seeds import image_generators
 from xdlm_image.evaluation.sweep import evaluate
 from xdlm_image.evaluation.tables import mean_and_spread
-from xdlm_image.schedulers import XDLMScheduler
+from xdlm_image.schedulers import XDLMOrderedScheduler, XDLMScheduler
 from xdlm_image.tokenizer.codes import encode_images
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*images are few for the.*:UserWarning")
@@ -297,6 +298,75 @@ def test_a_sweep_over_settings_has_a_row_for_each(parts, finished, tmp_path, mon
         parts.recipe(tmp_path, guidance_scale=[1.0, 1.0])
 
 
+def test_samplers_are_an_axis_and_cells_from_before_it_stay_good(parts, finished, tmp_path, monkeypatch):
+    """The cells of `finished` lose what they know of samplers, as if they were measured before there were any."""
+    monkeypatch.setattr(sweep, "_pictures", lambda *args: None)
+    measured, original = [], sweep.measure
+
+    def notes(extractor, batches, *rest):
+        measured.append((batches.settings.sampler, batches.settings.num_steps))
+        return original(extractor, batches, *rest)
+
+    monkeypatch.setattr(sweep, "measure", notes)
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    for file in (tmp_path / "cells").iterdir():
+        content = json.loads(file.read_text())
+        assert "sampler" not in content["key"]
+        assert content["result"].pop("sampler") is None
+        file.write_text(json.dumps(content))
+    recipe = parts.recipe(tmp_path, pipelines={"xdlm-0.1": parts.pipelines["xdlm-0.1"]}, num_steps=[3], seeds=[0])
+    evaluate(recipe)
+    assert measured == [] and _numbers(tmp_path)[0]["sampler"] is None
+    assert list(_numbers(tmp_path)[0]) == list(_numbers(finished)[0])  # columns in their order, too
+    assert "time grid as saved, sampler as saved" in (tmp_path / "fid.md").read_text()
+
+    recipe = dataclasses.replace(recipe, sampler=["ancestral", "confidence", "halton"], time_grid="cosine")
+    for _ in range(2):  # the second time all cells are found again
+        evaluate(recipe)
+        assert measured == [("ancestral", 3), ("confidence", 3), ("halton", 3)]
+    content = json.loads((tmp_path / "fid.json").read_text())
+    assert content["schema_version"] == 6
+    assert content["protocol"]["sampler"]["sampler"] == ["ancestral", "confidence", "halton"]
+    cells = {cell["sampler"]: cell for cell in content["cells"]}
+    assert len({cell["fid"]["pooled"] for cell in cells.values()}) == 3 and {c["nfe"] for c in cells.values()} == {3}
+    with (tmp_path / "fid.csv").open() as file:
+        assert [line["sampler"] for line in csv.DictReader(file)] == list(cells)
+    page = (tmp_path / "fid.md").read_text()
+    for sampler in cells:
+        assert re.search(rf"\| xdlm-0.1, sampler {sampler} \| \d", page)
+    assert "time grid cosine, sampler ancestral, confidence, halton" in page
+    # the codes that the sweep kept are those of the pipeline with the scheduler exchanged by hand
+    pipeline = open_pipeline(parts.pipelines["xdlm-0.1"], torch.device("cpu"))
+    config = pipeline.scheduler.config
+    for sampler, scheduler in (
+        ("ancestral", XDLMScheduler.from_config(config, time_grid="cosine")),
+        ("confidence", XDLMOrderedScheduler.from_config(config, time_grid="cosine")),
+        ("halton", XDLMOrderedScheduler.from_config(config, time_grid="cosine", unmasking="halton")),
+    ):
+        pipeline.scheduler = scheduler
+        folder = next((tmp_path / "codes").glob(f"xdlm-0.1-steps3-cosine-{sampler}-seed0-*"))
+        assert len(list((tmp_path / "cells").glob(f"xdlm-0.1-steps3-cosine-{sampler}-seed0-*.json"))) == 1
+        stored = np.memmap(folder / "codes.bin", "<u2", "r").reshape(-1, 4, 4)
+        call = {"num_steps": 3, "generator": image_generators(0, range(7)), "output_type": "latent"}
+        assert np.array_equal(pipeline([i % 3 for i in range(7)], **call).images.numpy(), stored[:7])
+
+
+def test_a_sampler_is_chosen_whatever_the_pipeline_was_saved_with(parts, tmp_path):
+    pipeline = open_pipeline(parts.pipelines["xdlm-0.1"], torch.device("cpu"))
+    pipeline.scheduler = XDLMOrderedScheduler.from_config(pipeline.scheduler.config, choice_temperature=0.5)
+    pipeline.save_pretrained(tmp_path)
+    saved = open_pipeline(tmp_path, torch.device("cpu"))
+    kept = drawing.with_scheduler(saved, SamplerSettings(1, time_grid="arccos")).scheduler
+    assert kept.choice_temperature == 0.5 and kept.config.time_grid == "arccos"
+    samplers = ("ancestral", "confidence", "halton")
+    chosen = {name: drawing.with_scheduler(saved, SamplerSettings(1, sampler=name)) for name in samplers}
+    assert type(chosen["ancestral"].scheduler) is XDLMScheduler
+    assert chosen["confidence"].scheduler.choice_temperature == 4.5
+    assert chosen["halton"].scheduler.config.unmasking == "halton"
+    assert all(other.transformer is saved.transformer for other in chosen.values())
+    assert drawing.with_scheduler(saved, SamplerSettings(1)) is saved and saved.scheduler.choice_temperature == 0.5
+
+
 def test_a_network_in_bfloat16_draws_almost_the_same_and_is_told_of(parts, finished, tmp_path, monkeypatch):
     dtypes, original = [], sweep.measure
 
@@ -336,6 +406,7 @@ def test_wrong_recipes_are_refused_before_anything_is_drawn(parts, tmp_path, mon
     weights.write_bytes(weights.read_bytes()[:-100])
     grey = save_pipeline(tmp_path / "grey", channels=1)
     four = save_pipeline(tmp_path / "four", num_classes=4)
+    udlm = save_pipeline(tmp_path / "udlm", k=1.0)
     swapped = tmp_path / "swapped"
     shutil.copytree(good, swapped)
     index = json.loads((swapped / "model_index.json").read_text())
@@ -356,6 +427,12 @@ def test_wrong_recipes_are_refused_before_anything_is_drawn(parts, tmp_path, mon
         (dict(num_steps=[4, 4]), ValueError, r"num_steps=\[4, 4\]"),
         (dict(seeds=[-1]), ValueError, "seed=-1"),
         (dict(batch_size=0), ValueError, "batch_size=0"),
+        (dict(sampler=["halton", "halton"]), ValueError, "sampler=.*each only once"),
+        (
+            dict(pipelines={"a": good, "u": str(udlm)}, sampler="halton"),
+            ValueError,
+            r"pipelines\.u=.*'halton': k=1.0: ",
+        ),
         (dict(extractor=str(tmp_path / "none")), FileNotFoundError, "extractor=.*none"),
     ]
     for changes, kind, message in cases:

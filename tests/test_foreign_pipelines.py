@@ -77,8 +77,12 @@ def test_what_is_no_class_conditional_pipeline_is_refused(parts, dit, tmp_path):
     DDPMPipeline(unet, DDIMScheduler()).save_pretrained(tmp_path / "ddpm")
     with pytest.raises(ValueError, match="a DDPMPipeline, which is no class-conditional pipeline .*class_labels"):
         sweep.check(parts.recipe(tmp_path / "out", pipelines={"ddpm": str(tmp_path / "ddpm")}))
-    with pytest.raises(ValueError, match="temperature=0.5, time_grid=None: a DiTPipeline has none"):
-        sweep.check(parts.recipe(tmp_path / "out", pipelines={"dit": dit}, temperature=0.5))
+    for change, named in (
+        ({"temperature": 0.5}, "temperature=0.5, time_grid=None, sampler=None"),
+        ({"sampler": "ancestral"}, "temperature=1.0, time_grid=None, sampler='ancestral'"),
+    ):
+        with pytest.raises(ValueError, match=f"{named}: a DiTPipeline has none"):
+            sweep.check(parts.recipe(tmp_path / "out", pipelines={"dit": dit}, **change))
     small = dataclasses.replace(parts.data, image_size=8)
     with pytest.raises(ValueError, match=r"3 x 16 x 16 images"):
         sweep.check(parts.recipe(tmp_path / "out", pipelines={"dit": dit}, data=small))

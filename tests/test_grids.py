@@ -76,6 +76,26 @@ def test_sampling_does_not_depend_on_the_batch(pipeline, tmp_path):
     assert np.abs(np.array(Image.open(a)).astype(int) - np.array(Image.open(c))).max() > 10
 
 
+def test_a_sampler_draws_the_grid_the_single_images_and_the_trace(pipeline, tmp_path):
+    drawn = {}
+    for sampler in (None, "ancestral", "halton"):
+        recipe = _recipe(pipeline, tmp_path / f"{sampler}.png", sampler=sampler, trace="codes", trace_images=3)
+        drawn[sampler] = np.array(Image.open(sample(recipe))), np.load(tmp_path / f"{sampler}.trace.npz")["codes"]
+    for one, other in zip(drawn[None], drawn["ancestral"]):
+        assert np.array_equal(one, other)
+    for one, other in zip(drawn[None], drawn["halton"]):
+        assert one.shape == other.shape and not np.array_equal(one, other)
+    masks = (drawn["halton"][1] == drawn["halton"][1].max()).sum((2, 3))  # (states, images)
+    assert masks[2].max() == 0 and (masks[1] < masks[0]).all()
+
+
+def test_a_pipeline_without_masks_takes_no_order(tmp_path, monkeypatch):
+    monkeypatch.setattr(grids, "class_grid", lambda *args: pytest.fail("drawn"))
+    udlm = save_pipeline(tmp_path / "udlm", k=1.0)
+    with pytest.raises(ValueError, match="sampler='confidence': k=1.0: uniform noise has no masks"):
+        sample(_recipe(udlm, tmp_path / "x.png", sampler="confidence"))
+
+
 def test_a_fresh_process_can_sample(pipeline, tmp_path):
     """diffusers loads only classes whose modules are imported, and here nothing but the verb is."""
     code = (

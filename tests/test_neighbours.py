@@ -60,6 +60,16 @@ def test_copies_are_found_out_and_others_are_not(parts, tmp_path, monkeypatch, c
         assert picture.width > 5 * 56 and picture.height > 3 * 56
 
 
+def test_samples_are_drawn_by_the_sampler_that_is_named(parts, tmp_path):
+    found = {}
+    for sampler in (None, "ancestral", "halton"):
+        output = neighbours(recipe_of(parts, tmp_path / str(sampler), sampler=sampler))
+        about = json.loads(output.with_suffix(".json").read_text())
+        assert about["sampler"]["sampler"] == sampler
+        found[sampler] = about["spaces"]["pixels"]["samples"]["distances"]
+    assert found[None] == found["ancestral"] != found["halton"]
+
+
 def test_what_does_not_fit_is_refused(parts, tmp_path, capsys):
     with pytest.raises(ValueError, match="held_out=99: there are 36 test images"):
         neighbours(recipe_of(parts, tmp_path, held_out=99))

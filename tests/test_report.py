@@ -39,7 +39,7 @@ def test_csv_has_a_row_a_cell_with_its_settings_and_numbers(finished):
         assert (line["pipeline"], int(line["num_steps"]), int(line["seed"])) == tuple(
             cell[name] for name in ("pipeline", "num_steps", "seed")
         )
-        assert float(line["temperature"]) == cell["temperature"] and line["schema_version"] == "5"
+        assert float(line["temperature"]) == cell["temperature"] and line["schema_version"] == "6"
         assert float(line["fid.pooled"]) == cell["fid"]["pooled"]
         assert float(line["code_pair_total_variation.near"]) == cell["code_pair_total_variation"]["near"]
         assert int(line["nfe"]) == cell["nfe"] and float(line["images_per_second"]) > 0

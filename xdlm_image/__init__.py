@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .models import XDLMTransformer2DModel
     from .pipelines import XDLMImg2ImgPipeline, XDLMPipeline
-    from .schedulers import XDLMProcess, XDLMScheduler
+    from .schedulers import XDLMOrderedScheduler, XDLMProcess, XDLMScheduler
 
     __version__: str
 
 _HOMES = {
     "XDLMImg2ImgPipeline": "xdlm_image.pipelines",
+    "XDLMOrderedScheduler": "xdlm_image.schedulers",
     "XDLMPipeline": "xdlm_image.pipelines",
     "XDLMProcess": "xdlm_image.schedulers",
     "XDLMScheduler": "xdlm_image.schedulers",
@@ -25,6 +26,7 @@ _HOMES = {
 
 __all__ = [
     "XDLMImg2ImgPipeline",
+    "XDLMOrderedScheduler",
     "XDLMPipeline",
     "XDLMProcess",
     "XDLMScheduler",

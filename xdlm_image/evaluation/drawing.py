@@ -25,7 +25,7 @@ from xdlm_image.evaluation.measuring import sum_over_ranks
 from xdlm_image.evaluation.seeds import image_generators
 from xdlm_image.evaluation.statistics import rank_and_world
 from xdlm_image.pipelines import XDLMPipeline
-from xdlm_image.schedulers import XDLMScheduler
+from xdlm_image.schedulers import XDLMOrderedScheduler, XDLMScheduler
 from xdlm_image.tokenizer.codes import tokenizer_hash
 
 
@@ -38,6 +38,7 @@ class SamplerSettings:
         guidance_scale: 1 is no guidance.
         temperature: Divides the logits.
         time_grid: Of `scheduling_xdlm.TIME_GRIDS`; None is the pipeline's own.
+        sampler: `ancestral`, or an order of `scheduling_xdlm_ordered.UNMASKING`; None is the pipeline's own scheduler.
         start: Further arguments of the call, as `XDLMImg2ImgPipeline` takes them: the picture and the strength.
     """
 
@@ -45,6 +46,7 @@ class SamplerSettings:
     guidance_scale: float = 1.0
     temperature: float = 1.0
     time_grid: str | None = None
+    sampler: str | None = None
     start: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -141,19 +143,39 @@ def folder_names(pipeline: XDLMPipeline | ForeignPipeline) -> list[str]:
     return ["images"] if count is None else [names.get(i, f"class {i}") for i in range(count)]
 
 
+def with_scheduler(pipeline: XDLMPipeline, settings: SamplerSettings) -> XDLMPipeline:
+    """The pipeline with the sampler and the time grid of the settings; all other parts are shared.
+
+    Raises:
+        ValueError: Noise without masks (k = 1) has no order of unmasking.
+    """
+    if settings.sampler is None and settings.time_grid is None:
+        return pipeline
+    own = pipeline.scheduler
+    changes: dict[str, Any] = {} if settings.time_grid is None else {"time_grid": settings.time_grid}
+    if settings.sampler is None:
+        scheduler = type(own).from_config(own.config, **changes)
+    elif settings.sampler == "ancestral":
+        scheduler = XDLMScheduler.from_config(own.config, **changes)
+    else:
+        changes |= {"unmasking": settings.sampler, "choice_temperature": None}
+        try:
+            scheduler = XDLMOrderedScheduler.from_config(own.config, **changes)
+        except ValueError as error:
+            raise ValueError(f"sampler={settings.sampler!r}: {error}") from error
+    changed: XDLMPipeline = type(pipeline).from_pipe(pipeline, scheduler=scheduler)
+    changed.set_progress_bar_config(disable=True)
+    return changed
+
+
 def call_arguments(
     pipeline: XDLMPipeline, labels: Sequence[int], indices: Sequence[int], seed: int, settings: SamplerSettings
 ) -> dict[str, Any]:
-    """What the pipeline is called with for these images, see `draw_codes`."""
+    """What the pipeline `with_scheduler` is called with for these images, see `draw_codes`."""
     conditional = pipeline.transformer.config.num_classes is not None
-    steps: dict[str, Any] = {"num_steps": settings.num_steps}
-    if settings.time_grid is not None:
-        grid = XDLMScheduler.from_config(pipeline.scheduler.config, time_grid=settings.time_grid)
-        grid.set_timesteps(settings.num_steps)
-        steps = {"timesteps": grid.timesteps.tolist()}
     return {
         "class_labels": list(labels) if conditional else None,
-        **steps,
+        "num_steps": settings.num_steps,
         "guidance_scale": settings.guidance_scale,
         "temperature": settings.temperature,
         "generator": image_generators(seed, indices),
@@ -177,7 +199,8 @@ def draw_codes(
     Returns:
         (B, h, w) int64, on the pipeline's device.
     """
-    return pipeline(**call_arguments(pipeline, labels, indices, seed, settings), output_type="latent").images
+    arguments = call_arguments(pipeline, labels, indices, seed, settings)
+    return with_scheduler(pipeline, settings)(**arguments, output_type="latent").images
 
 
 @torch.no_grad()

@@ -88,10 +88,10 @@ class ForeignPipeline:
         Raises:
             ValueError: Settings that only our own pipelines have.
         """
-        if settings.temperature != 1 or settings.time_grid is not None:
+        if settings.temperature != 1 or settings.time_grid is not None or settings.sampler is not None:
             raise ValueError(
-                f"temperature={settings.temperature!r}, time_grid={settings.time_grid!r}: a {self.name} has none; use "
-                "1 and null"
+                f"temperature={settings.temperature!r}, time_grid={settings.time_grid!r}, "
+                f"sampler={settings.sampler!r}: a {self.name} has none; use 1, null and null"
             )
         guidance = {"guidance_scale": settings.guidance_scale} if "guidance_scale" in self.parameters else {}
         if not guidance and settings.guidance_scale != 1:

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from xdlm_image.data.images import read_image
 from xdlm_image.devices import best_device
-from xdlm_image.evaluation.drawing import SamplerSettings, class_names, draw_all, open_pipeline
+from xdlm_image.evaluation.drawing import SamplerSettings, class_names, draw_all, open_pipeline, with_scheduler
 from xdlm_image.evaluation.foreign_pipelines import ForeignPipeline
 from xdlm_image.evaluation.pictures import save_images, save_picture, to_picture
 from xdlm_image.evaluation.trace_pictures import check_trace, write_trace
@@ -129,7 +129,10 @@ def sample(recipe: SampleRecipe) -> Path:
         pipeline.set_progress_bar_config(disable=True)
         picture = read_image(recipe.image, pipeline.vqvae.config.in_channels)
         start = {"image": picture, "strength": recipe.strength}
-    settings = SamplerSettings(recipe.num_steps, recipe.guidance_scale, recipe.temperature, start=start)
+    settings = SamplerSettings(
+        recipe.num_steps, recipe.guidance_scale, recipe.temperature, sampler=recipe.sampler, start=start
+    )
+    with_scheduler(pipeline, settings)  # refuses a sampler that the pipeline has not
     check_trace(recipe, len(ids))
     refuse_unwritable(Path(recipe.output).parent, "the folder of output")
     if recipe.images_dir is not None:

@@ -26,6 +26,7 @@ from xdlm_image.evaluation.drawing import (
     image_shape,
     open_pipeline,
     pipeline_hash,
+    with_scheduler,
 )
 from xdlm_image.evaluation.extractor import FeatureExtractor, load_extractor
 from xdlm_image.evaluation.grids import class_ids, save_grid
@@ -81,6 +82,8 @@ def neighbours(recipe: NeighboursRecipe) -> Path:
     device = best_device(recipe.device)
     pipeline = open_pipeline(recipe.pipeline, device)
     ids = class_ids(pipeline, recipe.class_labels)
+    settings = SamplerSettings(recipe.num_steps, recipe.guidance_scale, recipe.temperature, sampler=recipe.sampler)
+    with_scheduler(pipeline, settings)  # refuses a sampler that the pipeline has not
     held_out, trained = open_reference_images(recipe.data, "test")
     extractor = load_extractor(recipe.extractor, device)
     extractor.check_images(recipe.data.channels, recipe.data.image_size)
@@ -97,7 +100,6 @@ def neighbours(recipe: NeighboursRecipe) -> Path:
     refuse_unwritable(Path(recipe.output).parent, "the folder of output")
     check_images(trained)
 
-    settings = SamplerSettings(recipe.num_steps, recipe.guidance_scale, recipe.temperature)
     labels = [label for label in ids for _ in range(recipe.images_per_class)]
     samples = draw_all(pipeline, labels, recipe.seed, settings, recipe.batch_size)
     chosen = np.random.default_rng(recipe.seed).permutation(len(held_out))[: recipe.held_out]
@@ -111,7 +113,9 @@ def neighbours(recipe: NeighboursRecipe) -> Path:
     spaces = {space: _compare(nearest, len(samples)) for space, nearest in found.items()}
     about = {
         "pipeline_weights": pipeline_hash(pipeline),
-        "sampler": {name: getattr(recipe, name) for name in ("num_steps", "guidance_scale", "temperature", "seed")},
+        "sampler": {
+            name: getattr(recipe, name) for name in ("num_steps", "guidance_scale", "temperature", "sampler", "seed")
+        },
         "training_images": describe_images(trained),
         "held_out_images": describe_images(held_out),
         "extractor": extractor.describe(),

@@ -10,7 +10,6 @@ import json
 import platform
 import warnings
 from dataclasses import dataclass, replace
-from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +29,7 @@ from xdlm_image.evaluation.drawing import (
     image_shape,
     open_any_pipeline,
     pipeline_hash,
+    with_scheduler,
 )
 from xdlm_image.evaluation.extractor import FeatureExtractor, load_extractor
 from xdlm_image.evaluation.foreign_pipelines import ForeignPipeline
@@ -252,8 +252,8 @@ def _check_pipeline(
             f"{remedy}"
         )
     if isinstance(pipeline, ForeignPipeline):
-        for guidance, temperature, grid in product(recipe.guidance_scales, recipe.temperatures, recipe.time_grids):
-            pipeline.draw([0], [0], 0, SamplerSettings(1, guidance, temperature, grid))  # refuses what it has not
+        for variant in recipe.variants:
+            pipeline.draw([0], [0], 0, SamplerSettings(1, *variant))  # refuses what it has not
         return {"folder": folder, **pipeline.describe()}
     num_classes = pipeline.transformer.config.num_classes
     if num_classes is not None and num_classes != len(names):
@@ -267,6 +267,11 @@ def _check_pipeline(
         raise ValueError(
             f"guidance_scale={recipe.guidance_scales}: {argument} was trained without class dropout; use 1"
         )
+    for variant in recipe.variants:
+        try:
+            with_scheduler(pipeline, SamplerSettings(1, *variant))
+        except ValueError as error:
+            raise ValueError(f"{argument}: {error}") from error
     return {
         "folder": folder,
         "weights_hash": pipeline_hash(pipeline),
@@ -321,6 +326,7 @@ def protocol(plan: Plan, reference: Reference) -> dict[str, Any]:
             "guidance_scale": recipe.guidance_scales,
             "temperature": recipe.temperatures,
             "time_grid": recipe.time_grids,
+            "sampler": recipe.samplers,
             "dtype": recipe.dtype,
             "compile": recipe.compile,
         },

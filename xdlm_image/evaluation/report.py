@@ -52,7 +52,7 @@ def protocol_text(content: Content) -> str:
             f"{protocol['num_samples']} images a cell, {protocol['samples_per_class']} a class",
             f"seeds {', '.join(map(str, protocol['seeds']))}",
             f"guidance {_listed(sampler['guidance_scale'])}, temperature {_listed(sampler['temperature'])}, time grid "
-            f"{_listed(sampler['time_grid'])}",
+            f"{_listed(sampler['time_grid'])}, sampler {_listed(sampler.get('sampler', [None]))}",
             "NFE = steps, twice that with guidance",
             f"network in {sampler['dtype']}{' (compiled)' if sampler['compile'] else ''}",
         ]

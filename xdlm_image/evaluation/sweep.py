@@ -78,7 +78,7 @@ def evaluate(recipe: EvaluateRecipe) -> Path:
     if plan.shown is not None and recipe.feature_metrics:
         reference.images.kept = _features_of(plan.shown, plan, output)
     content: dict[str, Any] = {
-        "schema_version": 5,
+        "schema_version": 6,
         "metric": metric_name(plan.extractor),
         "warnings": plan.warnings,
         "protocol": protocol(plan, reference),
@@ -91,15 +91,14 @@ def evaluate(recipe: EvaluateRecipe) -> Path:
         "cells": [],
     }
     main = rank_and_world()[0] == 0
-    variants = list(itertools.product(recipe.guidance_scales, recipe.temperatures, recipe.time_grids))
-    cells = len(recipe.pipelines) * len(variants) * len(recipe.num_steps) * len(recipe.seeds)
+    cells = len(recipe.pipelines) * len(recipe.variants) * len(recipe.num_steps) * len(recipe.seeds)
     with tqdm(total=cells, desc="cells", unit="cell", disable=not main) as progress:
         for name in recipe.pipelines:
             dtype = getattr(torch, recipe.dtype)
             pipeline = open_any_pipeline(plan.pipelines[name]["folder"], plan.device, f"pipelines.{name}", dtype)
             if recipe.compile:
                 _denoiser(pipeline).compile(fullgraph=not isinstance(pipeline, ForeignPipeline))
-            for variant, num_steps, seed in itertools.product(variants, recipe.num_steps, recipe.seeds):
+            for variant, num_steps, seed in itertools.product(recipe.variants, recipe.num_steps, recipe.seeds):
                 cell = _cell(plan, pipeline, name, SamplerSettings(num_steps, *variant), seed, reference)
                 content["cells"].append(cell)
                 if main:
@@ -196,12 +195,17 @@ def _cell(
     recipe = plan.recipe
     num_classes = len(plan.class_names)
     reconstructions = reference.reconstructions.get(plan.pipelines[name]["tokenizer_hash"])
-    drawn = {
-        "pipeline_weights": plan.pipelines[name]["weights_hash"],
+    axes = {
         "num_steps": settings.num_steps,
         "guidance_scale": settings.guidance_scale,
         "temperature": settings.temperature,
         "time_grid": settings.time_grid,
+        "sampler": settings.sampler,
+    }
+    drawn = {
+        "pipeline_weights": plan.pipelines[name]["weights_hash"],
+        # no sampler chosen is no key: cells from before there were samplers stay good
+        **{axis: value for axis, value in axes.items() if axis != "sampler" or value is not None},
         "dtype": recipe.dtype,
         "compile": recipe.compile,
         "seed": seed,
@@ -220,6 +224,7 @@ def _cell(
             ("guidance", settings.guidance_scale, 1),
             ("temperature", settings.temperature, 1),
             ("", settings.time_grid, None),
+            ("", settings.sampler, None),
         )
         if value != usual
     )
@@ -231,7 +236,7 @@ def _cell(
     lacks_pictures = pictures is not None and sum_over_ranks(not pictures.is_whole(), plan.device) > 0
     done = read_cell(path, key, "fid")
     if done is not None and not lacks_pictures:
-        return {**done, "pipeline": name}
+        return {"pipeline": name, **axes, **{key: value for key, value in done.items() if key != "pipeline"}}
     main = rank_and_world()[0] == 0
     if main:
         others = set(path.parent.glob(f"{label}-" + "?" * 12 + ".json")) - {path}
@@ -253,10 +258,7 @@ def _cell(
         raise RuntimeError(f"{label}: {count} images were measured, num_samples is {recipe.num_samples}")
     result = {
         "pipeline": name,
-        "num_steps": settings.num_steps,
-        "guidance_scale": settings.guidance_scale,
-        "temperature": settings.temperature,
-        "time_grid": settings.time_grid,
+        **axes,
         "nfe": settings.nfe if store else (pipeline.rows - rows_before) / max(1, batches.called),
         "seed": seed,
         "num_samples": count,
@@ -298,7 +300,7 @@ def _pictures(plan: Plan, pipeline: Any, name: str, output: Path) -> None:
     count = min(GRID_CLASSES, len(names))
     ids = [round(i * (len(names) - 1) / max(1, count - 1)) for i in range(count)]
     steps = min(recipe.num_steps, key=lambda n: (abs(np.log2(n / GRID_STEPS)), n))
-    settings = SamplerSettings(steps, recipe.guidance_scales[0], recipe.temperatures[0], recipe.time_grids[0])
+    settings = SamplerSettings(steps, *recipe.variants[0])
     conditional = plan.pipelines[name]["conditional"]
     images = class_grid(pipeline, ids, GRID_IMAGES, seed, settings, recipe.batch_size)
     row_names = [names[i].partition(",")[0] for i in ids] if conditional else None

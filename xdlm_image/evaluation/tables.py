@@ -19,7 +19,12 @@ SPEED = (
     "Drawing and decoding, all processes of a cell together, by the median over batches; other work on the machine "
     "shows in it."
 )
-SETTINGS = {"guidance_scale": "guidance", "temperature": "temperature", "time_grid": "grid"}  # axes beside the steps
+SETTINGS = {  # axes beside the steps
+    "guidance_scale": "guidance",
+    "temperature": "temperature",
+    "time_grid": "grid",
+    "sampler": "sampler",  # from schema_version 6
+}
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,7 @@ def metric_table(content: Content, metric: str, layer: str) -> Table:
 def rows(content: Content) -> dict[str, list[Content]]:
     """Label -> cells of every pipeline at every setting but the step count; what does not vary is not in the label."""
     sampler = content["protocol"]["sampler"]
-    axes = [name for name in SETTINGS if len(sampler[name]) > 1]
+    axes = [name for name in SETTINGS if len(sampler.get(name, [])) > 1]
     found = {}
     for pipeline in content["protocol"]["pipelines"]:
         for values in itertools.product(*(sampler[name] for name in axes)):

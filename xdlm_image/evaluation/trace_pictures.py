@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from xdlm_image.evaluation.drawing import SamplerSettings, call_arguments, class_names
+from xdlm_image.evaluation.drawing import SamplerSettings, call_arguments, class_names, with_scheduler
 from xdlm_image.evaluation.pictures import save_picture, to_picture
 from xdlm_image.evaluation.trace import (
     CODE_TO_CODE,
@@ -170,7 +170,8 @@ def write_trace(
     rows, columns = range(len(ids)), range(recipe.trace_images)
     labels = [ids[row] for row in rows for _ in columns]
     indices = [row * recipe.images_per_class + column for row in rows for column in columns]
-    recorded = record(pipeline, **call_arguments(pipeline, labels, indices, recipe.seed, settings))
+    arguments = call_arguments(pipeline, labels, indices, recipe.seed, settings)
+    recorded = record(with_scheduler(pipeline, settings), **arguments)
     predictions = recipe.trace_shows == "predictions"
     output = Path(recipe.output)
     written = []

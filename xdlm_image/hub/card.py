@@ -120,7 +120,7 @@ def _results(sources: Sources) -> list[EvalResult]:
     layer = extractor["fid_layers"][0]
     metric = "FID" if extractor["is_inception"] else f"Fréchet distance of {extractor['name']}'s {layer} features"
     results = []
-    first = next(iter(rows(sources.evaluation).values()))  # at the first guidance, temperature and time grid
+    first = next(iter(rows(sources.evaluation).values()))  # at the first of every setting
     for num_steps in sorted({cell["num_steps"] for cell in first}):
         values = [cell["fid"][layer] for cell in first if cell["num_steps"] == num_steps]
         results.append(

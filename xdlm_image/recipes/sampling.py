@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any, Literal, get_args
 
 from xdlm_image.evaluation.seeds import MAX_IMAGES
@@ -15,6 +16,7 @@ TraceKind = Literal["strip", "gif", "codes"]
 FeatureMetric = Literal["kid", "precision_recall", "coverage"]
 FEATURE_METRICS: tuple[FeatureMetric, ...] = get_args(FeatureMetric)
 TimeGrid = Literal["linear", "cosine", "arccos"]
+Sampler = Literal["ancestral", "confidence", "halton"]
 
 
 @dataclass
@@ -29,6 +31,7 @@ class SampleRecipe:
         num_steps: Reverse steps.
         guidance_scale: 1 is no guidance; each guided step runs the network on twice the batch.
         temperature: Divides the logits.
+        sampler: As in `evaluate`; None is the pipeline's own.
         seed: Image i of the grid has its own generator, made of (seed, i), whatever the batch.
         images_dir: Also write each image there as PNG; None writes the grid only.
         batch_size: Images drawn at once.
@@ -51,6 +54,7 @@ class SampleRecipe:
     num_steps: int = 8
     guidance_scale: float = 1.0
     temperature: float = 1.0
+    sampler: Sampler | None = None
     seed: int = 0
     images_dir: str | None = None
     batch_size: int = 100
@@ -98,6 +102,7 @@ class NeighboursRecipe:
         num_steps: Reverse steps.
         guidance_scale: 1 is no guidance.
         temperature: Divides the logits.
+        sampler: As in `evaluate`; None is the pipeline's own.
         seed: Decides the samples, and which test images are taken.
         batch_size: Images at once.
         device: torch device; None picks the best there is.
@@ -114,6 +119,7 @@ class NeighboursRecipe:
     num_steps: int = 8
     guidance_scale: float = 1.0
     temperature: float = 1.0
+    sampler: Sampler | None = None
     seed: int = 0
     batch_size: int = 250
     device: str | None = None
@@ -180,6 +186,9 @@ class EvaluateRecipe:
         guidance_scale: One or several; 1 is no guidance.
         temperature: One or several; divides the logits.
         time_grid: `linear`, `cosine`, `arccos`, or several; None keeps each pipeline's own.
+        sampler: Which masks are lifted in a step: `ancestral` (each with the same probability), `confidence` (MaskGIT's
+            order, choice temperature 4.5), `halton` (Halton-MaskGIT's order), or several; the orders need masks, k < 1.
+            None keeps each pipeline's own scheduler.
         seeds: Sampling seeds; each gives its own set of images, and the table shows their mean and spread.
         feature_metrics: What is computed from features beside FID and Inception Score: `kid`, `precision_recall`,
             `coverage`; `[]` is none. Against 10,000 images they took ten seconds a cell on two CPU cores.
@@ -206,6 +215,7 @@ class EvaluateRecipe:
     guidance_scale: list[float] | float = 1.0
     temperature: list[float] | float = 1.0
     time_grid: list[TimeGrid] | TimeGrid | None = None
+    sampler: list[Sampler] | Sampler | None = None
     seeds: list[int] = field(default_factory=lambda: [0])
     feature_metrics: list[FeatureMetric] = field(default_factory=lambda: [*FEATURE_METRICS])
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -230,6 +240,7 @@ class EvaluateRecipe:
             "guidance_scale": self.guidance_scales,
             "temperature": self.temperatures,
             "time_grid": self.time_grids,
+            "sampler": self.samplers,
         }
         for name, values in axes.items():
             require(
@@ -270,6 +281,16 @@ class EvaluateRecipe:
     def time_grids(self) -> list[TimeGrid | None]:
         """The time grids, as a list."""
         return [*self.time_grid] if isinstance(self.time_grid, list) else [self.time_grid]
+
+    @property
+    def samplers(self) -> list[Sampler | None]:
+        """The samplers, as a list."""
+        return [*self.sampler] if isinstance(self.sampler, list) else [self.sampler]
+
+    @property
+    def variants(self) -> list[tuple[Any, ...]]:
+        """Guidance scale, temperature, time grid and sampler of every setting but the step count."""
+        return [*product(self.guidance_scales, self.temperatures, self.time_grids, self.samplers)]
 
 
 @dataclass

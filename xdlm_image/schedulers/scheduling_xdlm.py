@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -72,9 +73,14 @@ class XDLMScheduler(SchedulerMixin, ConfigMixin):
         self.timesteps = torch.empty(0, dtype=torch.float64)
 
     @classmethod
-    def from_process(cls, process: XDLMProcess, time_grid: str = "linear") -> XDLMScheduler:
-        """The scheduler of a process."""
-        return cls(process.k, process.num_codes, process.definition, process.vocab_size, process.mask_id, time_grid)
+    def from_process(cls, process: XDLMProcess, time_grid: str = "linear", **kwargs: Any) -> Self:
+        """The scheduler of a process; further arguments are the class's own."""
+        # by name: diffusers takes what is given by place for a default, and `from_config` would lose it
+        return cls(**vars(process), time_grid=time_grid, **kwargs)
+
+    @classmethod
+    def _get_compatibles(cls) -> list[type]:
+        return [XDLMScheduler, *XDLMScheduler.__subclasses__()]  # `from_config` leads from each to each
 
     def set_timesteps(
         self,
@@ -191,9 +197,37 @@ class XDLMScheduler(SchedulerMixin, ConfigMixin):
         s = self.next_timestep(timestep)
         times = torch.tensor([float(timestep), s], dtype=torch.float64)
         alpha, beta = process.alpha_beta(times)
-        u, v = draw_uniforms(sample.shape, generator, sample.device)
-        prev_sample = self._step(model_output, sample, u, v, alpha, beta, temperature, last=s == 0.0)
+        ends = self._branch_ends(alpha, beta, last=s == 0.0)
+        u, v = self._uniforms(model_output, sample, ends, s, temperature, generator)
+        c = float(process.signal_ratio(alpha[0], beta[0]))
+        prev_sample = self._step(model_output, sample, u, v, ends, c, temperature, last=s == 0.0)
         return XDLMSchedulerOutput(prev_sample) if return_dict else (prev_sample,)
+
+    def _branch_ends(self, alpha: torch.Tensor, beta: torch.Tensor, last: bool) -> tuple[float, float, float]:
+        """Where the intervals of a mask's u end: [0, model), [model, uniform), [uniform, move), and it stays beyond.
+
+        alpha and beta are (2,), at t and s.
+        """
+        if last:
+            return 1.0, 1.0, 1.0  # w_model = 1 but for rounding: no mask may survive
+        (alpha_t, alpha_s), (beta_t, beta_s) = alpha, beta
+        one = torch.ones((), dtype=torch.float64)
+        w = self.process.mixture(0.0 * one, one.bool(), alpha_t, beta_t, alpha_s, beta_s)
+        end_model = float(w.model)
+        end_uniform = end_model + float(w.uniform)
+        return end_model, end_uniform, end_uniform + float(w.mask)
+
+    def _uniforms(
+        self,
+        logits: torch.Tensor,  # (B, ..., V)
+        z: torch.Tensor,  # (B, ...)
+        ends: tuple[float, float, float],
+        s: float,
+        temperature: float,
+        generator: Generators,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The step's u (branch) and v (inverse CDF), each (B, ...); where another sampler comes in."""
+        return draw_uniforms(z.shape, generator, z.device)
 
     def _step(
         self,
@@ -201,8 +235,8 @@ class XDLMScheduler(SchedulerMixin, ConfigMixin):
         z: torch.Tensor,  # (B, ...)
         u: torch.Tensor,  # (B, ...) branch
         v: torch.Tensor,  # (B, ...) inverse CDF
-        alpha: torch.Tensor,  # (2,) at t and s
-        beta: torch.Tensor,  # (2,)
+        ends: tuple[float, float, float],
+        c: float,  # at t
         temperature: float,
         last: bool,
     ) -> torch.Tensor:
@@ -210,15 +244,7 @@ class XDLMScheduler(SchedulerMixin, ConfigMixin):
         move is then accepted with probability 1 / (1 + c p_z), c = a_t N / (beta_t k), by what is left of u.
         """
         process = self.process
-        (alpha_t, alpha_s), (beta_t, beta_s) = alpha, beta
-        one = torch.ones((), dtype=torch.float64)
-        w = process.mixture(0.0 * one, one.bool(), alpha_t, beta_t, alpha_s, beta_s)
-        end_model = float(w.model)
-        end_uniform = end_model + float(w.uniform)
-        end_move = end_uniform + float(w.mask)
-        if last:
-            end_model = end_uniform = end_move = 1.0  # w_model = 1 but for rounding: no mask may survive
-
+        end_model, end_uniform, end_move = ends
         is_mask = z == process.mask
         takes_model = u < end_model
         takes_uniform = (u >= end_model) & (u < end_uniform)
@@ -241,7 +267,6 @@ class XDLMScheduler(SchedulerMixin, ConfigMixin):
         end = torch.where(u_rows < end_model, end_model, torch.where(u_rows < end_uniform, end_uniform, end_move))
         left_of_u = (u_rows - start) / (end - start)
         drawn, p_z = draw_rows(flat, places, z_rows, v_rows, temperature, process.excluded_column)
-        c = float(process.signal_ratio(alpha_t, beta_t))
         accepted = mask_rows | (left_of_u * (1.0 + c * p_z) < 1.0)
         if last and process.num_ids > process.num_codes + 1:
             # definition B: the last draw is from the codes only, and so is the result; normalised among them, as all of
