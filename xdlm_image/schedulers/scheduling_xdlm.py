@@ -59,6 +59,7 @@ class XDLMScheduler(SchedulerMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
+        *,  # by name: diffusers takes what is given by place for a default, and `from_config` would lose it
         k: float = 0.1,
         num_codes: int = 512,
         definition: str = "A",
@@ -75,7 +76,6 @@ class XDLMScheduler(SchedulerMixin, ConfigMixin):
     @classmethod
     def from_process(cls, process: XDLMProcess, time_grid: str = "linear", **kwargs: Any) -> Self:
         """The scheduler of a process; further arguments are the class's own."""
-        # by name: diffusers takes what is given by place for a default, and `from_config` would lose it
         return cls(**vars(process), time_grid=time_grid, **kwargs)
 
     @classmethod

@@ -52,6 +52,7 @@ class XDLMOrderedScheduler(XDLMScheduler):
     @register_to_config
     def __init__(
         self,
+        *,
         k: float = 0.1,
         num_codes: int = 512,
         definition: str = "A",
