@@ -141,11 +141,12 @@ class LiveBytes(TorchDispatchMode):
             del self.live[address]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("width", [3000, 12000])
 def test_workspace_does_not_grow_with_the_vocabulary(width: int, dtype: torch.dtype, monkeypatch) -> None:
     monkeypatch.setattr(head, "BLOCK_BYTES", 3 << 18)
     monkeypatch.setattr(head, "SHARE_BYTES", 1 << 18)
+    monkeypatch.setattr(nelbo_eager, "BLOCK_ELEMENTS_CPU", 1 << 14)  # float16 takes its buffers of 1.5 MiB in all
     process = XDLMProcess(0.1, width)
     leaves = [torch.randn(*shape, dtype=dtype, requires_grad=True) for shape in ((1, 256, 64), (width, 64), (width,))]
     x, half = torch.zeros(1, 256, dtype=torch.long), torch.full((1,), 0.5)
@@ -198,6 +199,8 @@ def test_what_does_not_fit_is_named() -> None:
         xdlm_head_nelbo(features[:, 1:], weight, bias, *rest)
     with pytest.raises(ValueError, match=r"token_weight \(3,\)"):
         xdlm_head_nelbo(features, weight, bias, *rest, token_weight=torch.ones(B))
+    with pytest.raises(ValueError, match="weight: dtype torch.float64, the features have torch.float32; .*autocast"):
+        xdlm_head_nelbo(features.float(), weight, bias, *rest)
 
 
 # --- in XDLMLoss ----------------------------------------------------------------------------------

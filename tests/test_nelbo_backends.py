@@ -2,6 +2,7 @@
 (without a GPU, in Triton's interpreter, which is slow: cases are few and tiny)."""
 
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
@@ -156,7 +157,8 @@ def test_in_place_gradient_is_the_gradient_and_takes_the_memory_of_the_logits(ba
 @backends
 def test_in_place_is_refused_where_it_would_destroy_something(backend: str) -> None:
     base, *rest = in_place_case()
-    for leaf in (base, base.view(6, 40)[None]):
+    view = torch.randn(6, 40, device=DEVICE).view(1, 6, 40).requires_grad_()  # a leaf that is a view
+    for leaf in (base, base.view(6, 40)[None], view, view.view(6, 40)[None]):
         with pytest.raises(ValueError, match="in_place=True"):
             xdlm_nelbo(leaf, *rest, in_place=True, backend=backend)
     overlapping = (base * 2.0)[0].flatten().unfold(0, 40, 20)[None, :6]
@@ -193,14 +195,54 @@ def test_a_cpu_takes_compiled_passes() -> None:
         assert nelbo.passes_for(torch.device("cpu"), dtype, "auto") is nelbo_cpu
 
 
-@pytest.mark.parametrize("compiler", ["no_such_compiler", "false"])
-def test_a_compiler_that_cannot_compile_is_told_and_done_without(compiler: str, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("compiler", "told"),
+    [
+        ("no_such_compiler", "no_such_compiler.*install a C.. compiler.*CXX.*plain torch"),
+        ("false", "false failed.*CXX.*plain torch"),
+        ("c++ '", "CXX=.*quotation.*plain torch"),
+    ],
+)
+def test_a_compiler_that_cannot_compile_is_told_and_done_without(compiler: str, told: str, monkeypatch) -> None:
     monkeypatch.setenv("CXX", compiler)
     monkeypatch.setattr(nelbo_cpu, "library", nelbo_cpu.library.__wrapped__)
-    with pytest.warns(UserWarning, match=f"{compiler}.*CXX.*plain torch"):
-        assert nelbo._fastest.__wrapped__("cpu", torch.float32) == "eager"
-    with pytest.raises((OSError, RuntimeError), match=compiler):
+    with pytest.warns(UserWarning, match=told):
+        assert not nelbo._cpp_runs.__wrapped__()
+    with pytest.raises((OSError, RuntimeError, ValueError), match=told.partition(".*plain")[0]):
         nelbo.passes_for(torch.device("cpu"), torch.float32, "cpp")
+
+
+@needs_compiler
+def test_what_computes_something_else_is_not_used(monkeypatch) -> None:
+    right = nelbo_cpu._call
+
+    def wrong(name, logits, process, *given, out=None) -> None:
+        right(name, logits, process, *given, out=out)
+        if out is not None:
+            out[1, 700] += 0.1
+
+    monkeypatch.setattr(nelbo_cpu, "_call", wrong)
+    with pytest.warns(UserWarning, match="computes something else"):
+        assert not nelbo._cpp_runs.__wrapped__()
+
+
+@needs_compiler
+def test_fast_math_that_a_compiler_is_given_does_no_harm() -> None:
+    """In a process of its own: such a library would also set how the processor rounds small numbers to 0."""
+    code = """
+import torch
+from xdlm_image.objective import nelbo_cpu
+nelbo_cpu.self_check()
+assert (torch.tensor([1e-40]) * 1).item() > 0
+"""
+    environment = {**os.environ, "CXX": "c++ -ffast-math"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+
+
+def test_torch_compile_sees_plain_torch() -> None:
+    base, *rest = in_place_case()
+    compiled = torch.compile(lambda a: xdlm_nelbo(a, *rest).sum(), backend="eager")  # the checks of ids break the graph
+    torch.testing.assert_close(compiled(base), xdlm_nelbo(base, *rest, backend="eager").sum())
 
 
 # --- compiled C++ ---------------------------------------------------------------------------------
@@ -228,6 +270,40 @@ def test_rows_do_not_depend_on_threads_or_strides(k: float, definition: str, dty
     loss = xdlm_nelbo(strided, z, x, process, half, half, backend="cpp", in_place=True)
     (loss * torch.arange(1, 8)).sum().backward()
     assert torch.equal(moved.grad[..., :-5].double(), expected[1]) and not moved.grad[..., -5:].any()
+
+
+@needs_compiler
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16, "meta"], ids=str)
+def test_defaults_of_the_process_do_not_reach_the_compiled_passes(default: torch.dtype | str) -> None:
+    process = process_of(0.1, 1000, "A")
+    z, x = codes(process, 300)
+    logits, half = torch.randn(1, 300, 1000), torch.full((1,), 0.5)
+    expected = loss_and_gradient(xdlm_nelbo, logits, z, x, process, half, half, backend="cpp")
+    weights = torch.arange(1, 301)
+    leaf = logits.requires_grad_()
+    try:
+        torch.set_default_device(default) if isinstance(default, str) else torch.set_default_dtype(default)
+        loss = xdlm_nelbo(leaf, z, x, process, half, half, backend="cpp")
+        (loss * weights).sum().backward()
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(loss.double(), expected[0]) and torch.equal(leaf.grad.double(), expected[1])
+
+
+@needs_compiler
+def test_tensors_without_memory_of_their_own_are_read_right_or_refused() -> None:
+    process = process_of(0.1, 40, "A")
+    z, x = codes(process, 6)
+    logits, half = torch.randn(1, 6, 40), torch.full((1,), 0.5)
+    expected = xdlm_nelbo(logits, z, x, process, half, half, backend="cpp")
+    assert torch.equal(xdlm_nelbo(torch._neg_view(-logits), z, x, process, half, half, backend="cpp"), expected)
+
+    class Other(torch.Tensor):
+        pass
+
+    with pytest.raises(ValueError, match="backend='cpp'.*Other.*'eager'"):
+        xdlm_nelbo(logits.as_subclass(Other), z, x, process, half, half, backend="cpp")
 
 
 @needs_compiler
@@ -289,7 +365,7 @@ def test_a_triton_that_cannot_run_is_told_and_done_without(monkeypatch) -> None:
 
     monkeypatch.setattr(nelbo_triton, "self_check", fail)
     with pytest.warns(UserWarning, match="no C compiler"):
-        assert nelbo._fastest.__wrapped__("cuda", torch.float32) == "eager"
+        assert not nelbo._triton_runs.__wrapped__("cuda", torch.float32)
 
 
 @needs_triton

@@ -75,6 +75,10 @@ def xdlm_head_nelbo(
     device, dtype = features.device.type, features.dtype
     if torch.is_autocast_enabled(device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
+    else:
+        for name, value in (("weight", weight), ("bias", bias)):
+            if value is not None and value.dtype != dtype:
+                raise ValueError(f"{name}: dtype {value.dtype}, the features have {dtype}; cast one, or use autocast")
     flat = features.reshape(-1, features.shape[-1])
     wanted = [
         torch.is_grad_enabled() and value is not None and value.requires_grad for value in (features, weight, bias)
@@ -141,12 +145,15 @@ def _add_product(grads: torch.Tensor, h: torch.Tensor, to: torch.Tensor) -> None
     if grads.dtype == to.dtype:
         to.addmm_(grads.T, h)
         return
+    if grads.dtype == torch.float16:  # its range ends at 65,504, and no scale is known yet
+        h = h.float()
+        step = max(1, SHARE_BYTES // (4 * len(h)))
+        for part, columns in zip(to.split(step), grads.split(step, 1)):
+            part.addmm_(columns.float().T, h)
+        return
     step = max(1, SHARE_BYTES // (h.shape[1] * h.element_size()))
     for part, columns in zip(to.split(step), grads.split(step, 1)):
-        if grads.dtype == torch.float16:  # its range ends at 65,504, and no scale is known yet
-            part.addmm_(columns.float().T, h.float())
-        else:
-            part += columns.T @ h
+        part += columns.T @ h
 
 
 def _blocks(features: torch.Tensor, width: int, dtype: torch.dtype) -> list[slice]:

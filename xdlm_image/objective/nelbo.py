@@ -51,11 +51,13 @@ def xdlm_nelbo(
             later than this one in the backward pass.
         backend: Who reads the logits: `"triton"` (float32 arithmetic on CUDA, or on the CPU under Triton's
             interpreter), `"cpp"` (the same on the CPU, not for float16; takes a C++ compiler), `"eager"` (plain torch,
-            everywhere), or `"auto"`: Triton on CUDA and C++ on the CPU where they work, else eager.
+            everywhere), or `"auto"`: Triton on CUDA and C++ on the CPU where they work, else eager; always eager
+            under torch.compile, which sees through plain torch only.
 
     Returns:
         (B, L), float32 (float64 for float64 logits), never below -5e-6. Finite for alpha and beta in [0, 1] and
-        finite logits. At beta = 0 a z other than x has no probability; its loss then stands for infinity.
+        finite logits, unless it passes float32's range. At beta = 0 a z other than x has no probability; its loss then
+        stands for infinity.
 
     Raises:
         ValueError: If shapes, dtypes or devices do not fit, ids, alpha or beta are out of range (looked for on the CPU
@@ -63,12 +65,12 @@ def xdlm_nelbo(
             logits that overlap in memory.
     """
     owner = logits if logits._base is None else logits._base
-    if in_place and owner.is_leaf and owner.requires_grad:
+    if in_place and logits.requires_grad and (owner.is_leaf or logits.is_leaf):
         raise ValueError("in_place=True: the logits are a leaf or a view of one, which the gradient would overwrite")
     rows = rows_of("logits", logits, z, x, process, alpha, beta)
     if logits.shape[-1] != process.logits_width:
         raise ValueError(f"logits: width {logits.shape[-1]}, but the process has logits_width={process.logits_width}")
-    wide = logits.reshape(-1, logits.shape[-1])
+    wide = logits.resolve_neg().reshape(-1, logits.shape[-1])
     wide = wide if wide.stride(1) == 1 else wide.contiguous()
     if in_place and len(wide) > 1 and wide.stride(0) < wide.shape[1]:
         raise ValueError("in_place=True: rows of the logits share memory; give it logits.contiguous()")
@@ -124,7 +126,7 @@ def passes_for(device: torch.device, dtype: torch.dtype, backend: str) -> Any:
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r}: must be one of {', '.join(BACKENDS)}")
     if backend == "auto":
-        backend = _fastest(device.type, dtype)
+        backend = "eager" if torch.compiler.is_compiling() else _fastest(device.type, dtype)
     if backend == "eager":
         return nelbo_eager
     dtypes, where = (CPP_DTYPES, ("cpu",)) if backend == "cpp" else (TRITON_DTYPES, ("cuda", "cpu"))
@@ -136,31 +138,51 @@ def passes_for(device: torch.device, dtype: torch.dtype, backend: str) -> Any:
     if backend == "cpp":
         from . import nelbo_cpu
 
-        nelbo_cpu.library()
+        nelbo_cpu.self_check()
         return nelbo_cpu
     from . import nelbo_triton
 
     return nelbo_triton
 
 
-@functools.cache
 def _fastest(device_type: str, dtype: torch.dtype) -> str:
-    """The backend for logits of this dtype on such a device; asked once, by trying it."""
+    """The backend for logits of this dtype on such a device."""
+    if device_type == "cpu" and dtype in CPP_DTYPES and _cpp_runs():
+        return "cpp"
+    return "triton" if _triton_runs(device_type, dtype) else "eager"
+
+
+@functools.cache
+def _cpp_runs() -> bool:
+    """Whether the passes in C++ can be compiled here; asked once, by compiling and trying them."""
     try:
-        if device_type == "cpu" and dtype in CPP_DTYPES:
-            from . import nelbo_cpu
+        from . import nelbo_cpu
 
-            nelbo_cpu.library()
-            return "cpp"
-        if device_type == "cuda" and dtype in TRITON_DTYPES and importlib.util.find_spec("triton") is not None:
-            from . import nelbo_triton
+        nelbo_cpu.self_check()
+        return True
+    except Exception as error:  # no compiler, no place to compile: whatever it is, plain torch does without
+        warnings.warn(
+            f"{error}: the objective's C++ cannot run here, it takes slower passes in plain torch", stacklevel=5
+        )
+        return False
 
-            nelbo_triton.self_check(device_type, dtype)
-            return "triton"
-    except Exception as error:  # a missing compiler, an old GPU: whatever it is, plain torch does without
-        what = "C++ (install a compiler, or name one in CXX)" if device_type == "cpu" else "Triton"
-        warnings.warn(f"{error}: the objective runs without {what}, slower, in plain torch", stacklevel=2)
-    return "eager"
+
+@functools.cache
+def _triton_runs(device_type: str, dtype: torch.dtype) -> bool:
+    """Whether Triton's kernels work here; asked once, by running one."""
+    if device_type != "cuda" or dtype not in TRITON_DTYPES or importlib.util.find_spec("triton") is None:
+        return False
+    try:
+        from . import nelbo_triton
+
+        nelbo_triton.self_check(device_type, dtype)
+        return True
+    except Exception as error:  # a missing compiler, an old GPU: whatever it is, the other passes do without
+        warnings.warn(
+            f"{error}: the objective's Triton kernels cannot run here, it takes slower passes in plain torch",
+            stacklevel=5,
+        )
+        return False
 
 
 class _XDLMNelbo(torch.autograd.Function):

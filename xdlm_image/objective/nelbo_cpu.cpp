@@ -1,6 +1,6 @@
 // The objective's passes over the logits, a row at a time: what nelbo_cpu.py compiles and calls.
 //
-// A row stays in the processor's cache while it is read; sums add up in float32 over CHUNK columns, in double beyond.
+// A row of usual width stays in the processor's cache while it is read; sums add up in float32 over CHUNK columns, in double beyond.
 // `#pragma omp simd` (no OpenMP runtime) lets the compiler add in lanes; NaN and infinities keep their meaning.
 
 #include <algorithm>
@@ -41,7 +41,7 @@ inline void write(float value, bfloat16& out) {  // to nearest, ties to even
   out.bits = static_cast<uint16_t>(value == value ? rounded : 0x7fc0u);
 }
 
-// exp(x) for x <= 0, 0 below float32's normal numbers; Cody and Waite's reduction, Cephes' polynomial: 1 ulp
+// exp(x) for x <= 0, 0 below 1.22e-38; Cody and Waite's reduction, Cephes' polynomial: about 1 ulp
 inline float exp_of(float x) {
   const float shifted = x * 1.44269504088896341f + 12582912.0f;  // 1.5 2^23: the sum's last bits are round(x / ln 2)
   const float n = shifted - 12582912.0f;
@@ -57,7 +57,7 @@ inline float exp_of(float x) {
   return x < -87.3f ? 0.0f : result;
 }
 
-// log(w) for finite w >= 1; Cephes' polynomial: 1 ulp
+// log(w) for finite w >= 1; Cephes' polynomial: about 1 ulp
 inline float log_of(float w) {
   const uint32_t bits = bits_of<uint32_t>(w) + (0x3f800000u - 0x3f3504f3u);  // so that m lies in [sqrt(1/2), sqrt(2))
   const float n = static_cast<float>(static_cast<int32_t>(bits >> 23) - 127);
@@ -142,30 +142,29 @@ void row_gradient(const T* row, T* out, int64_t width, int64_t excluded, bool is
   if (excluded >= 0) write(0.0f, out[excluded]);
 }
 
-// work(first, last) on every share of the rows, a thread each
+// work(thread, first, last) on every share of the rows, a thread each
 template <class Work>
 void share(int64_t rows, int64_t threads, Work work) {
-  threads = std::max<int64_t>(1, std::min(threads, rows));
   std::vector<std::thread> others;
   for (int64_t i = 1; i < threads; ++i) {
     const int64_t first = rows * i / threads, last = rows * (i + 1) / threads;
     try {
-      others.emplace_back(work, first, last);
+      others.emplace_back(work, i, first, last);
     } catch (const std::system_error&) {  // no more threads are allowed
-      work(first, last);
+      work(i, first, last);
     }
   }
-  work(0, rows / threads);
+  work(0, 0, rows / threads);
   for (auto& thread : others) thread.join();
 }
 
 template <class T>
 void forward(const T* logits, int64_t stride, int64_t rows, int64_t width, int64_t excluded, bool is_k_zero,
-             const int64_t* columns, const bool* is_wrong, const float* c, float* picked, float* sums, int64_t threads) {
-  share(rows, threads, [=](int64_t first, int64_t last) {
-    std::vector<float> e(width);
+             const int64_t* columns, const bool* is_wrong, const float* c, float* picked, float* sums, float* scratch,
+             int64_t threads) {
+  share(rows, threads, [=](int64_t thread, int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i)
-      row_sums(logits + i * stride, width, excluded, columns + 2 * i, is_wrong[i], c[i], is_k_zero, e.data(),
+      row_sums(logits + i * stride, width, excluded, columns + 2 * i, is_wrong[i], c[i], is_k_zero, scratch + thread * width,
                picked + 2 * i, sums[i], sums[rows + i], sums[2 * rows + i], sums[3 * rows + i], sums[4 * rows + i]);
   });
 }
@@ -184,7 +183,7 @@ template <class T>
 void backward(const T* logits, int64_t stride, T* out, int64_t out_stride, int64_t rows, int64_t width, int64_t excluded,
               bool is_k_zero, const float* factors, int64_t threads) {
   if (out != logits && out_stride == width) ask_for_huge_pages(out, rows * width * sizeof(T));
-  share(rows, threads, [=](int64_t first, int64_t last) {
+  share(rows, threads, [=](int64_t, int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i)
       row_gradient(logits + i * stride, out + i * out_stride, width, excluded, is_k_zero, factors[i], factors[rows + i],
                    factors[2 * rows + i], factors[3 * rows + i], factors[4 * rows + i], factors[5 * rows + i]);
@@ -197,8 +196,9 @@ void backward(const T* logits, int64_t stride, T* out, int64_t out_stride, int64
 #define EXPORT(NAME, T)                                                                                               \
   extern "C" void forward_##NAME(const T* logits, int64_t stride, int64_t rows, int64_t width, int64_t excluded,      \
                                  int64_t is_k_zero, const int64_t* columns, const bool* is_wrong, const float* c,     \
-                                 float* picked, float* sums, int64_t threads) {                                       \
-    forward(logits, stride, rows, width, excluded, is_k_zero != 0, columns, is_wrong, c, picked, sums, threads);      \
+                                 float* picked, float* sums, float* scratch, int64_t threads) {                       \
+    forward(logits, stride, rows, width, excluded, is_k_zero != 0, columns, is_wrong, c, picked, sums, scratch,       \
+            threads);                                                                                                 \
   }                                                                                                                   \
   extern "C" void backward_##NAME(const T* logits, int64_t stride, T* out, int64_t out_stride, int64_t rows,          \
                                   int64_t width, int64_t excluded, int64_t is_k_zero, const float* factors,           \

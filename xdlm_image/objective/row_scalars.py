@@ -1,7 +1,7 @@
 """From the sums over a row of logits to its loss, and to the scalars that its gradient needs.
 
 Owns the delicate part of the objective's arithmetic, which is per token and thus cheap: the sums over the vocabulary
-are `nelbo_eager.py`'s; `nelbo_triton.py` states the same equations for a GPU.
+are `nelbo_eager.py`'s or `nelbo_cpu.py`'s; `nelbo_triton.py` states the same equations for a GPU.
 
 The definition (`reference.py`) cancels in floating point (1 - p_x, L(c) - L(c p_x)), so this file computes
 
