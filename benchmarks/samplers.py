@@ -1,0 +1,134 @@
+"""Does what few steps cost depend on the sampler? Ancestral, confidence and Halton order, each tuned alike, per model.
+
+    torchrun --nproc-per-node 2 benchmarks/samplers.py [--models shipped/fashion_mnist] [--folder runs/samplers]
+
+Every sampler of every model gets five trials of its one number (temperature; for confidence the choice temperature) on
+1,000 images of a seed of their own; the lowest sum of pooled FID over the step counts wins, one number for all of them.
+The winners are measured on 5,000 images of three other seeds. Trials and results are held against the same test
+images. Killed, the same command goes on; without torchrun it runs on one process.
+"""
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+
+from few_steps import interval
+
+from xdlm_image import XDLMOrderedScheduler, XDLMPipeline
+from xdlm_image.evaluation.statistics import rank_and_world
+from xdlm_image.evaluation.sweep import evaluate
+from xdlm_image.processes import process_state
+from xdlm_image.recipes import EvaluateRecipe
+
+ROOT = Path(__file__).resolve().parents[1]
+TEMPERATURES, CHOICE_TEMPERATURES = [0.6, 0.7, 0.8, 0.9, 1.0], [0.5, 1.0, 2.0, 4.5, 9.0]
+TRIAL_SEED, SEEDS = 100, [0, 1, 2]
+SAMPLERS = ("ancestral", "halton", "confidence")
+METRICS = ("precision", "recall", "coverage", "class_accuracy")
+
+
+def confident(arguments: argparse.Namespace, model: str, choice_temperature: float) -> str:
+    """Folder of the model with confidence order, which keeps its choice temperature in its scheduler's settings."""
+    folder = arguments.folder / "pipelines" / f"{model}-ct{choice_temperature}"
+    if rank_and_world()[0] == 0 and not (folder / "model_index.json").is_file():
+        pipe = XDLMPipeline.from_pretrained(arguments.models / "pipelines" / model)
+        changes = {"unmasking": "confidence", "choice_temperature": choice_temperature}
+        pipe.scheduler = XDLMOrderedScheduler.from_config(pipe.scheduler.config, **changes)
+        pipe.save_pretrained(folder)
+    if (state := process_state()) is not None:
+        state.wait_for_everyone()
+    return str(folder)
+
+
+def cells(arguments: argparse.Namespace, folder: str, pipelines: dict[str, str], **changes) -> list[dict]:
+    """A sweep over the pipelines, and its results."""
+    output = arguments.folder / folder
+    usual = {
+        "reference": str(arguments.models / "reference"),
+        "extractor": str(arguments.models / "extractor"),
+        "num_steps": arguments.num_steps,
+        "dtype": "bfloat16",
+        "compile": True,
+    }
+    evaluate(EvaluateRecipe(output_dir=str(output), pipelines=pipelines, **{**usual, **changes}))
+    return json.loads((output / "fid.json").read_text())["cells"]
+
+
+def trials_of(arguments: argparse.Namespace) -> list[dict]:
+    """One entry for each model, sampler and value tried: FID by step count."""
+    trial = {"num_samples": 1000, "seeds": [TRIAL_SEED], "feature_metrics": []}
+    models = {model: str(arguments.models / "pipelines" / model) for model in arguments.names}
+    tempered = {"sampler": ["ancestral", "halton"], "temperature": TEMPERATURES}
+    found = cells(arguments, "trials/tempered", models, **trial, **tempered)
+    confidence = {f"{m}-ct{c}": (m, c) for m in models for c in CHOICE_TEMPERATURES}
+    folders = {name: confident(arguments, *of) for name, of in confidence.items()}
+    for cell in cells(arguments, "trials/confidence", folders, **trial):
+        model, value = confidence[cell["pipeline"]]
+        found.append(cell | {"pipeline": model, "sampler": "confidence", "temperature": value})
+    table: dict[tuple, dict] = {}
+    for cell in found:
+        key = (cell["pipeline"], cell["sampler"], cell["temperature"])
+        row = table.setdefault(key, {"model": key[0], "sampler": key[1], "value": key[2], "fid": {}})
+        row["fid"][str(cell["num_steps"])] = cell["fid"]
+    return list(table.values())
+
+
+def measured(arguments: argparse.Namespace, model: str, sampler: str, value: float) -> list[dict]:
+    """Results of a model with a tuned sampler, an entry a step count; numbers by seed."""
+    final = {"num_samples": 5000, "seeds": SEEDS, "classifier": arguments.classifier}
+    if sampler == "confidence":
+        name, folder = f"{model}-confidence", confident(arguments, model, value)
+    else:
+        name, folder = model, str(arguments.models / "pipelines" / model)
+        final |= {"sampler": sampler, "temperature": value}
+    found = cells(arguments, f"final/{model}-{sampler}", {name: folder}, **final)
+    rows = []
+    for steps in arguments.num_steps:
+        own = [cell for cell in found if cell["num_steps"] == steps]
+        row = {"model": model, "sampler": sampler, "value": value, "num_steps": steps, "seeds": SEEDS}
+        row["fid"] = {layer: [cell["fid"][layer] for cell in own] for layer in own[0]["fid"]}
+        rows.append(row | {metric: [cell[metric] for cell in own] for metric in METRICS})
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", type=Path, default=ROOT / "shipped" / "fashion_mnist", help="as shipped/train.sh's")
+    parser.add_argument("--names", nargs=2, default=["mdlm", "xdlm-0.1"], help="two models, the baseline first")
+    parser.add_argument("--num_steps", type=int, nargs="+", default=[4, 8])
+    parser.add_argument("--classifier", help="judges classes; default: the extractor")
+    parser.add_argument("--folder", type=Path, default=Path("runs/samplers"), help="images and partial results")
+    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".json"))
+    arguments = parser.parse_args()
+    if not (arguments.models / "reference").is_dir():
+        parser.error(f"--models {arguments.models}: no reference folder there; shipped/train.sh makes one")
+    trials, results, differences = trials_of(arguments), [], []
+    for sampler in SAMPLERS:
+        for model in arguments.names:
+            tried = [trial for trial in trials if (trial["model"], trial["sampler"]) == (model, sampler)]
+            best = min(tried, key=lambda trial: sum(fid["pooled"] for fid in trial["fid"].values()))
+            results += measured(arguments, model, sampler, best["value"])
+        for steps in arguments.num_steps:
+            pair = {row["model"]: row for row in results if (row["sampler"], row["num_steps"]) == (sampler, steps)}
+            base, ours = (pair[name]["fid"] for name in arguments.names)
+            for layer in ours:
+                values = [a - b for a, b in zip(ours[layer], base[layer])]
+                row = {"sampler": sampler, "num_steps": steps, "layer": layer, "mean": statistics.mean(values)}
+                differences.append(row | {"differences": values, "interval": interval(values)})
+    if rank_and_world()[0] == 0:
+        content = {"models": arguments.names, "trials": trials, "results": results, "differences": differences}
+        arguments.output.write_text(json.dumps(content, indent=2) + "\n")
+        for row in results:
+            fids = "  ".join(f"{k} {statistics.mean(v):.2f} ± {statistics.stdev(v):.2f}" for k, v in row["fid"].items())
+            others = "  ".join(f"{metric} {statistics.mean(row[metric]):.3f}" for metric in METRICS)
+            print(f"{row['model']:9} {row['sampler']:10} {row['value']:4} {row['num_steps']:3} steps  {fids}  {others}")
+        for row in differences:
+            low, high = row["interval"]
+            place = f"{row['sampler']:10} {row['num_steps']} steps {row['layer']:8}"
+            print(f"{place} {' - '.join(reversed(arguments.names))} {row['mean']:+.3f} [{low:+.3f}, {high:+.3f}]")
+        print(arguments.output)
+
+
+if __name__ == "__main__":
+    main()
