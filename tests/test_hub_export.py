@@ -14,6 +14,7 @@ import diffusers
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.utils import dynamic_modules_utils
 from evaluation_parts import NUM_CODES, save_pipeline
 from hub_server import HubServer
 from huggingface_hub import HfApi, ModelCard
@@ -95,6 +96,13 @@ def modules(tmp_path, monkeypatch) -> Path:
     """An own cache of remote code."""
     monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr(sys, "path", list(sys.path))
+    get_class = dynamic_modules_utils.get_class_in_module
+
+    def get_class_of_new_files(*args, **kwargs):
+        importlib.invalidate_caches()  # diffusers does not: a file of the same clock tick as the last look is not seen
+        return get_class(*args, **kwargs)
+
+    monkeypatch.setattr(dynamic_modules_utils, "get_class_in_module", get_class_of_new_files)
     yield tmp_path / "modules"
     for name in [name for name in sys.modules if name.partition(".")[0] == "diffusers_modules"]:
         del sys.modules[name]
@@ -281,6 +289,7 @@ def test_loads_draws_and_saves_without_the_package(saved, exported, tmp_path):
         commit = hub.commit("me/tiny", exported)
         program = f"""
 from diffusers import DiffusionPipeline
+from diffusers.utils import dynamic_modules_utils
 pipe = DiffusionPipeline.from_pretrained({str(exported)!r}, trust_remote_code=True)
 found["folder"], found["module"] = codes(pipe), type(pipe).__module__
 pipe.save_pretrained("plain")
