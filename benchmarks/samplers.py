@@ -31,7 +31,7 @@ METRICS = ("precision", "recall", "coverage", "class_accuracy")
 def confident(arguments: argparse.Namespace, model: str, choice_temperature: float) -> str:
     """Folder of the model with confidence order, which keeps its choice temperature in its scheduler's settings."""
     folder = arguments.folder / "pipelines" / f"{model}-ct{choice_temperature}"
-    if rank_and_world()[0] == 0 and not (folder / "model_index.json").is_file():
+    if rank_and_world()[0] == 0:
         pipe = XDLMPipeline.from_pretrained(arguments.models / "pipelines" / model)
         changes = {"unmasking": "confidence", "choice_temperature": choice_temperature}
         pipe.scheduler = XDLMOrderedScheduler.from_config(pipe.scheduler.config, **changes)

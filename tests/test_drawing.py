@@ -11,6 +11,7 @@ from xdlm_image.evaluation import drawing
 from xdlm_image.evaluation.drawing import DrawnBatches, SamplerSettings, draw_all, open_pipeline
 from xdlm_image.evaluation.drawn_codes import DrawnCodes
 from xdlm_image.evaluation.seeds import MAX_IMAGES, MAX_SEED, image_generators, image_seed
+from xdlm_image.schedulers import XDLMOrderedScheduler, XDLMScheduler
 from xdlm_image.tokenizer.codes import decode_codes
 
 
@@ -81,3 +82,20 @@ def test_speed_is_of_a_usual_image_whatever_the_batch(batch_size, has_codes, tmp
         assert sum(len(batch.images) for batch in batches) == 20
         assert batches.images_per_second(cpu) == pytest.approx(2.0)
         assert batches.seconds(cpu) == pytest.approx(10.0 + extra), start
+
+
+def test_pipelines_with_other_samplers_have_other_hashes(tmp_path):
+    """A scheduler made from another's settings keeps those that it does not read: they must not count."""
+    pipeline = open_pipeline(save_pipeline(tmp_path, k=0.1, seed=2), torch.device("cpu"))
+    hashes = [drawing.pipeline_hash(pipeline)]
+    for unmasking, choice_temperature in (("halton", None), ("confidence", None), ("confidence", 2.0)):
+        pipeline.scheduler = XDLMOrderedScheduler.from_config(
+            pipeline.scheduler.config, unmasking=unmasking, choice_temperature=choice_temperature
+        )
+        hashes.append(drawing.pipeline_hash(pipeline))
+    pipeline.save_pretrained(tmp_path / "ordered")
+    again = open_pipeline(tmp_path / "ordered", torch.device("cpu"))
+    assert len(set(hashes)) == 4 and drawing.pipeline_hash(again) == hashes[-1]
+    again.scheduler = XDLMScheduler.from_config(again.scheduler.config)
+    again.save_pretrained(tmp_path / "ancestral")
+    assert drawing.pipeline_hash(open_pipeline(tmp_path / "ancestral", torch.device("cpu"))) == hashes[0]

@@ -6,10 +6,11 @@ This file owns the user's call of the pipeline on behalf of grids and sweeps; it
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -106,12 +107,18 @@ def pipeline_hash(pipeline: XDLMPipeline) -> str:
     for module in (pipeline.transformer, pipeline.vqvae):
         digest.update(tokenizer_hash(module).encode())  # names, shapes and float32 values: of any module
         digest.update(_config_json(module).encode())
-    digest.update(_config_json(pipeline.scheduler).encode())
+    scheduler = pipeline.scheduler
+    if type(scheduler) is not XDLMScheduler:  # which had no other beside it once: its hashes stay
+        digest.update(type(scheduler).__name__.encode())
+    # `from_config` keeps what another class of scheduler was told, and this one does not read
+    digest.update(_config_json(scheduler, inspect.signature(type(scheduler).__init__).parameters).encode())
     return digest.hexdigest()
 
 
-def _config_json(component: object) -> str:
-    config = {k: v for k, v in dict(component.config).items() if not k.startswith("_")}  # type: ignore[attr-defined]
+def _config_json(component: Any, names: Container[str] | None = None) -> str:
+    """Settings of a part, as JSON; only those of `names`, if given."""
+    config = {k: v for k, v in dict(component.config).items() if not k.startswith("_")}
+    config = {k: v for k, v in config.items() if names is None or k in names}
     return json.dumps(config, sort_keys=True, default=str)
 
 

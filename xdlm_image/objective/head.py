@@ -13,7 +13,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from ..schedulers import XDLMProcess
-from .nelbo import passes_for, rows_of
+from .nelbo import backend_for, passes_for, rows_of
 from .row_scalars import Rows
 
 BLOCK_BYTES = 24 << 20  # of logits; with fewer rows the weight gradient would be added up too often
@@ -83,6 +83,7 @@ def xdlm_head_nelbo(
     wanted = [
         torch.is_grad_enabled() and value is not None and value.requires_grad for value in (features, weight, bias)
     ]
+    backend = backend_for(backend, features, weight, bias)
     settings = (process, passes_for(features.device, dtype, backend), dtype, wanted)
     mean, loss = _XDLMHeadNelbo.apply(flat, weight, bias, token_weight, rows, settings)
     return XDLMLossOutput(mean, loss.view(x.shape))

@@ -74,7 +74,7 @@ def xdlm_nelbo(
     wide = wide if wide.stride(1) == 1 else wide.contiguous()
     if in_place and len(wide) > 1 and wide.stride(0) < wide.shape[1]:
         raise ValueError("in_place=True: rows of the logits share memory; give it logits.contiguous()")
-    passes = passes_for(logits.device, logits.dtype, backend)
+    passes = passes_for(logits.device, logits.dtype, backend_for(backend, logits))
     return _XDLMNelbo.apply(wide, *rows, process, passes, in_place).view(x.shape)
 
 
@@ -119,6 +119,12 @@ def _per_token(name: str, value: torch.Tensor, x: torch.Tensor, dtype: torch.dty
     if x.device.type == "cpu" and not bool(((value >= 0) & (value <= 1)).all()):
         raise ValueError(f"{name}: runs from {float(value.min())} to {float(value.max())}, must lie in [0, 1]")
     return spread
+
+
+def backend_for(backend: str, *tensors: torch.Tensor | None) -> str:
+    """`"eager"` in the place of `"auto"` where a tensor is of a class of its own, which only torch can read."""
+    plain = all(value is None or type(value) in (torch.Tensor, torch.nn.Parameter) for value in tensors)
+    return backend if plain or backend != "auto" else "eager"
 
 
 def passes_for(device: torch.device, dtype: torch.dtype, backend: str) -> Any:
