@@ -14,7 +14,6 @@ import diffusers
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.utils import dynamic_modules_utils
 from evaluation_parts import NUM_CODES, save_pipeline
 from hub_server import HubServer
 from huggingface_hub import HfApi, ModelCard
@@ -95,15 +94,14 @@ def exported(saved, tmp_path_factory) -> Path:
 def modules(tmp_path, monkeypatch) -> Path:
     """An own cache of remote code."""
     monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    get_class = dynamic_modules_utils.get_class_in_module
-
-    def get_class_of_new_files(*args, **kwargs):
-        importlib.invalidate_caches()  # diffusers does not: a file of the same clock tick as the last look is not seen
-        return get_class(*args, **kwargs)
-
-    monkeypatch.setattr(dynamic_modules_utils, "get_class_in_module", get_class_of_new_files)
+    # a document that ran before may have left its own cache
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if not Path(p, "diffusers_modules").is_dir()])
+    forget_remote_code()
     yield tmp_path / "modules"
+    forget_remote_code()
+
+
+def forget_remote_code() -> None:
     for name in [name for name in sys.modules if name.partition(".")[0] == "diffusers_modules"]:
         del sys.modules[name]
 
@@ -289,7 +287,6 @@ def test_loads_draws_and_saves_without_the_package(saved, exported, tmp_path):
         commit = hub.commit("me/tiny", exported)
         program = f"""
 from diffusers import DiffusionPipeline
-from diffusers.utils import dynamic_modules_utils
 pipe = DiffusionPipeline.from_pretrained({str(exported)!r}, trust_remote_code=True)
 found["folder"], found["module"] = codes(pipe), type(pipe).__module__
 pipe.save_pretrained("plain")
