@@ -38,7 +38,7 @@ class Produced(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, anchor, buffer):
-        return torch.empty(0).to(buffer).set_(buffer.detach())  # no view, which nobody may overwrite
+        return buffer.new_empty(0).set_(buffer)  # no view, which nobody may overwrite
 
     @staticmethod
     def backward(ctx, _):

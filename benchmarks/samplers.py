@@ -23,7 +23,8 @@ from xdlm_image.recipes import EvaluateRecipe
 
 ROOT = Path(__file__).resolve().parents[1]
 TEMPERATURES, CHOICE_TEMPERATURES = [0.6, 0.7, 0.8, 0.9, 1.0], [0.5, 1.0, 2.0, 4.5, 9.0]
-TRIAL_SEED, SEEDS = 100, [0, 1, 2]
+TRIAL = {"num_samples": 1000, "seeds": [100], "feature_metrics": []}
+SEEDS = [0, 1, 2]
 SAMPLERS = ("ancestral", "halton", "confidence")
 METRICS = ("precision", "recall", "coverage", "class_accuracy")
 
@@ -57,13 +58,12 @@ def cells(arguments: argparse.Namespace, folder: str, pipelines: dict[str, str],
 
 def trials_of(arguments: argparse.Namespace) -> list[dict]:
     """One entry for each model, sampler and value tried: FID by step count."""
-    trial = {"num_samples": 1000, "seeds": [TRIAL_SEED], "feature_metrics": []}
     models = {model: str(arguments.models / "pipelines" / model) for model in arguments.names}
     tempered = {"sampler": ["ancestral", "halton"], "temperature": TEMPERATURES}
-    found = cells(arguments, "trials/tempered", models, **trial, **tempered)
+    found = cells(arguments, "trials/tempered", models, **TRIAL, **tempered)
     confidence = {f"{m}-ct{c}": (m, c) for m in models for c in CHOICE_TEMPERATURES}
     folders = {name: confident(arguments, *of) for name, of in confidence.items()}
-    for cell in cells(arguments, "trials/confidence", folders, **trial):
+    for cell in cells(arguments, "trials/confidence", folders, **TRIAL):
         model, value = confidence[cell["pipeline"]]
         found.append(cell | {"pipeline": model, "sampler": "confidence", "temperature": value})
     table: dict[tuple, dict] = {}
@@ -117,7 +117,18 @@ def main() -> None:
                 row = {"sampler": sampler, "num_steps": steps, "layer": layer, "mean": statistics.mean(values)}
                 differences.append(row | {"differences": values, "interval": interval(values)})
     if rank_and_world()[0] == 0:
-        content = {"models": arguments.names, "trials": trials, "results": results, "differences": differences}
+        protocols = [
+            json.loads((arguments.folder / "final" / f"{name}-ancestral" / "fid.json").read_text())["protocol"]
+            for name in arguments.names
+        ]
+        shared = {name: value for name, value in protocols[0].items() if name not in ("pipelines", "sampler")}
+        content = {
+            "protocol": shared | {"trials": TRIAL, "dtype": protocols[0]["sampler"]["dtype"]},
+            "models": {name: of["pipelines"][name]["weights_hash"] for name, of in zip(arguments.names, protocols)},
+            "trials": trials,
+            "results": results,
+            "differences": differences,
+        }
         arguments.output.write_text(json.dumps(content, indent=2) + "\n")
         for row in results:
             fids = "  ".join(f"{k} {statistics.mean(v):.2f} ± {statistics.stdev(v):.2f}" for k, v in row["fid"].items())

@@ -1,6 +1,8 @@
 """Settings for every test: one thread (tiny tensors on busy cores), and the same hypothesis examples in every run."""
 
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch; subprocesses inherit it
@@ -46,3 +48,13 @@ def pytest_terminal_summary(terminalreporter) -> None:
             if name == "terminal summary" and report.when == "call":
                 terminalreporter.section(report.nodeid)
                 terminalreporter.write_line(text)
+
+
+@pytest.fixture
+def modules(tmp_path, monkeypatch) -> Iterator[Path]:
+    """An own cache of remote code, of which nothing stays in this process."""
+    monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield tmp_path / "modules"
+    for name in [name for name in sys.modules if name.partition(".")[0] == "diffusers_modules"]:
+        del sys.modules[name]

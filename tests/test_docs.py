@@ -70,7 +70,7 @@ def saved_pipeline(tmp_path_factory):
 
 
 @pytest.fixture
-def place(saved_pipeline, tmp_path, monkeypatch) -> Path:
+def place(saved_pipeline, tmp_path, monkeypatch, modules) -> Path:
     """The folder where a document's code runs."""
     shutil.copytree(saved_pipeline, tmp_path / "runs/fashion_mnist/xdlm/pipeline")
     (tmp_path / "shipped").symlink_to(ROOT / "shipped")

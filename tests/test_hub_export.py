@@ -90,22 +90,6 @@ def exported(saved, tmp_path_factory) -> Path:
     return load(saved).save_for_hub(tmp_path_factory.mktemp("hub") / "tiny", card="# A card\n")
 
 
-@pytest.fixture
-def modules(tmp_path, monkeypatch) -> Path:
-    """An own cache of remote code."""
-    monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    # a document that ran before may have left its own cache
-    monkeypatch.setattr(sys, "path", [p for p in sys.path if not Path(p, "diffusers_modules").is_dir()])
-    forget_remote_code()
-    yield tmp_path / "modules"
-    forget_remote_code()
-
-
-def forget_remote_code() -> None:
-    for name in [name for name in sys.modules if name.partition(".")[0] == "diffusers_modules"]:
-        del sys.modules[name]
-
-
 # --- what is written ------------------------------------------------------------------------------
 
 

@@ -16,12 +16,11 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from ..schedulers import XDLMProcess
-from . import nelbo_eager
+from . import nelbo_cpu, nelbo_eager
 from .row_scalars import Rows
 
 BACKENDS = ("auto", "eager", "cpp", "triton")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-CPP_DTYPES = (torch.float32, torch.bfloat16)
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -123,7 +122,7 @@ def _per_token(name: str, value: torch.Tensor, x: torch.Tensor, dtype: torch.dty
 
 def backend_for(backend: str, *tensors: torch.Tensor | None) -> str:
     """`"eager"` in the place of `"auto"` where a tensor is of a class of its own, which only torch can read."""
-    plain = all(value is None or type(value) in (torch.Tensor, torch.nn.Parameter) for value in tensors)
+    plain = all(value is None or type(value) in nelbo_cpu.PLAIN for value in tensors)
     return backend if plain or backend != "auto" else "eager"
 
 
@@ -135,15 +134,13 @@ def passes_for(device: torch.device, dtype: torch.dtype, backend: str) -> Any:
         backend = "eager" if torch.compiler.is_compiling() else _fastest(device.type, dtype)
     if backend == "eager":
         return nelbo_eager
-    dtypes, where = (CPP_DTYPES, ("cpu",)) if backend == "cpp" else (TRITON_DTYPES, ("cuda", "cpu"))
+    dtypes, where = (nelbo_cpu.DTYPES, ("cpu",)) if backend == "cpp" else (TRITON_DTYPES, ("cuda", "cpu"))
     if dtype not in dtypes or device.type not in where:
         raise ValueError(
             f"backend={backend!r}: reads {', '.join(map(str, dtypes))} on {' or '.join(where)}, the logits are {dtype} "
             f"on {device.type}; use 'eager'"
         )
     if backend == "cpp":
-        from . import nelbo_cpu
-
         nelbo_cpu.self_check()
         return nelbo_cpu
     from . import nelbo_triton
@@ -153,7 +150,7 @@ def passes_for(device: torch.device, dtype: torch.dtype, backend: str) -> Any:
 
 def _fastest(device_type: str, dtype: torch.dtype) -> str:
     """The backend for logits of this dtype on such a device."""
-    if device_type == "cpu" and dtype in CPP_DTYPES and _cpp_runs():
+    if device_type == "cpu" and dtype in nelbo_cpu.DTYPES and _cpp_runs():
         return "cpp"
     return "triton" if _triton_runs(device_type, dtype) else "eager"
 
@@ -162,8 +159,6 @@ def _fastest(device_type: str, dtype: torch.dtype) -> str:
 def _cpp_runs() -> bool:
     """Whether the passes in C++ can be compiled here; asked once, by compiling and trying them."""
     try:
-        from . import nelbo_cpu
-
         nelbo_cpu.self_check()
         return True
     except Exception as error:  # no compiler, no place to compile: whatever it is, plain torch does without

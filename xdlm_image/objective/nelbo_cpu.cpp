@@ -1,6 +1,7 @@
 // The objective's passes over the logits, a row at a time: what nelbo_cpu.py compiles and calls.
 //
-// A row of usual width stays in the processor's cache while it is read; sums add up in float32 over CHUNK columns, in double beyond.
+// A row of usual width stays in the processor's cache while it is read; sums add up in float32 over CHUNK columns, in
+// double beyond.
 // `#pragma omp simd` (no OpenMP runtime) lets the compiler add in lanes; NaN and infinities keep their meaning.
 
 #include <algorithm>
@@ -84,8 +85,9 @@ float largest(const T* row, int64_t begin, int64_t end, float top) {
 
 // The sums over one row that the loss reads; picked[2] are exp(logit - top) at its columns of their own.
 template <class T>
-void row_sums(const T* row, int64_t width, int64_t excluded, const int64_t* columns, bool is_wrong, float c, bool is_k_zero,
-              float* e, float* picked, float& top, float& rest, float& norm, float& log_terms, float& damped) {
+void row_sums(const T* row, int64_t width, int64_t excluded, const int64_t* columns, bool is_wrong, float c,
+              bool is_k_zero, float* e, float* picked, float& top, float& rest, float& norm, float& log_terms,
+              float& damped) {
   const float none = -INFINITY;
   top = excluded < 0 ? largest(row, 0, width, none)
                      : largest(row, excluded + 1, width, largest(row, 0, excluded, none));
@@ -164,13 +166,13 @@ void forward(const T* logits, int64_t stride, int64_t rows, int64_t width, int64
              int64_t threads) {
   share(rows, threads, [=](int64_t thread, int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i)
-      row_sums(logits + i * stride, width, excluded, columns + 2 * i, is_wrong[i], c[i], is_k_zero, scratch + thread * width,
-               picked + 2 * i, sums[i], sums[rows + i], sums[2 * rows + i], sums[3 * rows + i], sums[4 * rows + i]);
+      row_sums(logits + i * stride, width, excluded, columns + 2 * i, is_wrong[i], c[i], is_k_zero,
+               scratch + thread * width, picked + 2 * i, sums[i], sums[rows + i], sums[2 * rows + i],
+               sums[3 * rows + i], sums[4 * rows + i]);
   });
 }
 
-// New memory by pages of 2 MiB where the system has them for who asks: the first write to 4 KiB at a time takes longer
-// than the gradient
+// New memory by pages of 2 MiB where the system has them for who asks: the first write to each page takes its time
 void ask_for_huge_pages(void* begin, size_t bytes) {
 #ifdef __linux__
   const uintptr_t huge = uintptr_t{1} << 21, first = (reinterpret_cast<uintptr_t>(begin) + huge - 1) & ~(huge - 1);
@@ -180,8 +182,8 @@ void ask_for_huge_pages(void* begin, size_t bytes) {
 }
 
 template <class T>
-void backward(const T* logits, int64_t stride, T* out, int64_t out_stride, int64_t rows, int64_t width, int64_t excluded,
-              bool is_k_zero, const float* factors, int64_t threads) {
+void backward(const T* logits, int64_t stride, T* out, int64_t out_stride, int64_t rows, int64_t width,
+              int64_t excluded, bool is_k_zero, const float* factors, int64_t threads) {
   if (out != logits && out_stride == width) ask_for_huge_pages(out, rows * width * sizeof(T));
   share(rows, threads, [=](int64_t, int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i)

@@ -1,8 +1,8 @@
 """The objective's passes over the logits compiled for this processor, float32 inside.
 
 Owns the compiler's call and the two functions of `nelbo_cpu.cpp`, which does what `nelbo_eager.py` does with a row at a
-time and fewer passes; what happens per row is `row_scalars.py`'s. Nothing compiled is kept: a process takes about two
-seconds for it when it first needs it, and no other machine's instructions can come back from a cache.
+time and fewer passes; what happens per row is `row_scalars.py`'s. Nothing compiled is kept: a process takes seconds for
+it when it first needs it, and no other machine's instructions can come back from a cache.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import os
 import platform
 import shlex
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -22,13 +21,13 @@ import torch
 
 from ..schedulers import XDLMProcess
 from . import nelbo_eager
-from .nelbo_eager import write_grads_at
 from .row_scalars import Rows, RowScalars, RowSums, columns_of, gradient_factors, loss_and_scalars
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 FLAGS = ["-std=c++17", "-O3", "-fopenmp-simd", "-shared", "-fPIC", "-pthread"]
 ARITHMETIC = ["-fno-fast-math", "-fno-math-errno", "-fno-trapping-math"]  # sums in lanes, and else as it is written
-TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}  # and what the library's functions call them
+PLAIN = (torch.Tensor, torch.nn.Parameter)  # classes whose address is where their numbers are
 LEAST_ELEMENTS = 1 << 16  # logits that are worth a thread
 
 
@@ -56,22 +55,23 @@ def backward(
 ) -> None:
     """Write the gradient (R, V) into `out`, which may be the logits themselves; arguments as in `nelbo_eager`."""
     _call("backward", logits, process, torch.stack(gradient_factors(rows, scalars, grad_loss)), out=out)
-    write_grads_at(rows, scalars, grad_loss, process, out)
+    nelbo_eager.write_grads_at(rows, scalars, grad_loss, process, out)
 
 
+@functools.cache
 def self_check() -> None:
-    """Compile if that was not done yet, and compare a few rows with plain torch; raises what stands in the way."""
+    """Compile, and compare a few rows with plain torch, once a process; raises what stands in the way."""
     process, width = XDLMProcess(0.1, 1500), 1500
     column = torch.arange(width, device="cpu")
-    for dtype in TYPES:
+    for dtype in DTYPES:
         logits = torch.stack([4.0 * (column * step).float().sin() for step in (1, 2, 3)]).to(dtype)
         ids = column[:3] + 7
         half = torch.full_like(logits[:, 0], 0.5, dtype=torch.float32)
         rows = Rows(torch.where(ids > 8, process.mask, ids), ids, half, half, process.signal_ratio(half, half))
         found = []
-        for passes in (nelbo_eager, sys.modules[__name__]):
-            loss, scalars = passes.forward(logits, rows, process)
-            passes.backward(logits, rows, scalars, half, process, out := torch.empty_like(logits))
+        for forward_of, backward_of in ((nelbo_eager.forward, nelbo_eager.backward), (forward, backward)):
+            loss, scalars = forward_of(logits, rows, process)
+            backward_of(logits, rows, scalars, half, process, out := torch.empty_like(logits))
             found += [loss, out.float()]
         near = torch.allclose(found[0], found[2], rtol=1e-5) and torch.allclose(found[1], found[3], 1e-2, 1e-7)
         if not near:
@@ -86,10 +86,10 @@ def _call(
     matrices = [value for matrix in (logits, out) if matrix is not None for value in _matrix(matrix, logits.dtype)]
     tensors = [value.contiguous() for value in given]  # alive during the call
     for value in tensors:  # the library takes addresses, and their word for what lies there
-        plain = type(value) is torch.Tensor and value.device.type == "cpu"
-        assert plain and value.dtype in (torch.float32, torch.int64, torch.bool), value
+        assert type(value) in PLAIN and value.device.type == "cpu", value
+        assert value.dtype in (torch.float32, torch.int64, torch.bool), value
     excluded = -1 if process.excluded_column is None else process.excluded_column
-    getattr(library(), f"{name}_{TYPES[logits.dtype]}")(
+    getattr(library(), f"{name}_{DTYPES[logits.dtype]}")(
         *matrices,
         *(ctypes.c_int64(value) for value in (count, width, excluded, process.k == 0.0)),
         *(ctypes.c_void_p(value.data_ptr()) for value in tensors),
@@ -99,7 +99,7 @@ def _call(
 
 def _matrix(value: torch.Tensor, dtype: torch.dtype) -> tuple[Any, Any]:
     """Address, and elements from row to row."""
-    if type(value) not in (torch.Tensor, torch.nn.Parameter) or value.device.type != "cpu":
+    if type(value) not in PLAIN or value.device.type != "cpu":
         raise ValueError(f"backend='cpp': reads plain tensors on the CPU, not {type(value).__name__}; use 'eager'")
     assert value.dtype == dtype and (value.stride(1) == 1 or value.shape[1] == 1)
     return ctypes.c_void_p(value.data_ptr()), ctypes.c_int64(value.stride(0))
