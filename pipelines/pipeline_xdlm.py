@@ -268,7 +268,7 @@ class XDLMPipeline(SelfContainedPipeline):
             ValueError: If an id is no code, such as the mask.
         """
         config, quantize = self.vqvae.config, self.vqvae.quantize
-        lowest, highest = latents.min().item(), latents.max().item()
+        lowest, highest = torch.stack(latents.aminmax()).tolist()
         if lowest < 0 or highest >= config.num_vq_embeddings:
             raise ValueError(
                 f"latents holds ids from {lowest} to {highest}, the codebook has {config.num_vq_embeddings}: "
@@ -359,7 +359,7 @@ class XDLMPipeline(SelfContainedPipeline):
         times_on_device = times.float().to(device)  # all at once: no step waits for its time to arrive
         self._num_timesteps = len(times)
         latents = self.prepare_latents(batch_size, generator, device, latents)  # (B, h, w)
-        generator = self.scheduler.draw_ahead(generator, latents.flatten(1).shape)
+        generator = self.scheduler.draw_ahead(generator, latents.flatten(1).shape, device)
 
         # 4. Reverse steps
         with self.progress_bar(total=len(times)) as progress_bar:

@@ -1,10 +1,15 @@
-"""Compile the Triton kernels for a Hopper GPU, on any machine: run by `test_nelbo_backends.py`."""
+"""Compile the Triton kernels for a Hopper GPU, on any machine, and see that their registers suffice: run by
+`test_nelbo_backends.py`."""
 
 import os
+import re
+import subprocess
+import tempfile
 
 os.environ["TRITON_INTERPRET"] = "0"  # before triton
 
 import triton  # noqa: E402
+from triton import knobs  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
@@ -12,23 +17,42 @@ from xdlm_image.objective import nelbo_triton  # noqa: E402
 from xdlm_image.schedulers import row_draw_triton  # noqa: E402
 
 TYPES = {
-    "logits": "*bf16", "out": "*bf16", "z_ptr": "*i64", "x_ptr": "*i64", "rows_ptr": "*i64", "drawn_ptr": "*i64",
+    "logits": "*bf16", "out": "*bf16", "z_ptr": "*i64", "x_ptr": "*i64", "wanted_ptr": "*u8", "drawn_ptr": "*i64",
     "v_ptr": "*fp64", "p_z_ptr": "*fp64", "totals_ptr": "*fp64", "N_OVER_K": "fp32", "inverse_temperature": "fp32",
 }  # fmt: skip
 
 
-def compile_kernel(kernel, **constants) -> None:
+def compile_kernel(kernel, warps, **constants) -> None:
     signature = {
         name: "constexpr" if name in constants else TYPES.get(name, "*fp32" if name.endswith("_ptr") else "i32")
         for name in kernel.arg_names
     }
-    source = ASTSource(kernel, signature=signature, constexprs=constants)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32))
-    assert compiled.asm["cubin"], kernel
+    # as at run time, where rows begin at 16 bytes and are as wide as the vocabulary's power of 2
+    whole = [i for i, name in enumerate(kernel.arg_names) if signature[name][0] == "*" or name in ("stride", "V")]
+    source = ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in whole})
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    registers, spilled = (int(re.search(rf"{what}:(\d+)", told)[1]) for what in ("REG", "STACK"))
+    print(f"{kernel.fn.__name__} {constants}: {registers} registers a thread, {spilled} bytes of stack")
+    assert spilled == 0 and "LOCAL:0" in told, told
 
 
-compile_kernel(nelbo_triton._forward_kernel, K_IS_ZERO=False, ONE_BLOCK=True, BLOCK=1024)
-compile_kernel(nelbo_triton._forward_kernel, K_IS_ZERO=True, ONE_BLOCK=False, BLOCK=1024)
-compile_kernel(nelbo_triton._backward_kernel, K_IS_ZERO=False, BLOCK=1024)
-compile_kernel(row_draw_triton._draw_kernel, ONE_BLOCK=True, BLOCK=1024, GROUP=64)
-compile_kernel(row_draw_triton._draw_kernel, ONE_BLOCK=False, BLOCK=1024, GROUP=64)
+for K_IS_ZERO in (False, True):
+    for shape in (
+        {"ONE_BLOCK": True, "BLOCK": 1024, "warps": 2},
+        {"ONE_BLOCK": True, "BLOCK": 4096, "warps": 8},
+        {"ONE_BLOCK": False, "BLOCK": 1024, "warps": 4},
+    ):
+        for unused in ({"GRADIENT": False, "grad_loss_ptr": None}, {"GRADIENT": True, "scalars_ptr": None}):
+            compile_kernel(nelbo_triton._forward_kernel, K_IS_ZERO=K_IS_ZERO, **shape, **unused)
+    compile_kernel(nelbo_triton._backward_kernel, K_IS_ZERO=K_IS_ZERO, BLOCK=1024, warps=4)
+for shape in (
+    {"ONE_BLOCK": True, "BLOCK": 1024, "warps": 2},
+    {"ONE_BLOCK": True, "BLOCK": 16384, "warps": 32},
+    {"ONE_BLOCK": False, "BLOCK": 4096, "warps": 8},
+):
+    compile_kernel(row_draw_triton._draw_kernel, GROUP=64, **shape)

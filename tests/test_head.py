@@ -157,6 +157,34 @@ def test_workspace_does_not_grow_with_the_vocabulary(width: int, dtype: torch.dt
     assert memory.peak - gradients < (1 << 20) + few < memory.peak
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("width", [1000, 16384])
+def test_gpu_workspace_is_small_and_the_gradients_add_up_in_float32(
+    width: int, dtype: torch.dtype, monkeypatch
+) -> None:
+    monkeypatch.undo()
+    process, tokens, features = XDLMProcess(0.1, width), 4096, 256
+    torch.manual_seed(0)
+    leaves = [torch.randn(1, tokens, features), torch.randn(width, features) / 16, torch.zeros(width)]
+    leaves = [value.to("cuda", dtype).requires_grad_() for value in leaves]
+    x = torch.randint(width, (1, tokens))
+    half = torch.full((1,), 0.5)
+    rest = [value.to("cuda") for value in (process.noise(x, half, half), x, half, half)]
+    rest = (rest[0], rest[1], process, *rest[2:])
+    gradients(xdlm_head_nelbo(*leaves, *rest).mean, leaves)  # compiles
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    output = xdlm_head_nelbo(*leaves, *rest)
+    sums = tokens * features * dtype.itemsize + 4 * width * (features + 1)
+    assert torch.cuda.max_memory_allocated() - before - sums < 32 << 20
+    actual = gradients(output.mean, leaves)
+    wide = [value.detach().double().requires_grad_() for value in leaves]
+    wide_rest = (*rest[:3], *(value.double() for value in rest[3:]))
+    for ours, exact in zip(actual, gradients(xdlm_nelbo(linear(*wide), *wide_rest).mean(), wide)):
+        assert (ours - exact).norm() < 1e-2 * exact.norm()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_multiplies_in_its_dtype_and_adds_in_float32(dtype: torch.dtype) -> None:
     leaves, rest = case(torch.float32)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from xdlm_image.objective import nelbo, nelbo_cpu, nelbo_eager, reference_nelbo, xdlm_nelbo
+from xdlm_image.objective.row_scalars import Rows
 from xdlm_image.schedulers import XDLMProcess
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -114,6 +115,28 @@ def test_hostile_numbers_follow_float64(backend: str, k: float, beta: float) -> 
     weight = torch.arange(1.0, 16.0)[:, None]
     flat = (1.0 if beta > 0.1 else 1e-3) * weight / (beta or 1e-2)  # see `test_float32_follows_float64_everywhere`
     assert ((actual[1] - expected[1]).abs() <= 4e-6 * (largest + flat)).all()
+
+
+@backends
+@pytest.mark.parametrize("width", [12, 70])
+@pytest.mark.parametrize("definition", ["A", "B"])
+@pytest.mark.parametrize("k", [0.0, 0.1, 1.0])
+def test_both_passes_at_once_are_the_two(backend: str, k: float, definition: str, width: int) -> None:
+    torch.manual_seed(6)
+    process = process_of(k, width, definition)
+    z, x = codes(process, 9)
+    alpha = torch.linspace(0.0, 1.0 - 1e-6, 9)
+    wide = 3.0 * torch.randn(9, process.logits_width + 5, device=DEVICE)  # with something between the rows
+    logits, between = wide[:, : process.logits_width], wide[:, process.logits_width :].clone()
+    rows = Rows(*(value.to(DEVICE) for value in (z[0], x[0], alpha, 1 - alpha, process.signal_ratio(alpha, 1 - alpha))))
+    weight = torch.linspace(-1.0, 2.0, 9, device=DEVICE)
+    passes = nelbo.passes_for(DEVICE, torch.float32, backend)
+    loss, scalars = passes.forward(logits, rows, process)
+    passes.backward(logits, rows, scalars, weight, process, gradient := torch.empty_like(logits))
+    at_once = passes.forward_backward(logits, rows, weight, process)
+    torch.testing.assert_close(at_once, loss, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(logits, gradient, rtol=1e-5, atol=1e-7)
+    assert torch.equal(wide[:, process.logits_width :], between)
 
 
 @backends

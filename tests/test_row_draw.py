@@ -34,51 +34,55 @@ def test_a_row_is_drawn_as_its_cdf_says(draw, width: int, dtype: torch.dtype) ->
     generator = torch.Generator().manual_seed(width)
     logits = (12 * torch.randn(60, width, generator=generator)).to(dtype)
     logits[:10] = 0.0
-    rows = torch.randperm(60, generator=generator)[:40]
-    z = torch.randint(width + 1, (40,), generator=generator)
-    v = torch.rand(40, generator=generator, dtype=torch.float64)
+    wanted = torch.rand(60, generator=generator) < 0.7
+    logits[(~wanted).nonzero()[:5, 0]] = torch.nan  # not read
+    z = torch.randint(width + 1, (60,), generator=generator)
+    v = torch.rand(60, generator=generator, dtype=torch.float64)
     v[:4] = torch.tensor([0.0, 1.0 - 2**-53, 2**-40, 0.5])
     for temperature, excluded in ((1.0, None), (0.7, 2)):
-        arguments = (a.to(DEVICE) for a in (logits, rows, z, v))
-        drawn, p_z = (result.cpu() for result in draw(*arguments, temperature, excluded))
-        scores = logits[rows].double() / temperature
+        arguments = (a.to(DEVICE) for a in (logits, wanted, z, v))
+        drawn, p_z, finite = (result.cpu() for result in draw(*arguments, temperature, excluded))
+        assert finite.shape == () and bool(finite)
+        assert torch.equal(drawn[~wanted], z[~wanted]) and not p_z[~wanted].any()
+        drawn, p_z, of, u = (value[wanted] for value in (drawn, p_z, z, v))
+        scores = logits[wanted].double() / temperature
         if excluded is not None:
             scores[:, excluded] = -torch.inf
         p = scores.softmax(-1)
         cdf = torch.nn.functional.pad(p.cumsum(-1), (1, 0))
         low, high = cdf.gather(1, drawn[:, None])[:, 0], cdf.gather(1, drawn[:, None] + 1)[:, 0]
-        assert bool(((low <= v + 1e-6) & (v <= high + 1e-6)).all()) and bool((p.gather(1, drawn[:, None]) > 0).all())
-        wanted = torch.where(z < width, torch.nn.functional.pad(p, (0, 1)).gather(1, z[:, None])[:, 0], 0.0)
-        torch.testing.assert_close(p_z, wanted, rtol=2e-5, atol=1e-30)
+        assert bool(((low <= u + 1e-6) & (u <= high + 1e-6)).all()) and bool((p.gather(1, drawn[:, None]) > 0).all())
+        expected = torch.where(of < width, torch.nn.functional.pad(p, (0, 1)).gather(1, of[:, None])[:, 0], 0.0)
+        torch.testing.assert_close(p_z, expected, rtol=2e-5, atol=1e-30)
 
 
 def test_rare_codes_are_drawn_as_often_as_they_should(draw) -> None:
     """A code of probability 1e-9: float32's CDF would give it 0 or 6e-8."""
-    logits = torch.zeros(1, 256, device=DEVICE)
-    logits[0, 100] = 20.7  # the other 255 have about 1e-9 each
+    logits = torch.zeros(3, 256, device=DEVICE)
+    logits[:, 100] = 20.7  # the other 255 have about 1e-9 each
     p = logits.double().softmax(-1)[0].cpu()
     inside = float(p[:30].sum()) + float(p[30]) * torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64)
-    rows = torch.zeros(3, dtype=torch.int64, device=DEVICE)
-    assert draw(logits, rows, rows, inside.to(DEVICE))[0].tolist() == [30, 30, 30]
+    z = torch.zeros(3, dtype=torch.int64, device=DEVICE)
+    assert draw(logits, z == 0, z, inside.to(DEVICE))[0].tolist() == [30, 30, 30]
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-def test_logits_that_are_not_finite_are_refused(draw, bad: float) -> None:
+def test_logits_that_are_not_finite_are_told_where_they_are_read(draw, bad: float) -> None:
     logits = torch.zeros(2, 70, device=DEVICE)
     logits[1] = bad
-    row, half = (
-        torch.ones(1, dtype=torch.int64, device=DEVICE),
-        torch.full((1,), 0.5, dtype=torch.float64, device=DEVICE),
-    )
-    with pytest.raises(ValueError, match="holds NaN or infinities"):
-        draw(logits, row, row, half)
-    assert draw(logits, 0 * row, row, half)[0].item() == 35
+    z, half = torch.zeros(2, dtype=torch.int64, device=DEVICE), torch.full((2,), 0.5, dtype=torch.float64).to(DEVICE)
+    first = torch.tensor([True, False], device=DEVICE)
+    drawn, _, finite = draw(logits, ~first, z, half)
+    assert not bool(finite) and 0 <= int(drawn[1]) < 70
+    drawn, _, finite = draw(logits, first, z, half)
+    assert drawn.tolist() == [35, 0] and bool(finite)
 
 
-def test_no_row_is_no_draw(draw) -> None:
-    none = torch.zeros(0, dtype=torch.int64, device=DEVICE)
-    drawn, p_z = draw(torch.zeros(2, 70, device=DEVICE), none, none, none.double())
-    assert drawn.shape == p_z.shape == (0,)
+@pytest.mark.parametrize("rows", [0, 2])
+def test_no_row_is_no_draw(draw, rows: int) -> None:
+    z = torch.full((rows,), 7, device=DEVICE)
+    drawn, p_z, finite = draw(torch.zeros(rows, 70, device=DEVICE), z == 0, z, 0.5 * z.double())
+    assert drawn.tolist() == rows * [7] and p_z.tolist() == rows * [0.0] and bool(finite)
 
 
 def test_a_kernel_that_cannot_run_gives_way_to_torch(monkeypatch) -> None:
@@ -94,5 +98,5 @@ def test_a_kernel_that_cannot_run_gives_way_to_torch(monkeypatch) -> None:
         monkeypatch.setattr(row_draw_triton, "draw_rows", fails)
     row, half = torch.zeros(1, dtype=torch.int64), torch.full((1,), 0.5, dtype=torch.float64)
     with pytest.warns(UserWarning, match="sampling takes its slower path"):
-        assert row_draw.draw_rows(torch.zeros(1, 64), row, row, half)[0].item() == 32
+        assert row_draw.draw_rows(torch.zeros(1, 64), row == 0, row, half)[0].item() == 32
     assert row_draw.FAST == {}

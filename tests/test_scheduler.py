@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from xdlm_image.objective import posterior
-from xdlm_image.schedulers import XDLMProcess, XDLMScheduler
+from xdlm_image.schedulers import XDLMProcess, XDLMScheduler, row_draw, scheduling_xdlm
 from xdlm_image.schedulers.process_xdlm import UniformsAhead, draw_uniforms
 
 KS = [0.0, 1e-3, 0.1, 0.5, 1.0]
@@ -238,6 +238,77 @@ def test_no_image_needs_no_generator() -> None:
     assert z.shape == scheduler.step(torch.zeros(0, 49, 16), scheduler.timesteps[0], z, []).prev_sample.shape == (0, 49)
 
 
+@pytest.mark.parametrize("k", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("definition", ["A", "B"])
+def test_no_step_but_the_last_waits_for_the_device(k: float, definition: str, monkeypatch) -> None:
+    """Tensors of the device "meta" hold nothing: whatever asked them for a number would fail."""
+
+    def kernel(logits, wanted, z, v, *_):
+        return z.clone(), v.clone(), wanted.all()
+
+    monkeypatch.setattr(row_draw, "FAST", {"meta": kernel})
+    process = process_of(k, 16, definition)
+    scheduler = XDLMScheduler.from_process(process)
+    scheduler.set_timesteps(3)
+    z = scheduler.prior((2, 7), torch.Generator(), device="meta")
+    numbers = scheduler.draw_ahead([torch.Generator(), torch.Generator()], (2, 7), "meta")
+    logits = torch.zeros(2, 7, process.logits_width, device="meta")
+    for t in scheduler.timesteps[:2]:
+        z = scheduler.step(logits, t, z, numbers).prev_sample
+        assert z.device.type == "meta" and z.shape == (2, 7)
+    with pytest.raises(RuntimeError, match="meta"):  # here it looks whether all logits were finite
+        scheduler.step(logits, scheduler.timesteps[2], z, numbers)
+
+
+class OnAnotherDevice(torch.Tensor):
+    """A number that says it lies elsewhere."""
+
+    device = torch.device("meta")
+
+
+def test_an_accelerator_tells_of_logits_that_are_not_finite_in_the_last_step(monkeypatch) -> None:
+    scheduler = XDLMScheduler.from_process(process_of(0.1, 8, "A"))
+    bad = torch.full((1, 64, 8), torch.nan)
+
+    def told_elsewhere(*arguments):
+        drawn, p_z, finite = row_draw.draw_rows(*arguments)
+        return drawn, p_z, finite.as_subclass(OnAnotherDevice)
+
+    monkeypatch.setattr(scheduling_xdlm, "draw_rows", told_elsewhere)
+    for retry in range(2):
+        scheduler.set_timesteps(3)
+        z = scheduler.step(bad, 1.0, torch.full((1, 64), 8)).prev_sample
+        z = scheduler.step(torch.zeros_like(bad), scheduler.timesteps[1], z).prev_sample
+        if retry:  # nor does a run inherit what another that was broken off had found
+            scheduler.set_timesteps(3)
+            scheduler.step(torch.zeros_like(bad), scheduler.timesteps[2], z)
+        else:
+            with pytest.raises(ValueError, match="model_output: holds NaN"):
+                scheduler.step(torch.zeros_like(bad), scheduler.timesteps[2], z)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("k", [0.0, 0.1, 1.0])
+def test_gpu_steps_wait_for_nothing_and_give_the_codes_of_the_cpu(k: float) -> None:
+    process = process_of(k, 300, "A")
+    scheduler = XDLMScheduler.from_process(process)
+    codes = []
+    for device in ("cpu", "cuda"):
+        scheduler.set_timesteps(4)
+        logits = torch.randn(8, 49, 300, generator=torch.Generator().manual_seed(5)).to(device)
+        numbers = scheduler.draw_ahead(torch.Generator().manual_seed(6), (8, 49), device)
+        z = torch.full((8, 49), process.mask, device=device)
+        scheduler.step(logits, 1.0, z, torch.Generator())  # compiles
+        for t in scheduler.timesteps:
+            torch.cuda.set_sync_debug_mode("error" if device == "cuda" and t != scheduler.timesteps[-1] else "default")
+            try:
+                z = scheduler.step(logits, t, z, numbers).prev_sample
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        codes.append(z.cpu())
+    assert (codes[0] != codes[1]).float().mean() < 0.01  # sums end an ulp apart
+
+
 def test_numbers_drawn_ahead_are_those_of_the_calls_one_by_one() -> None:
     def generators():
         return [torch.Generator().manual_seed(seed) for seed in (3, 1, 2)]
@@ -259,5 +330,11 @@ def test_numbers_drawn_ahead_are_those_of_the_calls_one_by_one() -> None:
     twice = [one, one, torch.Generator()]
     assert scheduler.draw_ahead(twice, (3, 7)) is twice  # drawn ahead, its two images would not take turns
     assert scheduler.draw_ahead(one, (3, 7)) is one and scheduler.draw_ahead(None, (3, 7)) is None
+    elsewhere = scheduler.draw_ahead(one, (3, 7), "meta")  # nothing to gain on the CPU, a copy a step elsewhere
+    assert isinstance(elsewhere, UniformsAhead) and elsewhere.take().shape == (3, 7, 2)
+    numbers = UniformsAhead(torch.Generator().manual_seed(4), (3, 7), 5)
+    one.manual_seed(4)
+    for _ in range(5):
+        assert torch.equal(torch.stack(draw_uniforms((3, 7), numbers)), torch.stack(draw_uniforms((3, 7), one)))
     scheduler.set_timesteps(100_000)
     assert scheduler.draw_ahead(ahead, (3, 49)) is ahead  # too many numbers to hold

@@ -109,10 +109,10 @@ class _XDLMHeadNelbo(torch.autograd.Function):
             for block in blocks:
                 h = features[block].to(dtype)  # (r, D)
                 logits = _project(h, matrix, offset, out=buffer[: len(h)])  # (r, V)
-                loss[block], scalars = passes.forward(logits, rows[block], process)
                 if not any(wanted):
+                    loss[block], _ = passes.forward(logits, rows[block], process)
                     continue
-                passes.backward(logits, rows[block], scalars, token_weight[block], process, out=logits)
+                loss[block] = passes.forward_backward(logits, rows[block], token_weight[block], process)
                 if grad_features is not None:
                     torch.mm(logits, matrix, out=grad_features[block])
                 if grad_weight is not None:
@@ -130,7 +130,10 @@ class _XDLMHeadNelbo(torch.autograd.Function):
     def backward(ctx, grad_mean, _):
         scale = grad_mean / max(1, ctx.rows)  # of no rows the mean is NaN, and the gradients are 0
         grads = [
-            None if grad is None else (grad.to(torch.promote_types(grad.dtype, dtype)) * scale).to(dtype)
+            # a scale of as many dimensions is not rounded to the gradient's dtype
+            None
+            if grad is None
+            else torch.mul(grad, scale.view([1] * grad.ndim), out=grad.new_empty(grad.shape, dtype=dtype))
             for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes)
         ]
         return *grads, None, None, None
@@ -145,6 +148,9 @@ def _add_product(grads: torch.Tensor, h: torch.Tensor, to: torch.Tensor) -> None
     """to += grads.T @ h for grads (r, V), h (r, D) and `to` (V, D), which may have the wider dtype."""
     if grads.dtype == to.dtype:
         to.addmm_(grads.T, h)
+        return
+    if to.is_cuda and torch.version.cuda and not torch.compiler.is_compiling():  # which does not know this overload
+        torch.addmm(to, grads.T, h, out_dtype=to.dtype, out=to)
         return
     if grads.dtype == torch.float16:  # its range ends at 65,504, and no scale is known yet
         h = h.float()

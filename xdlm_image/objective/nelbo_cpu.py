@@ -58,6 +58,13 @@ def backward(
     nelbo_eager.write_grads_at(rows, scalars, grad_loss, process, out)
 
 
+def forward_backward(logits: torch.Tensor, rows: Rows, grad_loss: torch.Tensor, process: XDLMProcess) -> torch.Tensor:
+    """Both passes, the gradient over the logits; arguments and result as in `nelbo_eager`."""
+    loss, scalars = forward(logits, rows, process)
+    backward(logits, rows, scalars, grad_loss, process, out=logits)
+    return loss
+
+
 @functools.cache
 def self_check() -> None:
     """Compile, and compare a few rows with plain torch, once a process; raises what stands in the way."""

@@ -83,6 +83,21 @@ def backward(
     write_grads_at(rows, scalars, grad_loss, process, out)
 
 
+def forward_backward(logits: torch.Tensor, rows: Rows, grad_loss: torch.Tensor, process: XDLMProcess) -> torch.Tensor:
+    """Both passes, for whoever knows beforehand what is minimised.
+
+    Args:
+        logits: (R, V); the gradient takes their place.
+        rows, grad_loss, process: As in `backward`.
+
+    Returns:
+        Loss (R,).
+    """
+    loss, scalars = forward(logits, rows, process)
+    backward(logits, rows, scalars, grad_loss, process, out=logits)
+    return loss
+
+
 def write_grads_at(
     rows: Rows, scalars: RowScalars, grad_loss: torch.Tensor, process: XDLMProcess, out: torch.Tensor
 ) -> None:

@@ -1,8 +1,9 @@
 """The objective's passes over the logits as Triton kernels, float32 inside.
 
-Owns one kernel a pass. Forward reads a row (a second time, from the cache, where the vocabulary is wider than a
-block), sums over it as `nelbo_eager.py` does and turns the sums into loss and scalars with the equations of
-`row_scalars.py`; backward is elementwise. Together they move 12 bytes a float32 logit: read, read and write.
+Owns one kernel a pass. Forward reads a row (again from the cache, where the vocabulary is wider than a block), sums
+over it as `nelbo_eager.py` does and turns the sums into loss and scalars with the equations of
+`row_scalars.py`; backward is elementwise. Together they move 12 bytes a float32 logit: read, read and write. Where what
+is minimised is known beforehand the first kernel does the second's work, too: 8 bytes.
 """
 
 from __future__ import annotations
@@ -15,26 +16,17 @@ from ..schedulers import XDLMProcess
 from .row_scalars import TINY as TINY_NUMBER
 from .row_scalars import Rows, RowScalars
 
-ROW_IN_REGISTERS = 16384  # widest row that the forward pass reads once
-BLOCK = 4096  # of wider rows, and of the backward pass
+ROW_IN_REGISTERS = 4096  # widest row that the forward pass reads once; several wider ones would not fit a core
+BLOCK = 1024  # of wider rows, and of the backward pass
+FOUR_FIT = tl.constexpr(1e9)  # c below which the product of four 1 + c p_j, whose p_j sum to 1 at most, is finite
 NO_COLUMN = -1
 TINY = tl.constexpr(TINY_NUMBER)
 
 
 def forward(logits: torch.Tensor, rows: Rows, process: XDLMProcess) -> tuple[torch.Tensor, RowScalars]:
     """Loss (R,) of logits (R, V), whose rows are contiguous, and what `backward` needs to know of the rows."""
-    count, width = logits.shape
-    loss = torch.empty(count, dtype=torch.float32, device=logits.device)
-    scalars = torch.empty(len(RowScalars._fields), count, dtype=torch.float32, device=logits.device)
-    if count:
-        block = triton.next_power_of_2(width) if width <= ROW_IN_REGISTERS else BLOCK
-        with torch.cuda.device_of(logits):
-            _forward_kernel[(count,)](
-                logits, logits.stride(0), *rows, loss, scalars, count, width, process.mask, _excluded(process),
-                process.num_uniform / process.k if process.k > 0 else 0.0,
-                K_IS_ZERO=process.k == 0.0, ONE_BLOCK=block >= width, BLOCK=block, num_warps=_warps(block),
-            )  # fmt: skip
-    return loss, RowScalars(*scalars)
+    scalars = torch.empty(len(RowScalars._fields), len(logits), dtype=torch.float32, device=logits.device)
+    return _forward(logits, rows, process, scalars=scalars), RowScalars(*scalars)
 
 
 def backward(
@@ -53,8 +45,35 @@ def backward(
             _backward_kernel[(count, triton.cdiv(width, block))](
                 logits, logits.stride(0), out, out.stride(0), rows.z, rows.x, rows.c, *scalars,
                 grad_loss.contiguous(), width, process.mask, _excluded(process),
-                K_IS_ZERO=process.k == 0.0, BLOCK=block, num_warps=_warps(block),
+                K_IS_ZERO=process.k == 0.0, BLOCK=block, num_warps=_warps(block, width),
             )  # fmt: skip
+
+
+def forward_backward(logits: torch.Tensor, rows: Rows, grad_loss: torch.Tensor, process: XDLMProcess) -> torch.Tensor:
+    """Both passes, the gradient over the logits; arguments and result as in `nelbo_eager`."""
+    return _forward(logits, rows, process, grad_loss=grad_loss.contiguous())
+
+
+def _forward(
+    logits: torch.Tensor,
+    rows: Rows,
+    process: XDLMProcess,
+    scalars: torch.Tensor | None = None,
+    grad_loss: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Loss (R,); fills the scalars (7, R), or writes the gradient over the logits."""
+    count, width = logits.shape
+    loss = torch.empty(count, dtype=torch.float32, device=logits.device)
+    if count:
+        block = max(4, triton.next_power_of_2(width)) if width <= ROW_IN_REGISTERS else BLOCK
+        with torch.cuda.device_of(logits):
+            _forward_kernel[(count,)](
+                logits, logits.stride(0), *rows, loss, scalars, grad_loss, count, width, process.mask,
+                _excluded(process), process.num_uniform / process.k if process.k > 0 else 0.0,
+                K_IS_ZERO=process.k == 0.0, GRADIENT=grad_loss is not None, ONE_BLOCK=block >= width, BLOCK=block,
+                num_warps=_warps(block, width),
+            )  # fmt: skip
+    return loss
 
 
 def self_check(device: str, dtype: torch.dtype) -> None:
@@ -68,14 +87,31 @@ def _excluded(process: XDLMProcess) -> int:
     return NO_COLUMN if process.excluded_column is None else process.excluded_column
 
 
-def _warps(block: int) -> int:
-    return min(32, max(1, block // 512))  # 16 logits a thread, 32 at most
+def _warps(block: int, width: int) -> int:
+    """16 logits a thread where a block holds the row, else 8, as sums of each are carried along; 32 threads a warp."""
+    return max(1, block // (512 if block >= width else 256))
 
 
 @triton.jit
 def _scores(logits, columns, V, EXCLUDED):
     """Logits at the columns in float32, -inf where there is no column or the softmax leaves it out."""
-    return tl.load(logits + columns, mask=(columns < V) & (columns != EXCLUDED), other=-float("inf")).to(tl.float32)
+    # a mask that could change within 16 bytes would have them read one by one
+    scores = tl.load(logits + columns, mask=columns < V, other=-float("inf")).to(tl.float32)
+    return tl.where(columns == EXCLUDED, -float("inf"), scores)
+
+
+@triton.jit
+def _exp(a):
+    """e^a for a <= 0, 0 below 1e-38: one instruction behind the product, where tl.exp takes five."""
+    return tl.exp2(a * 1.4426950408889634)
+
+
+@triton.jit
+def _inverse(w):
+    """1 / w for w >= 1 by a step of Newton's: half the instructions of a division."""
+    root = tl.rsqrt(w)
+    rough = root * root
+    return rough * (2.0 - w * rough)
 
 
 @triton.jit
@@ -100,57 +136,88 @@ def _w_minus_log1p(w):
 
 
 @triton.jit
-def _terms(scores, columns, x, z, top, scale):
-    """e_j, L(c p_j) and e_j / (1 + c p_j) of the ids that are neither x nor z, else 0; c p_j = e_j scale."""
-    e = tl.where((columns == x) | (columns == z), 0.0, tl.exp(scores - top))
-    cp = e * scale
-    return e, _log1p(cp), e / (1.0 + cp)
+def _logs(cp, c, BLOCK: tl.constexpr):
+    """Terms (BLOCK / 4,) whose sum is that of L(c p_j): one for four, as (1 + a)(1 + b) = 1 + (a + b + ab)."""
+    if c < FOUR_FIT:
+        a, b = tl.split(tl.reshape(cp, [BLOCK // 2, 2]))
+        a, b = tl.split(tl.reshape(a + b + a * b, [BLOCK // 4, 2]))
+        logs = _log1p(a + b + a * b)
+    else:
+        logs = tl.sum(tl.reshape(_log1p(cp), [BLOCK // 4, 4]), axis=1)
+    return logs
+
+
+@triton.jit
+def _store_gradient(
+    out, columns, V, x, z_column, e, scale, inverse, factor, kappa, kappa_1, at_x, at_z, K_IS_ZERO: tl.constexpr
+):  # fmt: skip
+    """factor e_j (kappa + kappa_1 c p_j) / (1 + c p_j), `inverse` being the last, but at x and z; in this order nothing
+    overflows."""
+    grad = e * factor
+    if not K_IS_ZERO:
+        grad *= kappa * inverse + kappa_1 * (e * scale * inverse)
+    grad = tl.where(columns == x, at_x, tl.where(columns == z_column, at_z, grad))
+    tl.store(out + columns, grad.to(out.dtype.element_ty), mask=columns < V)
 
 
 @triton.jit
 def _forward_kernel(
-    logits, stride, z_ptr, x_ptr, alpha_ptr, beta_ptr, c_ptr, loss_ptr, scalars_ptr, R, V, MASK, EXCLUDED, N_OVER_K,
-    K_IS_ZERO: tl.constexpr, ONE_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
+    logits, stride, z_ptr, x_ptr, alpha_ptr, beta_ptr, c_ptr, loss_ptr, scalars_ptr, grad_loss_ptr, R, V, MASK,
+    EXCLUDED, N_OVER_K, K_IS_ZERO: tl.constexpr, GRADIENT: tl.constexpr, ONE_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
-    z, x = tl.load(z_ptr + row), tl.load(x_ptr + row)
-    alpha, beta, c = tl.load(alpha_ptr + row), tl.load(beta_ptr + row), tl.load(c_ptr + row)
+    z, x = tl.load(z_ptr + row).to(tl.int32), tl.load(x_ptr + row).to(tl.int32)
+    c = tl.load(c_ptr + row)
     is_right = z == x
     is_wrong = (z != MASK) & (z != x)
     z_column = tl.where(is_wrong, z, x)
     columns = tl.arange(0, BLOCK)
+    # read before the sums, for which all threads wait, so that no gradient is there yet
+    score_x = tl.load(logits + x).to(tl.float32)
+    score_z = tl.load(logits + z_column).to(tl.float32)
 
-    # the sums over the row
+    # the sums over the row; a wide one comes from the cache each time
     scores = _scores(logits, columns, V, EXCLUDED)
-    top = tl.max(scores)
-    norm = tl.sum(tl.exp(scores - top))
     if not ONE_BLOCK:
         for start in range(BLOCK, V, BLOCK):
-            scores = _scores(logits, start + columns, V, EXCLUDED)
-            higher = tl.maximum(top, tl.max(scores))
-            norm = norm * tl.exp(top - higher) + tl.sum(tl.exp(scores - higher))
-            top = higher
-    inverse_norm = 1.0 / norm
+            scores = tl.maximum(scores, _scores(logits, start + columns, V, EXCLUDED))
+    top = tl.max(scores)
     if ONE_BLOCK:
-        e, logs, damps = _terms(scores, columns, x, z_column, top, c * inverse_norm)
+        e = _exp(scores - top)
+        norm = tl.sum(e)
     else:
-        e = tl.zeros([BLOCK], tl.float32)
-        logs = tl.zeros([BLOCK], tl.float32)
-        damps = tl.zeros([BLOCK], tl.float32)
+        sum_e = tl.zeros([BLOCK], tl.float32)
         for start in range(0, V, BLOCK):
-            scores = _scores(logits, start + columns, V, EXCLUDED)
-            e_more, logs_more, damps_more = _terms(scores, start + columns, x, z_column, top, c * inverse_norm)
-            e += e_more
-            logs += logs_more
-            damps += damps_more
-    others = tl.sum(e) * inverse_norm
+            sum_e += _exp(_scores(logits, start + columns, V, EXCLUDED) - top)
+        norm = tl.sum(sum_e)
+    inverse_norm = 1.0 / norm
+    scale = c * inverse_norm
+    if ONE_BLOCK:
+        e = tl.where((columns == x) | (columns == z_column), 0.0, e)
+        inverse = _inverse(1.0 + e * scale)
+        sum_e = e
+        sum_damps = e * inverse
+        sum_logs = _logs(e * scale, c, BLOCK)
+    else:
+        sum_e = tl.zeros([BLOCK], tl.float32)
+        sum_damps = tl.zeros([BLOCK], tl.float32)
+        sum_logs = tl.zeros([BLOCK // 4], tl.float32)
+        for start in range(0, V, BLOCK):
+            at = start + columns
+            e = _exp(_scores(logits, at, V, EXCLUDED) - top)
+            e = tl.where((at == x) | (at == z_column), 0.0, e)
+            sum_e += e
+            if not K_IS_ZERO:
+                sum_damps += e * _inverse(1.0 + e * scale)
+                sum_logs += _logs(e * scale, c, BLOCK)
+    others = tl.sum(sum_e) * inverse_norm
 
     # loss and scalars: `row_scalars.loss_and_scalars`
-    score_x = tl.load(logits + x).to(tl.float32)
-    p_x = tl.exp(score_x - top) * inverse_norm
-    p_z = tl.where(is_wrong, tl.exp(tl.load(logits + z_column).to(tl.float32) - top) * inverse_norm, 0.0)
+    p_x = _exp(score_x - top) * inverse_norm
+    p_z = tl.where(is_wrong, _exp(score_z - top) * inverse_norm, 0.0)
     q = others + p_z
+    alpha, beta = tl.load(alpha_ptr + row), tl.load(beta_ptr + row)
     one_over_beta = 1.0 / tl.maximum(beta, TINY)
     if K_IS_ZERO:
         g = tl.where(z == MASK, one_over_beta, 0.0)
@@ -166,7 +233,7 @@ def _forward_kernel(
         r = c * p_x * saturation
         w = c * q * saturation
         A = _log1p(w)
-        S = tl.where(c > 0, (A - tl.sum(logs) - _log1p(u)) / tl.maximum(c, TINY), 0.0)
+        S = tl.where(c > 0, (A - tl.sum(sum_logs) - _log1p(u)) / tl.maximum(c, TINY), 0.0)
         one_over_alpha = tl.where(alpha > 0, 1.0 / tl.maximum(alpha, TINY), 0.0)
         g = tl.where(is_right, 1.0 / (beta + alpha * N_OVER_K), one_over_beta)
         loss = g * (A + S + tl.where(is_right, _w_minus_log1p(w), _log1p_minus_ratio(u)) * one_over_alpha)
@@ -175,22 +242,38 @@ def _forward_kernel(
         ratio = u * one_less_ratio
         az = one_over_alpha * ratio * ratio
         one_less_az = tl.where(is_wrong, (one_less_ratio * (2.0 - one_less_ratio) - beta) * one_over_alpha, 1.0)
-        damped = tl.sum(damps) * inverse_norm + p_z * one_less_ratio
+        damped = tl.sum(sum_damps) * inverse_norm + p_z * one_less_ratio
         common = damped - q * saturation
         common_1 = damped + p_x * (1.0 + c) * saturation
         kappa = common + r * h - az
         kappa_1 = tl.where(u > 1.0, common + one_less_az, common_1 + r * h - az)
         grad_x = g * (p_x * (common - az) - r * q * (1.0 + h))
-        at_z = p_z * (common + common_1 * u) * one_less_ratio + az * (others + p_x)
-        grad_z = tl.where(is_wrong, g * at_z, grad_x)
+        grad_z = g * (p_z * (common + common_1 * u) * one_less_ratio + az * (others + p_x))
+        grad_z = tl.where(is_wrong, grad_z, grad_x)
     tl.store(loss_ptr + row, loss)
-    tl.store(scalars_ptr + row, top)
-    tl.store(scalars_ptr + R + row, inverse_norm)
-    tl.store(scalars_ptr + 2 * R + row, g)
-    tl.store(scalars_ptr + 3 * R + row, kappa)
-    tl.store(scalars_ptr + 4 * R + row, kappa_1)
-    tl.store(scalars_ptr + 5 * R + row, grad_x)
-    tl.store(scalars_ptr + 6 * R + row, grad_z)
+    if not GRADIENT:
+        tl.store(scalars_ptr + row, top)
+        tl.store(scalars_ptr + R + row, inverse_norm)
+        tl.store(scalars_ptr + 2 * R + row, g)
+        tl.store(scalars_ptr + 3 * R + row, kappa)
+        tl.store(scalars_ptr + 4 * R + row, kappa_1)
+        tl.store(scalars_ptr + 5 * R + row, grad_x)
+        tl.store(scalars_ptr + 6 * R + row, grad_z)
+    else:
+        grad_loss = tl.load(grad_loss_ptr + row)
+        factor, at_x, at_z = grad_loss * g * inverse_norm, grad_loss * grad_x, grad_loss * grad_z
+        if ONE_BLOCK:
+            _store_gradient(
+                logits, columns, V, x, z_column, e, scale, inverse, factor, kappa, kappa_1, at_x, at_z, K_IS_ZERO
+            )
+        else:
+            for start in range(0, V, BLOCK):
+                at = start + columns
+                e = _exp(_scores(logits, at, V, EXCLUDED) - top)
+                inverse = _inverse(1.0 + e * scale)
+                _store_gradient(
+                    logits, at, V, x, z_column, e, scale, inverse, factor, kappa, kappa_1, at_x, at_z, K_IS_ZERO
+                )
 
 
 @triton.jit
@@ -200,15 +283,12 @@ def _backward_kernel(
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    z, x = tl.load(z_ptr + row), tl.load(x_ptr + row)
-    scores = _scores(logits + row * stride, columns, V, EXCLUDED)
-    p = tl.exp(scores - tl.load(top_ptr + row)) * tl.load(inverse_norm_ptr + row)
-    grad = tl.load(g_ptr + row) * p
-    if not K_IS_ZERO:
-        c = tl.load(c_ptr + row)
-        one = 1.0 / tl.maximum(c, 1.0)  # numerator and denominator by c, where it is large: kappa_1 c overflows
-        cp = p * (c * one)
-        grad *= (tl.load(kappa_ptr + row) * one + tl.load(kappa_1_ptr + row) * cp) / (one + cp)
-    grad = tl.where((columns == z) & (z != MASK), tl.load(grad_z_ptr + row), grad)
-    grad = tl.where(columns == x, tl.load(grad_x_ptr + row), grad) * tl.load(grad_loss_ptr + row)
-    tl.store(out + row * out_stride + columns, grad.to(out.dtype.element_ty), mask=columns < V)
+    z, x = tl.load(z_ptr + row).to(tl.int32), tl.load(x_ptr + row).to(tl.int32)
+    inverse_norm, grad_loss = tl.load(inverse_norm_ptr + row), tl.load(grad_loss_ptr + row)
+    e = _exp(_scores(logits + row * stride, columns, V, EXCLUDED) - tl.load(top_ptr + row))
+    scale = tl.load(c_ptr + row) * inverse_norm
+    _store_gradient(
+        out + row * out_stride, columns, V, x, tl.where(z == MASK, x, z), e, scale, _inverse(1.0 + e * scale),
+        grad_loss * tl.load(g_ptr + row) * inverse_norm, tl.load(kappa_ptr + row), tl.load(kappa_1_ptr + row),
+        grad_loss * tl.load(grad_x_ptr + row), grad_loss * tl.load(grad_z_ptr + row), K_IS_ZERO,
+    )  # fmt: skip

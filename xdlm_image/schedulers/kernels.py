@@ -17,15 +17,15 @@ def register() -> None:
         row_draw.FAST["cuda"] = _first_draw
 
 
-def _first_draw(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def _first_draw(*arguments: Any) -> row_draw.Drawn:
     """Draw one row by the kernel to see that it runs; from then on it does, or torch does."""
     device = arguments[0].device
     try:
         from . import row_draw_triton
 
-        row = torch.zeros(1, dtype=torch.int64, device=device)
+        code = torch.zeros(1, dtype=torch.int64, device=device)
         half = torch.full((1,), 0.5, dtype=torch.float64, device=device)
-        row_draw_triton.draw_rows(torch.zeros(1, 2, device=device), row, row, half)
+        row_draw_triton.draw_rows(torch.zeros(1, 2, device=device), code == 0, code, half)
         row_draw.FAST[device.type] = row_draw_triton.draw_rows
     except Exception as error:  # a missing compiler, an old GPU: whatever it is, torch does without
         warnings.warn(f"Triton cannot run here ({error}); sampling takes its slower path in torch", stacklevel=2)

@@ -28,25 +28,38 @@ import torch
 
 
 class UniformsAhead:
-    """What `draw_uniforms` would give in the next calls, from one generator an image, in one loop over the images.
+    """What `draw_uniforms` would give in the next calls, at once: one loop over the images' generators and one copy to
+    the device, for which later calls need not wait.
 
     Call i gives the very numbers that it would give without this. The generators are drawn from at once, so whoever
     stops early leaves them further on.
 
     Args:
-        generators: One per image, on the CPU.
+        generator: One, or a list of one per image, on the CPU.
         shape: Shape of one of the two results of a call, images first.
         calls: How many calls.
+        device: Where the numbers go.
     """
 
-    def __init__(self, generators: Sequence[torch.Generator], shape: Sequence[int], calls: int) -> None:
+    def __init__(
+        self,
+        generator: torch.Generator | Sequence[torch.Generator],
+        shape: Sequence[int],
+        calls: int,
+        device: torch.device | str | None = None,
+    ) -> None:
         self.shape = tuple(shape)
-        full = (calls, *self.shape[1:], 2)
-        numbers = [torch.rand(full, generator=g, dtype=torch.float64) for g in generators]  # (calls, ..., 2) each
-        self._calls = iter(torch.stack(numbers, dim=1))  # (B, ..., 2) each
+        if isinstance(generator, torch.Generator):
+            numbers = torch.rand((calls, *self.shape, 2), generator=generator, dtype=torch.float64)
+        else:
+            full = (calls, *self.shape[1:], 2)
+            each = [torch.rand(full, generator=g, dtype=torch.float64) for g in generator]  # (calls, ..., 2) each
+            numbers = torch.stack(each, dim=1)
+        device = torch.device(device or "cpu")
+        self._calls = iter(numbers.to(device=device, dtype=_uniform_dtype(device)))  # (B, ..., 2) each
 
     def take(self) -> torch.Tensor:
-        """The numbers of the next call, float64 (*shape, 2). Raises ValueError after the last."""
+        """The numbers of the next call, (*shape, 2). Raises ValueError after the last."""
         numbers = next(self._calls, None)
         if numbers is None:
             raise ValueError("generator: the numbers that were drawn ahead are used up; give the generators themselves")
@@ -57,14 +70,20 @@ Generators = torch.Generator | Sequence[torch.Generator] | UniformsAhead | None
 AHEAD_ELEMENTS = 1 << 24  # numbers drawn ahead: 128 MiB
 
 
-def draw_ahead(generator: Generators, shape: Sequence[int], calls: int) -> Generators:
-    """`UniformsAhead` where each image has a generator of its own on the CPU and there is memory for the numbers; else
-    `generator`."""
-    one_an_image = isinstance(generator, list | tuple) and len({id(g) for g in generator}) == shape[0] > 0
-    if one_an_image and all(isinstance(g, torch.Generator) and g.device.type == "cpu" for g in generator):  # type: ignore[union-attr]
-        fits = 2 * calls * math.prod(shape) <= AHEAD_ELEMENTS
-        return UniformsAhead(generator, shape, calls) if fits else generator  # type: ignore[arg-type]
-    return generator
+def draw_ahead(
+    generator: Generators, shape: Sequence[int], calls: int, device: torch.device | str | None = None
+) -> Generators:
+    """`UniformsAhead` where that saves time and there is memory for the numbers, else `generator`: for one generator on
+    the CPU if the numbers go elsewhere, and for generators there of which each image has its own."""
+    fits = 2 * calls * math.prod(shape) <= AHEAD_ELEMENTS
+    if isinstance(generator, torch.Generator):
+        helps = generator.device.type == "cpu" and torch.device(device or "cpu").type != "cpu"
+    elif isinstance(generator, list | tuple):
+        helps = len({id(g) for g in generator}) == shape[0] > 0
+        helps &= all(isinstance(g, torch.Generator) and g.device.type == "cpu" for g in generator)
+    else:
+        return generator
+    return UniformsAhead(generator, shape, calls, device) if helps and fits else generator
 
 
 class MixtureWeights(NamedTuple):

@@ -19,35 +19,35 @@ BELOW_ONE = tl.constexpr(1.0 - 2.0**-53)
 
 def draw_rows(
     logits: torch.Tensor,
-    rows: torch.Tensor,
+    wanted: torch.Tensor,
     z: torch.Tensor,
     v: torch.Tensor,
     temperature: float = 1.0,
     excluded: int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `row_draw.draw_rows`, of which it takes the arguments and gives the results."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As `row_draw.draw_rows`, of which it takes the arguments and gives the results; it waits for nothing."""
     logits = logits if logits.stride(-1) == 1 else logits.contiguous()
-    count, width = len(rows), logits.shape[-1]
-    drawn, p_z = torch.empty_like(rows), torch.empty(count, dtype=torch.float64, device=logits.device)
+    count, width = logits.shape
+    wanted = wanted.contiguous().view(torch.uint8)
+    drawn, p_z = torch.empty_like(z), torch.empty(count, dtype=torch.float64, device=logits.device)
     totals = torch.empty_like(p_z)
     if count:
         block = max(triton.next_power_of_2(width), COLUMNS) if width <= ROW_IN_REGISTERS else BLOCK
         with torch.cuda.device_of(logits):
             _draw_kernel[(count,)](
-                logits, logits.stride(0), rows.contiguous(), z.contiguous(), v.to(torch.float64).contiguous(), drawn,
-                p_z, totals, width, NO_COLUMN if excluded is None else excluded, 1.0 / temperature,
+                logits, logits.stride(0), wanted, z.contiguous(), v.to(torch.float64).contiguous(), drawn, p_z, totals,
+                width, NO_COLUMN if excluded is None else excluded, 1.0 / temperature,
                 ONE_BLOCK=block >= width, BLOCK=block, GROUP=COLUMNS, num_warps=min(32, max(1, block // 512)),
             )  # fmt: skip
-    if not bool(torch.isfinite(totals).all()):
-        raise ValueError("model_output: holds NaN or infinities; the network diverged, or overflowed in half precision")
-    return drawn, p_z.to(v.dtype)
+    return drawn, p_z.to(v.dtype), torch.isfinite(totals).all()
 
 
 @triton.jit
 def _scores(logits, columns, V, EXCLUDED, inverse_temperature):
     """Scores at the columns in float32, -inf where there is no column or it is left out."""
-    loaded = tl.load(logits + columns, mask=(columns < V) & (columns != EXCLUDED), other=-float("inf"))
-    return loaded.to(tl.float32) * inverse_temperature
+    # a mask that could change within 16 bytes would have them read one by one
+    scores = tl.load(logits + columns, mask=columns < V, other=-float("inf")).to(tl.float32) * inverse_temperature
+    return tl.where(columns == EXCLUDED, -float("inf"), scores)
 
 
 @triton.jit
@@ -72,11 +72,17 @@ def _find(e, before, target, BLOCK: tl.constexpr, GROUP: tl.constexpr):
 
 @triton.jit
 def _draw_kernel(
-    logits, stride, rows_ptr, z_ptr, v_ptr, drawn_ptr, p_z_ptr, totals_ptr, V, EXCLUDED, inverse_temperature,
+    logits, stride, wanted_ptr, z_ptr, v_ptr, drawn_ptr, p_z_ptr, totals_ptr, V, EXCLUDED, inverse_temperature,
     ONE_BLOCK: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     place = tl.program_id(0).to(tl.int64)
-    logits += tl.load(rows_ptr + place) * stride
+    z = tl.load(z_ptr + place)
+    if tl.load(wanted_ptr + place) == 0:
+        tl.store(drawn_ptr + place, z)
+        tl.store(p_z_ptr + place, 0.0)
+        tl.store(totals_ptr + place, 1.0)
+        return
+    logits += place * stride
     columns = tl.arange(0, BLOCK)
     scores = _scores(logits, columns, V, EXCLUDED, inverse_temperature)
     top = tl.max(scores, axis=0)
@@ -102,7 +108,6 @@ def _draw_kernel(
             here = (before <= target) & (target < after)
             drawn = tl.where(here, start + _find(e, before, target, BLOCK, GROUP), drawn)
             before = after
-    z = tl.load(z_ptr + place)
     score_z = _scores(logits, z, V, EXCLUDED, inverse_temperature)
     p_z = tl.where(z < V, tl.exp(score_z - top).to(tl.float64) / total, 0.0)
     tl.store(drawn_ptr + place, tl.minimum(drawn, V - 1).to(tl.int64))  # sums in another order may end an ulp apart

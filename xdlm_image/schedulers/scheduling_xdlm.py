@@ -72,6 +72,7 @@ class XDLMScheduler(SchedulerMixin, ConfigMixin):
         self.process = XDLMProcess(k, num_codes, definition, vocab_size, mask_id)
         self.num_inference_steps: int | None = None
         self.timesteps = torch.empty(0, dtype=torch.float64)
+        self._finite: torch.Tensor | None = None  # whether the logits were, since this was last asked
 
     @classmethod
     def from_process(cls, process: XDLMProcess, time_grid: str = "linear", **kwargs: Any) -> Self:
@@ -122,6 +123,7 @@ class XDLMScheduler(SchedulerMixin, ConfigMixin):
                 raise ValueError(f"timesteps={times!r}: must fall strictly, from 1 at most and staying above 0")
         self.timesteps = torch.tensor(times, dtype=torch.float64)
         self.num_inference_steps = len(times)
+        self._finite = None
 
     def scale_model_input(self, sample: torch.Tensor, timestep: float | torch.Tensor | None = None) -> torch.Tensor:
         """Codes need no scaling; returns `sample`."""
@@ -133,13 +135,16 @@ class XDLMScheduler(SchedulerMixin, ConfigMixin):
         """Codes at t = 1: int64 of `shape`, images first."""
         return self.process.prior(shape, generator, device)
 
-    def draw_ahead(self, generator: Generators, shape: Sequence[int]) -> Generators:
-        """Stands for `generator` in the steps to come on codes of `shape`, with the same result.
+    def draw_ahead(
+        self, generator: Generators, shape: Sequence[int], device: torch.device | str | None = None
+    ) -> Generators:
+        """Stands for `generator` in the steps to come on codes of `shape` on `device`, with the same result.
 
-        A generator per image then costs one loop over the images instead of one a step. The generators end where they
-        would after all steps of the grid, also if fewer are taken.
+        A generator per image then costs one loop over the images instead of one a step, and numbers that the CPU draws
+        for another device one copy. The generators end where they would after all steps of the grid, also if fewer are
+        taken.
         """
-        return draw_ahead(generator, shape, len(self.timesteps))
+        return draw_ahead(generator, shape, len(self.timesteps), device)
 
     def add_noise(
         self, original_samples: torch.Tensor, timesteps: torch.Tensor, generator: Generators = None
@@ -184,7 +189,8 @@ class XDLMScheduler(SchedulerMixin, ConfigMixin):
             return_dict: False returns a tuple.
 
         Raises:
-            ValueError: If shapes, ids, temperature or time do not fit, or the logits are not finite.
+            ValueError: If shapes, ids, temperature or time do not fit, or logits that were drawn from are not finite:
+                on an accelerator those of all steps are told in the last one, as no other waits for it.
         """
         process = self.process
         if model_output.shape != (*sample.shape, process.logits_width):
@@ -232,7 +238,7 @@ class XDLMScheduler(SchedulerMixin, ConfigMixin):
     def _step(
         self,
         logits: torch.Tensor,  # (B, ..., V)
-        z: torch.Tensor,  # (B, ...)
+        sample: torch.Tensor,  # (B, ...) z
         u: torch.Tensor,  # (B, ...) branch
         v: torch.Tensor,  # (B, ...) inverse CDF
         ends: tuple[float, float, float],
@@ -245,41 +251,51 @@ class XDLMScheduler(SchedulerMixin, ConfigMixin):
         """
         process = self.process
         end_model, end_uniform, end_move = ends
+        z, u, v = (value.flatten() for value in (sample, u, v))  # (N,)
+        flat = logits.reshape(-1, logits.shape[-1])  # (N, V)
         is_mask = z == process.mask
-        takes_model = u < end_model
-        takes_uniform = (u >= end_model) & (u < end_uniform)
-        moves = u < end_move
+        takes_model, takes_noise = u < end_model, u < end_uniform
         if process.k == 0.0:
             # visible codes stay; definition B: at the end, ids that are no codes are drawn anew as the mask is
-            rows = moves & takes_model & (z >= process.num_codes if last else is_mask)
+            moves = takes_model & (z >= process.num_codes if last else is_mask)
+            reads = moves
         else:
-            rows = moves & (takes_model | ~is_mask)
-
-        prev = torch.where(is_mask & moves & takes_uniform, process._uniform_id(v), z)
-        z_rows = z[rows]  # (R,)
-        if z_rows.numel() == 0:
-            return prev
-        flat, places = logits.reshape(-1, logits.shape[-1]), rows.flatten().nonzero()[:, 0]
-        u_rows, v_rows, mask_rows = u[rows], v[rows], is_mask[rows]
+            moves = u < end_move
+            reads = moves & (takes_model | ~is_mask)
 
         # thinning: given its branch, u is uniform on the branch's interval
-        start = torch.where(u_rows < end_model, 0.0, torch.where(u_rows < end_uniform, end_model, end_uniform))
-        end = torch.where(u_rows < end_model, end_model, torch.where(u_rows < end_uniform, end_uniform, end_move))
-        left_of_u = (u_rows - start) / (end - start)
-        drawn, p_z = draw_rows(flat, places, z_rows, v_rows, temperature, process.excluded_column)
-        accepted = mask_rows | (left_of_u * (1.0 + c * p_z) < 1.0)
+        within_noise = (u - end_model) / (end_uniform - end_model or 1.0)
+        within_mask = (u - end_uniform) / (end_move - end_uniform or 1.0)
+        left_of_u = torch.where(takes_model, u / end_model, torch.where(takes_noise, within_noise, within_mask))
+        drawn, p_z = self._draw(flat, reads, z, v, temperature)
+        accepted = is_mask | (left_of_u * (1.0 + c * p_z) < 1.0)
         if last and process.num_ids > process.num_codes + 1:
             # definition B: the last draw is from the codes only, and so is the result; normalised among them, as all of
             # their p may have underflowed beside an id that is no code
-            drawn, _ = draw_rows(flat[:, : process.num_codes], places, z_rows, v_rows, temperature)
-            accepted |= z_rows >= process.num_codes
-        moved = torch.where(
-            u_rows < end_model,
-            drawn,
-            torch.where(u_rows < end_uniform, process._uniform_id(v_rows), process.mask),
-        )
-        prev[rows] = torch.where(accepted, moved, z_rows)
-        return prev
+            drawn, _ = self._draw(flat[:, : process.num_codes], reads, z, v, temperature)
+            accepted |= z >= process.num_codes
+        moved = torch.where(takes_model, drawn, torch.where(takes_noise, process._uniform_id(v), process.mask))
+        self._refuse_infinite(last)
+        return torch.where(moves & accepted, moved, z).reshape(sample.shape)
+
+    def _draw(
+        self, logits: torch.Tensor, wanted: torch.Tensor, z: torch.Tensor, v: torch.Tensor, temperature: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes (N,) and p of z (N,) of the wanted rows, as `draw_rows` says, and a note of what was not finite."""
+        excluded = self.process.excluded_column
+        excluded = None if excluded is None or excluded >= logits.shape[-1] else excluded
+        drawn, p_z, finite = draw_rows(logits, wanted, z, v, temperature, excluded)
+        self._finite = finite if self._finite is None else self._finite & finite
+        return drawn, p_z
+
+    def _refuse_infinite(self, last: bool) -> None:
+        """Raise ValueError if logits that were drawn from were not finite; a device is asked in the last step only."""
+        if self._finite is not None and (last or self._finite.device.type == "cpu"):
+            finite, self._finite = bool(self._finite), None
+            if not finite:
+                raise ValueError(
+                    "model_output: holds NaN or infinities; the network diverged, or overflowed in half precision"
+                )
 
 
 def _progress_at(grid: Callable[[float], float], t: float) -> float:

@@ -18,7 +18,6 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin  # noqa: F401  # diffusers looks for the name here
 
 from .process_xdlm import Generators, draw_ahead, draw_uniforms
-from .row_draw import draw_rows
 from .scheduling_xdlm import XDLMScheduler
 
 UNMASKING = ("confidence", "halton")
@@ -76,9 +75,11 @@ class XDLMOrderedScheduler(XDLMScheduler):
             raise ValueError(f"choice_temperature={choice_temperature!r}: must be finite and at least 0 (no noise)")
         self.choice_temperature: float = float(temperature)
 
-    def draw_ahead(self, generator: Generators, shape: Sequence[int]) -> Generators:
+    def draw_ahead(
+        self, generator: Generators, shape: Sequence[int], device: torch.device | str | None = None
+    ) -> Generators:
         """As `XDLMScheduler.draw_ahead`; a step draws twice as many numbers here."""
-        return draw_ahead(generator, shape, 2 * len(self.timesteps))
+        return draw_ahead(generator, shape, 2 * len(self.timesteps), device)
 
     def _uniforms(
         self,
@@ -121,13 +122,11 @@ class XDLMOrderedScheduler(XDLMScheduler):
         temperature: float,
     ) -> torch.Tensor:
         """Noisy log-probability of the code that each mask would become, by the v that the step will use: (B, ...)."""
-        flat, places, v_rows = logits.reshape(-1, logits.shape[-1]), is_mask.flatten().nonzero()[:, 0], v[is_mask]
-        scores = torch.zeros_like(v)
-        if len(places):
-            # two passes over these rows, as draw_rows gives the probability of a code that is known beforehand
-            excluded = self.process.excluded_column
-            drawn, _ = draw_rows(flat, places, torch.zeros_like(places), v_rows, temperature, excluded)
-            scores[is_mask] = draw_rows(flat, places, drawn, v_rows, temperature, excluded)[1].log()
+        flat, wanted, v = logits.reshape(-1, logits.shape[-1]), is_mask.flatten(), v.flatten()
+        # two passes over these rows, as a draw gives the probability of a code that is known beforehand
+        drawn, _ = self._draw(flat, wanted, torch.zeros_like(wanted, dtype=torch.int64), v, temperature)
+        _, p = self._draw(flat, wanted, drawn, v, temperature)
+        scores = torch.where(wanted, p.log(), 0.0).reshape(is_mask.shape)
         if self.choice_temperature > 0.0:
             scores -= self.choice_temperature * s * (-noise.log()).log()  # Gumbel: -log(-log(uniform))
         return scores
