@@ -31,6 +31,7 @@ def compile_kernel(kernel, warps, **constants) -> None:
     whole = [i for i, name in enumerate(kernel.arg_names) if signature[name][0] == "*" or name in ("stride", "V")]
     source = ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in whole})
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    assert re.search(r"ld\.global\S*\.v4\.b32", compiled.asm["ptx"]), "logits are not read by 16 bytes"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()

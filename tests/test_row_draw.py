@@ -5,11 +5,11 @@ import importlib.util
 
 import pytest
 import torch
+from triton_here import needs_triton
 
 from xdlm_image.schedulers import row_draw
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed here")
 
 
 @pytest.fixture(params=["torch", pytest.param("triton", marks=needs_triton), pytest.param("loop", marks=needs_triton)])

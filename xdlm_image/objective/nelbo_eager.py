@@ -37,7 +37,8 @@ def forward(logits: torch.Tensor, rows: Rows, process: XDLMProcess) -> tuple[tor
             torch.sum(d.log_(), 1, out=logs)
     if process.k > 0.0:
         # L(c p) as the log of the rounded 1 + c p errs by V 2^-24 / (beta c) = 2^-24 k / alpha of the loss at most
-        for exact in (rows.alpha < process.k / 16).nonzero()[:, 0].split(step):  # few rows, if any
+        few = (rows.alpha < process.k / 16).nonzero()[:, 0]
+        for exact in few.split(step) if len(few) else ():  # torch 2.11 cannot compile the split of nothing
             e = torch.empty(len(exact), logits.shape[1], dtype=top.dtype, device=logits.device)
             _exp(logits[exact].to(top.dtype), top[exact, None], process.excluded_column, out=e)
             e.scatter_(1, columns[exact], 0.0).mul_((rows.c / norm)[exact, None])
