@@ -42,18 +42,19 @@ def compile_kernel(kernel, warps, **constants) -> None:
     assert spilled == 0 and "LOCAL:0" in told, told
 
 
-for K_IS_ZERO in (False, True):
+for process in ({"K_IS_ZERO": False, "EXCLUDED": None}, {"K_IS_ZERO": False}, {"K_IS_ZERO": True}):
     for shape in (
         {"ONE_BLOCK": True, "BLOCK": 1024, "warps": 2},
         {"ONE_BLOCK": True, "BLOCK": 4096, "warps": 8},
         {"ONE_BLOCK": False, "BLOCK": 1024, "warps": 4},
     ):
         for unused in ({"GRADIENT": False, "grad_loss_ptr": None}, {"GRADIENT": True, "scalars_ptr": None}):
-            compile_kernel(nelbo_triton._forward_kernel, K_IS_ZERO=K_IS_ZERO, **shape, **unused)
-    compile_kernel(nelbo_triton._backward_kernel, K_IS_ZERO=K_IS_ZERO, BLOCK=1024, warps=4)
+            compile_kernel(nelbo_triton._forward_kernel, **process, **shape, **unused)
+    compile_kernel(nelbo_triton._backward_kernel, **process, BLOCK=1024, warps=4)
 for shape in (
     {"ONE_BLOCK": True, "BLOCK": 1024, "warps": 2},
     {"ONE_BLOCK": True, "BLOCK": 16384, "warps": 32},
     {"ONE_BLOCK": False, "BLOCK": 4096, "warps": 8},
 ):
-    compile_kernel(row_draw_triton._draw_kernel, GROUP=64, **shape)
+    for excluded in ({"EXCLUDED": None}, {}):
+        compile_kernel(row_draw_triton._draw_kernel, GROUP=64, **shape, **excluded)

@@ -19,7 +19,6 @@ from .row_scalars import Rows, RowScalars
 ROW_IN_REGISTERS = 4096  # widest row that the forward pass reads once; several wider ones would not fit a core
 BLOCK = 1024  # of wider rows, and of the backward pass
 FOUR_FIT = tl.constexpr(1e9)  # c below which the product of four 1 + c p_j, whose p_j sum to 1 at most, is finite
-NO_COLUMN = -1
 TINY = tl.constexpr(TINY_NUMBER)
 
 
@@ -44,7 +43,7 @@ def backward(
         with torch.cuda.device_of(logits):
             _backward_kernel[(count, triton.cdiv(width, block))](
                 logits, logits.stride(0), out, out.stride(0), rows.z, rows.x, rows.c, *scalars,
-                grad_loss.contiguous(), width, process.mask, _excluded(process),
+                grad_loss.contiguous(), width, process.mask, process.excluded_column,
                 K_IS_ZERO=process.k == 0.0, BLOCK=block, num_warps=_warps(block, width),
             )  # fmt: skip
 
@@ -69,7 +68,7 @@ def _forward(
         with torch.cuda.device_of(logits):
             _forward_kernel[(count,)](
                 logits, logits.stride(0), *rows, loss, scalars, grad_loss, count, width, process.mask,
-                _excluded(process), process.num_uniform / process.k if process.k > 0 else 0.0,
+                process.excluded_column, process.num_uniform / process.k if process.k > 0 else 0.0,
                 K_IS_ZERO=process.k == 0.0, GRADIENT=grad_loss is not None, ONE_BLOCK=block >= width, BLOCK=block,
                 num_warps=_warps(block, width),
             )  # fmt: skip
@@ -83,10 +82,6 @@ def self_check(device: str, dtype: torch.dtype) -> None:
     forward(torch.zeros(1, 2, dtype=dtype, device=device), Rows(code, code, one, one, one), XDLMProcess(1.0, 2))
 
 
-def _excluded(process: XDLMProcess) -> int:
-    return NO_COLUMN if process.excluded_column is None else process.excluded_column
-
-
 def _warps(block: int, width: int) -> int:
     """16 logits a thread where a block holds the row, else 8, as sums of each are carried along; 32 threads a warp."""
     return max(1, block // (512 if block >= width else 256))
@@ -97,7 +92,9 @@ def _scores(logits, columns, V, EXCLUDED):
     """Logits at the columns in float32, -inf where there is no column or the softmax leaves it out."""
     # a mask that could change within 16 bytes would have them read one by one
     scores = tl.load(logits + columns, mask=columns < V, other=-float("inf")).to(tl.float32)
-    return tl.where(columns == EXCLUDED, -float("inf"), scores)
+    if EXCLUDED is not None:
+        scores = tl.where(columns == EXCLUDED, -float("inf"), scores)
+    return scores
 
 
 @triton.jit
@@ -108,7 +105,7 @@ def _exp(a):
 
 @triton.jit
 def _inverse(w):
-    """1 / w for w >= 1 by a step of Newton's: half the instructions of a division."""
+    """1 / w for w >= 1e-35 by a step of Newton's: half the instructions of a division."""
     root = tl.rsqrt(w)
     rough = root * root
     return rough * (2.0 - w * rough)
@@ -148,15 +145,24 @@ def _logs(cp, c, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _holds(start, x, z_column, BLOCK: tl.constexpr):
+    """Whether x or z is one of the block's columns, the same for all threads."""
+    return ((x >= start) & (x < start + BLOCK)) | ((z_column >= start) & (z_column < start + BLOCK))
+
+
+@triton.jit
 def _store_gradient(
-    out, columns, V, x, z_column, e, scale, inverse, factor, kappa, kappa_1, at_x, at_z, K_IS_ZERO: tl.constexpr
+    out, start, V, x, z_column, e, one, c_one, inverse, factor, kappa, kappa_1, at_x, at_z,
+    K_IS_ZERO: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """factor e_j (kappa + kappa_1 c p_j) / (1 + c p_j), `inverse` being the last, but at x and z; in this order nothing
-    overflows."""
-    grad = e * factor
-    if not K_IS_ZERO:
-        grad *= kappa * inverse + kappa_1 * (e * scale * inverse)
-    grad = tl.where(columns == x, at_x, tl.where(columns == z_column, at_z, grad))
+    """factor e (kappa + kappa_1 c p) / (1 + c p), but at x and z; `inverse` is 1 / (one + c_one e)."""
+    columns = start + tl.arange(0, BLOCK)
+    if K_IS_ZERO:
+        grad = e * factor
+    else:
+        grad = e * (kappa * one * factor + kappa_1 * factor * c_one * e) * inverse
+    if _holds(start, x, z_column, BLOCK):
+        grad = tl.where(columns == x, at_x, tl.where(columns == z_column, at_z, grad))
     tl.store(out + columns, grad.to(out.dtype.element_ty), mask=columns < V)
 
 
@@ -193,9 +199,11 @@ def _forward_kernel(
         norm = tl.sum(sum_e)
     inverse_norm = 1.0 / norm
     scale = c * inverse_norm
+    one = 1.0 / tl.maximum(c, 1.0)  # 1 / (1 + c p_j) is one / (one + c_one e_j): finite where c is large
+    c_one = scale * one
     if ONE_BLOCK:
         e = tl.where((columns == x) | (columns == z_column), 0.0, e)
-        inverse = _inverse(1.0 + e * scale)
+        inverse = _inverse(one + c_one * e)
         sum_e = e
         sum_damps = e * inverse
         sum_logs = _logs(e * scale, c, BLOCK)
@@ -206,10 +214,11 @@ def _forward_kernel(
         for start in range(0, V, BLOCK):
             at = start + columns
             e = _exp(_scores(logits, at, V, EXCLUDED) - top)
-            e = tl.where((at == x) | (at == z_column), 0.0, e)
+            if _holds(start, x, z_column, BLOCK):
+                e = tl.where((at == x) | (at == z_column), 0.0, e)
             sum_e += e
             if not K_IS_ZERO:
-                sum_damps += e * _inverse(1.0 + e * scale)
+                sum_damps += e * _inverse(one + c_one * e)
                 sum_logs += _logs(e * scale, c, BLOCK)
     others = tl.sum(sum_e) * inverse_norm
 
@@ -242,7 +251,7 @@ def _forward_kernel(
         ratio = u * one_less_ratio
         az = one_over_alpha * ratio * ratio
         one_less_az = tl.where(is_wrong, (one_less_ratio * (2.0 - one_less_ratio) - beta) * one_over_alpha, 1.0)
-        damped = tl.sum(sum_damps) * inverse_norm + p_z * one_less_ratio
+        damped = tl.sum(sum_damps) * one * inverse_norm + p_z * one_less_ratio
         common = damped - q * saturation
         common_1 = damped + p_x * (1.0 + c) * saturation
         kappa = common + r * h - az
@@ -264,16 +273,15 @@ def _forward_kernel(
         factor, at_x, at_z = grad_loss * g * inverse_norm, grad_loss * grad_x, grad_loss * grad_z
         if ONE_BLOCK:
             _store_gradient(
-                logits, columns, V, x, z_column, e, scale, inverse, factor, kappa, kappa_1, at_x, at_z, K_IS_ZERO
+                logits, 0, V, x, z_column, e, one, c_one, inverse, factor, kappa, kappa_1, at_x, at_z, K_IS_ZERO, BLOCK
             )
         else:
             for start in range(0, V, BLOCK):
-                at = start + columns
-                e = _exp(_scores(logits, at, V, EXCLUDED) - top)
-                inverse = _inverse(1.0 + e * scale)
+                e = _exp(_scores(logits, start + columns, V, EXCLUDED) - top)
                 _store_gradient(
-                    logits, at, V, x, z_column, e, scale, inverse, factor, kappa, kappa_1, at_x, at_z, K_IS_ZERO
-                )
+                    logits, start, V, x, z_column, e, one, c_one, _inverse(one + c_one * e), factor, kappa, kappa_1,
+                    at_x, at_z, K_IS_ZERO, BLOCK,
+                )  # fmt: skip
 
 
 @triton.jit
@@ -282,13 +290,15 @@ def _backward_kernel(
     grad_x_ptr, grad_z_ptr, grad_loss_ptr, V, MASK, EXCLUDED, K_IS_ZERO: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    z, x = tl.load(z_ptr + row).to(tl.int32), tl.load(x_ptr + row).to(tl.int32)
+    start = tl.program_id(1) * BLOCK
+    z, x, c = tl.load(z_ptr + row).to(tl.int32), tl.load(x_ptr + row).to(tl.int32), tl.load(c_ptr + row)
     inverse_norm, grad_loss = tl.load(inverse_norm_ptr + row), tl.load(grad_loss_ptr + row)
-    e = _exp(_scores(logits + row * stride, columns, V, EXCLUDED) - tl.load(top_ptr + row))
-    scale = tl.load(c_ptr + row) * inverse_norm
+    one = 1.0 / tl.maximum(c, 1.0)
+    c_one = c * inverse_norm * one
+    scores = _scores(logits + row * stride, start + tl.arange(0, BLOCK), V, EXCLUDED)
+    e = _exp(scores - tl.load(top_ptr + row))
     _store_gradient(
-        out + row * out_stride, columns, V, x, tl.where(z == MASK, x, z), e, scale, _inverse(1.0 + e * scale),
+        out + row * out_stride, start, V, x, tl.where(z == MASK, x, z), e, one, c_one, _inverse(one + c_one * e),
         grad_loss * tl.load(g_ptr + row) * inverse_norm, tl.load(kappa_ptr + row), tl.load(kappa_1_ptr + row),
-        grad_loss * tl.load(grad_x_ptr + row), grad_loss * tl.load(grad_z_ptr + row), K_IS_ZERO,
+        grad_loss * tl.load(grad_x_ptr + row), grad_loss * tl.load(grad_z_ptr + row), K_IS_ZERO, BLOCK,
     )  # fmt: skip

@@ -13,7 +13,6 @@ from .row_draw import COLUMNS
 
 ROW_IN_REGISTERS = 16384  # widest row that is read once
 BLOCK = 4096  # of wider rows
-NO_COLUMN = -1
 BELOW_ONE = tl.constexpr(1.0 - 2.0**-53)
 
 
@@ -36,7 +35,7 @@ def draw_rows(
         with torch.cuda.device_of(logits):
             _draw_kernel[(count,)](
                 logits, logits.stride(0), wanted, z.contiguous(), v.to(torch.float64).contiguous(), drawn, p_z, totals,
-                width, NO_COLUMN if excluded is None else excluded, 1.0 / temperature,
+                width, excluded, 1.0 / temperature,
                 ONE_BLOCK=block >= width, BLOCK=block, GROUP=COLUMNS, num_warps=min(32, max(1, block // 512)),
             )  # fmt: skip
     return drawn, p_z.to(v.dtype), torch.isfinite(totals).all()
@@ -47,7 +46,9 @@ def _scores(logits, columns, V, EXCLUDED, inverse_temperature):
     """Scores at the columns in float32, -inf where there is no column or it is left out."""
     # a mask that could change within 16 bytes would have them read one by one
     scores = tl.load(logits + columns, mask=columns < V, other=-float("inf")).to(tl.float32) * inverse_temperature
-    return tl.where(columns == EXCLUDED, -float("inf"), scores)
+    if EXCLUDED is not None:
+        scores = tl.where(columns == EXCLUDED, -float("inf"), scores)
+    return scores
 
 
 @triton.jit
