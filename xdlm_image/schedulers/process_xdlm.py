@@ -19,7 +19,7 @@ This file travels to the Hub beside weights: it imports torch and the standard l
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import NamedTuple
@@ -29,10 +29,10 @@ import torch
 
 class UniformsAhead:
     """What `draw_uniforms` would give in the next calls, at once: one loop over the images' generators and one copy to
-    the device, for which later calls need not wait.
+    the device, for which no call waits. The first call draws: by then the device has a network's work to do.
 
-    Call i gives the very numbers that it would give without this. The generators are drawn from at once, so whoever
-    stops early leaves them further on.
+    Call i gives the very numbers that it would give without this. The generators are drawn from for all calls, so
+    whoever stops early leaves them further on.
 
     Args:
         generator: One, or a list of one per image, on the CPU.
@@ -48,22 +48,30 @@ class UniformsAhead:
         calls: int,
         device: torch.device | str | None = None,
     ) -> None:
+        self.generator = generator
         self.shape = tuple(shape)
-        if isinstance(generator, torch.Generator):
-            numbers = torch.rand((calls, *self.shape, 2), generator=generator, dtype=torch.float64)
-        else:
-            full = (calls, *self.shape[1:], 2)
-            each = [torch.rand(full, generator=g, dtype=torch.float64) for g in generator]  # (calls, ..., 2) each
-            numbers = torch.stack(each, dim=1)
-        device = torch.device(device or "cpu")
-        self._calls = iter(numbers.to(device=device, dtype=_uniform_dtype(device)))  # (B, ..., 2) each
+        self.calls = calls
+        self.device = torch.device(device or "cpu")
+        self._numbers: Iterator[torch.Tensor] | None = None
 
     def take(self) -> torch.Tensor:
         """The numbers of the next call, (*shape, 2). Raises ValueError after the last."""
-        numbers = next(self._calls, None)
+        if self._numbers is None:
+            self._numbers = iter(self._draw())
+        numbers = next(self._numbers, None)
         if numbers is None:
             raise ValueError("generator: the numbers that were drawn ahead are used up; give the generators themselves")
         return numbers
+
+    def _draw(self) -> torch.Tensor:  # (calls, *shape, 2)
+        if isinstance(self.generator, torch.Generator):
+            numbers = torch.rand((self.calls, *self.shape, 2), generator=self.generator, dtype=torch.float64)
+        else:
+            full = (self.calls, *self.shape[1:], 2)
+            numbers = torch.stack([torch.rand(full, generator=g, dtype=torch.float64) for g in self.generator], dim=1)
+        if self.device.type == "cuda":  # a copy from memory that is not pinned would wait for the network
+            return numbers.pin_memory().to(self.device, non_blocking=True)
+        return numbers.to(self.device, _uniform_dtype(self.device))
 
 
 Generators = torch.Generator | Sequence[torch.Generator] | UniformsAhead | None
