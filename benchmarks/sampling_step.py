@@ -4,7 +4,8 @@
 
 The step is that in the middle of an 8-step grid at k = 0.1, on codes noised to its time, with a generator for every
 image. "bare network" is the official size of the transformer at that vocabulary (--layers 12 --dim 768), or smaller.
-All take turns in one process; the JSON lands beside this file.
+With --run, and on a GPU, also all 8 steps from noise to codes, against the network called 8 times. All take turns in
+one process; the JSON lands beside this file.
 """
 
 import json
@@ -39,11 +40,12 @@ def candidates_at(width: int, rows: int, arguments) -> dict:
         attention_head_dim=64,
     )
     network = network.to(device, arguments.dtype).eval()
-    labels, time = torch.zeros(batch, dtype=torch.int64, device=device), t.to(device, torch.float32)
+    labels = torch.zeros(batch, dtype=torch.int64, device=device)
+    times = {t: torch.tensor(t, dtype=torch.float32, device=device) for t in scheduler.timesteps.tolist()}
 
     @torch.no_grad()
     def bare():
-        return network(z, timestep=time, class_labels=labels).sample
+        return network(z, timestep=times[t.item()], class_labels=labels).sample
 
     def ours(fast):
         def once():
@@ -57,6 +59,19 @@ def candidates_at(width: int, rows: int, arguments) -> dict:
 
         return once
 
+    def bare_run():
+        for _ in scheduler.timesteps:
+            bare()
+
+    @torch.no_grad()
+    def run():
+        codes = scheduler.prior((batch, length), generators, device)
+        numbers = scheduler.draw_ahead(generators, (batch, length), device)
+        for t in scheduler.timesteps:
+            predicted = network(codes, timestep=times[t.item()], class_labels=labels).sample
+            codes = scheduler.step(predicted, t, codes, numbers).prev_sample
+        return codes
+
     candidates = {
         "softmax + multinomial": lambda: torch.multinomial(logits.view(-1, width).float().softmax(-1), 1),
         "reverse step, plain torch": ours(False),
@@ -64,12 +79,16 @@ def candidates_at(width: int, rows: int, arguments) -> dict:
     }
     if torch.device(device).type in row_draw.FAST:
         candidates["reverse step, Triton"] = ours(True)
+    if arguments.run or torch.device(device).type == "cuda":
+        candidates["bare network, 8 times"] = bare_run
+        candidates["8 steps"] = run
     return candidates
 
 
 def main() -> None:
     parser = parser_of(__file__, __doc__)
     parser.add_argument("--widths", type=int, nargs="+", default=[512, 16384], help="vocabularies")
+    parser.add_argument("--run", action="store_true", help="measure all 8 steps on a CPU, too")
     parser.add_argument("--k", type=float, default=0.1)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--dim", type=int, default=768, help="width of the network, a multiple of 64")
