@@ -392,6 +392,7 @@ class XDLMPipeline(SelfContainedPipeline):
                         self._check_latents(changed, tuple(latents.shape))
                     latents = changed.to(device)
                 progress_bar.update()
+        self.scheduler.check_finite()  # where the last step was not taken
 
         # 5. Codes to pictures
         if output_type == "latent":

@@ -423,6 +423,33 @@ def test_gpu_kernels_follow_float64_on_wide_rows(width: int, dtype: torch.dtype,
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width", [1000, 4096, 16387, 70_000])
+def test_gpu_gradient_over_the_logits_that_are_read(width: int, dtype: torch.dtype, monkeypatch) -> None:
+    """Row by row: a thread that wrote before another had read the logit of x or z would spoil a few of them."""
+    from xdlm_image.objective import nelbo_triton
+
+    monkeypatch.undo()
+    process, count = XDLMProcess(0.1, width), 2000
+    x = torch.randint(width, (count,))
+    x[:200] = width - 1
+    x[200:400] = 0
+    z = torch.where(torch.rand(count) < 0.3, process.mask, torch.randint(width, (count,)))
+    alpha = torch.rand(count) * 0.98 + 0.01
+    rows = Rows(*(value.to(DEVICE) for value in (z, x, alpha, 1 - alpha, process.signal_ratio(alpha, 1 - alpha))))
+    wide = (3.0 * torch.randn(count, width + 8, device=DEVICE)).to(dtype)
+    exact = wide[:, :width].double()
+    ones = torch.ones(count, device=DEVICE)
+    loss = nelbo_triton.forward_backward(wide[:, :width], rows, ones, process)
+    rows = Rows(rows.z, rows.x, *(value.double() for value in rows[2:]))
+    expected, scalars = nelbo_eager.forward(exact, rows, process)
+    nelbo_eager.backward(exact, rows, scalars, ones.double(), process, out=exact)
+    torch.testing.assert_close(loss.double(), expected, rtol=5e-6, atol=5e-6)
+    rounding = 2.0**-8 if dtype == torch.bfloat16 else 0.0
+    torch.testing.assert_close(wide[:, :width].double(), exact, rtol=5e-6 + rounding, atol=1e-4)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("in_place", [False, True])
 def test_gpu_memory_is_that_of_the_gradient_or_nothing(in_place: bool) -> None:
     process = XDLMProcess(0.1, 16384)

@@ -275,16 +275,18 @@ def test_an_accelerator_tells_of_logits_that_are_not_finite_in_the_last_step(mon
         return drawn, p_z, finite.as_subclass(OnAnotherDevice)
 
     monkeypatch.setattr(scheduling_xdlm, "draw_rows", told_elsewhere)
-    for retry in range(2):
-        scheduler.set_timesteps(3)
-        z = scheduler.step(bad, 1.0, torch.full((1, 64), 8)).prev_sample
-        z = scheduler.step(torch.zeros_like(bad), scheduler.timesteps[1], z).prev_sample
-        if retry:  # nor does a run inherit what another that was broken off had found
-            scheduler.set_timesteps(3)
-            scheduler.step(torch.zeros_like(bad), scheduler.timesteps[2], z)
-        else:
-            with pytest.raises(ValueError, match="model_output: holds NaN"):
-                scheduler.step(torch.zeros_like(bad), scheduler.timesteps[2], z)
+    good, noise = torch.zeros_like(bad), torch.full((1, 64), 8)
+    scheduler.set_timesteps(3)
+    for ask in (lambda: scheduler.step(good, scheduler.timesteps[2], noise), scheduler.check_finite):
+        scheduler.step(bad, 1.0, noise)
+        scheduler.step(good, scheduler.timesteps[1], noise)
+        with pytest.raises(ValueError, match="model_output: holds NaN"):
+            ask()
+        scheduler.check_finite()  # told once
+    for anew in (lambda: scheduler.set_timesteps(3), lambda: scheduler.step(good, 1.0, noise)):
+        scheduler.step(bad, 1.0, noise)
+        anew()  # a run does not inherit what another that was broken off had found
+        scheduler.step(good, scheduler.timesteps[2], noise)
 
 
 @pytest.mark.gpu

@@ -76,10 +76,17 @@ def _forward(
 
 
 def self_check(device: str, dtype: torch.dtype) -> None:
-    """Run the forward kernel on one row; raises whatever stands in its way."""
+    """Run each kernel on one row; raises whatever stands in their way."""
     one = torch.ones(1, device=device)
     code = torch.zeros(1, dtype=torch.int64, device=device)
-    forward(torch.zeros(1, 2, dtype=dtype, device=device), Rows(code, code, one, one, one), XDLMProcess(1.0, 2))
+    logits, rows, process = (
+        torch.zeros(1, 2, dtype=dtype, device=device),
+        Rows(code, code, *[one] * 3),
+        XDLMProcess(1.0, 2),
+    )
+    _, scalars = forward(logits, rows, process)
+    backward(logits, rows, scalars, one, process, out=torch.empty_like(logits))
+    forward_backward(logits, rows, one, process)
 
 
 def _warps(block: int, width: int) -> int:

@@ -190,7 +190,8 @@ class XDLMScheduler(SchedulerMixin, ConfigMixin):
 
         Raises:
             ValueError: If shapes, ids, temperature or time do not fit, or logits that were drawn from are not finite:
-                on an accelerator those of all steps are told in the last one, as no other waits for it.
+                on an accelerator those of all steps are told in the last one (or by `check_finite`), as no other waits
+                for it.
         """
         process = self.process
         if model_output.shape != (*sample.shape, process.logits_width):
@@ -201,6 +202,8 @@ class XDLMScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"temperature={temperature!r}: must be at least 1e-6, which is the argmax")
         process.check_ids("sample", sample, process.num_ids)
         s = self.next_timestep(timestep)
+        if s == self.next_timestep(self.timesteps[0]):
+            self._finite = None  # the first step knows of no other
         times = torch.tensor([float(timestep), s], dtype=torch.float64)
         alpha, beta = process.alpha_beta(times)
         ends = self._branch_ends(alpha, beta, last=s == 0.0)
@@ -208,6 +211,15 @@ class XDLMScheduler(SchedulerMixin, ConfigMixin):
         c = float(process.signal_ratio(alpha[0], beta[0]))
         prev_sample = self._step(model_output, sample, u, v, ends, c, temperature, last=s == 0.0)
         return XDLMSchedulerOutput(prev_sample) if return_dict else (prev_sample,)
+
+    def check_finite(self) -> None:
+        """Raise ValueError if logits that steps have drawn from were not finite, where none has told of it yet: for who
+        stops before the last step, which asks by itself. Waits for the device."""
+        finite, self._finite = self._finite, None
+        if finite is not None and not bool(finite):
+            raise ValueError(
+                "model_output: holds NaN or infinities; the network diverged, or overflowed in half precision"
+            )
 
     def _branch_ends(self, alpha: torch.Tensor, beta: torch.Tensor, last: bool) -> tuple[float, float, float]:
         """Where the intervals of a mask's u end: [0, model), [model, uniform), [uniform, move), and it stays beyond.
@@ -275,7 +287,8 @@ class XDLMScheduler(SchedulerMixin, ConfigMixin):
             drawn, _ = self._draw(flat[:, : process.num_codes], reads, z, v, temperature)
             accepted |= z >= process.num_codes
         moved = torch.where(takes_model, drawn, torch.where(takes_noise, process._uniform_id(v), process.mask))
-        self._refuse_infinite(last)
+        if last or (self._finite is not None and self._finite.device.type == "cpu"):
+            self.check_finite()
         return torch.where(moves & accepted, moved, z).reshape(sample.shape)
 
     def _draw(
@@ -287,15 +300,6 @@ class XDLMScheduler(SchedulerMixin, ConfigMixin):
         drawn, p_z, finite = draw_rows(logits, wanted, z, v, temperature, excluded)
         self._finite = finite if self._finite is None else self._finite & finite
         return drawn, p_z
-
-    def _refuse_infinite(self, last: bool) -> None:
-        """Raise ValueError if logits that were drawn from were not finite; a device is asked in the last step only."""
-        if self._finite is not None and (last or self._finite.device.type == "cpu"):
-            finite, self._finite = bool(self._finite), None
-            if not finite:
-                raise ValueError(
-                    "model_output: holds NaN or infinities; the network diverged, or overflowed in half precision"
-                )
 
 
 def _progress_at(grid: Callable[[float], float], t: float) -> float:
