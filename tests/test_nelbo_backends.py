@@ -385,6 +385,24 @@ def test_gradient_is_as_exact_as_the_logits(backend: str, k: float, beta: float)
     assert ((actual[1] - expected[1]).abs().amax(-1) <= 1e-5 * largest).all()
 
 
+@backends
+@pytest.mark.parametrize("apart", [1, 256], ids=["neighbours", "a_quarter_of_1024_apart"])
+@pytest.mark.parametrize("beta", [1e-9, 1e-3])
+def test_four_likely_codes_do_not_overflow(backend: str, apart: int, beta: float) -> None:
+    """They share a logarithm where the product of their 1 + c p is finite; at beta = 1e-9 it would be 1e49."""
+    process = XDLMProcess(0.1, 1024)
+    logits = torch.full((1, 3, 1024), -30.0)
+    logits[..., [0, apart, 2 * apart, 3 * apart]] = 0.0
+    z, x = torch.tensor([[1024, 900, 901]]), torch.full((1, 3), 900)
+    beta64 = torch.tensor([beta], dtype=torch.float64)
+    times = [(1 - beta64).float(), beta64.float()]
+    expected = loss_and_gradient(xdlm_nelbo, logits.double(), z, x, process, *(value.double() for value in times))
+    given = [value.to(DEVICE) for value in (logits, z, x)]
+    actual = loss_and_gradient(xdlm_nelbo, *given, process, *(value.to(DEVICE) for value in times), backend=backend)
+    assert ((actual[0] - expected[0]).abs() <= 2e-6 * expected[0].abs()).all()
+    assert ((actual[1] - expected[1]).abs().amax(-1) <= 1e-5 * expected[1].abs().amax(-1)).all()
+
+
 @needs_triton
 def test_a_triton_that_cannot_run_is_told_and_done_without(monkeypatch) -> None:
     from xdlm_image.objective import nelbo_triton

@@ -19,6 +19,10 @@
 namespace {
 
 constexpr int64_t CHUNK = 1024;
+// Four columns share a division and a logarithm: those of a CHUNK that are PART apart, where the product of their four
+// 1 + c p, whose p add up to 1 at most, is finite
+constexpr int64_t PART = CHUNK / 4;
+constexpr float FOUR_FIT = 1e9f;
 
 struct bfloat16 {
   uint16_t bits;
@@ -115,11 +119,25 @@ void row_sums(const T* row, int64_t width, int64_t excluded, const int64_t* colu
   for (int64_t begin = 0; begin < width; begin += CHUNK) {
     const int64_t end = std::min(begin + CHUNK, width);
     float logs_part = 0.0f, damps_part = 0.0f;
+    if (c < FOUR_FIT && end - begin == CHUNK) {
+      const float *a = e + begin, *b = a + PART, *p = b + PART, *q = p + PART;
 #pragma omp simd reduction(+ : logs_part, damps_part)
-    for (int64_t j = begin; j < end; ++j) {
-      const float u = e[j] * scale, w = 1.0f + u, inverse = 1.0f / w;  // u = c p_j
-      damps_part += e[j] * inverse;
-      logs_part += log_of(w) + (u - (w - 1.0f)) * inverse;  // log1p(u): what rounding 1 + u has lost comes back
+      for (int64_t j = 0; j < PART; ++j) {
+        const float ua = a[j] * scale, ub = b[j] * scale, up = p[j] * scale, uq = q[j] * scale;
+        const float wa = 1.0f + ua, wb = 1.0f + ub, wp = 1.0f + up, wq = 1.0f + uq;
+        const float w_ab = wa * wb, w_pq = wp * wq, inverse = 1.0f / (w_ab * w_pq);
+        damps_part += ((a[j] * wb + b[j] * wa) * w_pq + (p[j] * wq + q[j] * wp) * w_ab) * inverse;
+        const float u_ab = ua + ub + ua * ub, u_pq = up + uq + up * uq;  // (1 + a)(1 + b) = 1 + (a + b + ab)
+        const float u = u_ab + u_pq + u_ab * u_pq, w = 1.0f + u;
+        logs_part += log_of(w) + (u - (w - 1.0f)) * inverse;  // log1p(u): what rounding 1 + u has lost comes back
+      }
+    } else {
+#pragma omp simd reduction(+ : logs_part, damps_part)
+      for (int64_t j = begin; j < end; ++j) {
+        const float u = e[j] * scale, w = 1.0f + u, inverse = 1.0f / w;  // u = c p_j
+        damps_part += e[j] * inverse;
+        logs_part += log_of(w) + (u - (w - 1.0f)) * inverse;
+      }
     }
     logs += logs_part;
     damps += damps_part;
