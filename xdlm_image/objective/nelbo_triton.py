@@ -1,9 +1,9 @@
 """The objective's passes over the logits as Triton kernels, float32 inside.
 
 Owns one kernel a pass. Forward reads a row (again from the cache, where the vocabulary is wider than a block), sums
-over it as `nelbo_eager.py` does and turns the sums into loss and scalars with the equations of
-`row_scalars.py`; backward is elementwise. Together they move 12 bytes a float32 logit: read, read and write. Where what
-is minimised is known beforehand the first kernel does the second's work, too: 8 bytes.
+over it as `nelbo_eager.py` does and turns the sums into loss and scalars with the equations of `row_scalars.py`;
+backward is elementwise. Together they move 12 bytes a float32 logit: read, read and write. Where what is minimised is
+known beforehand the first kernel does the second's work, too: 8 bytes.
 """
 
 from __future__ import annotations
@@ -79,11 +79,8 @@ def self_check(device: str, dtype: torch.dtype) -> None:
     """Run each kernel on one row; raises whatever stands in their way."""
     one = torch.ones(1, device=device)
     code = torch.zeros(1, dtype=torch.int64, device=device)
-    logits, rows, process = (
-        torch.zeros(1, 2, dtype=dtype, device=device),
-        Rows(code, code, *[one] * 3),
-        XDLMProcess(1.0, 2),
-    )
+    logits = torch.zeros(1, 2, dtype=dtype, device=device)
+    rows, process = Rows(code, code, one, one, one), XDLMProcess(1.0, 2)
     _, scalars = forward(logits, rows, process)
     backward(logits, rows, scalars, one, process, out=torch.empty_like(logits))
     forward_backward(logits, rows, one, process)
