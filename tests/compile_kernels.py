@@ -32,7 +32,9 @@ def compile_kernel(kernel, warps, **constants) -> None:
     source = ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in whole})
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
     by_one = re.findall(r"ld\.global\S*\.b16 ", compiled.asm["ptx"])
-    assert len(by_one) <= 2 or constants["BLOCK"] < 8 * 32 * warps, "more logits than those of x and z are read by one"
+    if constants["BLOCK"] >= 8 * 32 * warps:
+        assert len(by_one) <= 2, "more logits than those of x and z are read by one"
+        assert re.search(r"ld\.global\S*\.v4\.b32 ", compiled.asm["ptx"]), "the others are not read by 16 bytes"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from xdlm_image.objective import posterior
-from xdlm_image.schedulers import XDLMProcess, XDLMScheduler, row_draw, scheduling_xdlm
+from xdlm_image.schedulers import XDLMOrderedScheduler, XDLMProcess, XDLMScheduler, row_draw, scheduling_xdlm
 from xdlm_image.schedulers.process_xdlm import UniformsAhead, draw_uniforms
 
 KS = [0.0, 1e-3, 0.1, 0.5, 1.0]
@@ -238,9 +238,14 @@ def test_no_image_needs_no_generator() -> None:
     assert z.shape == scheduler.step(torch.zeros(0, 49, 16), scheduler.timesteps[0], z, []).prev_sample.shape == (0, 49)
 
 
-@pytest.mark.parametrize("k", [0.0, 0.1, 1.0])
+STEPS = [(k, None) for k in (0.0, 0.1, 1.0)] + [(k, order) for k in (0.0, 0.1) for order in ("confidence", "halton")]
+
+
+@pytest.mark.parametrize(("k", "unmasking"), STEPS)
 @pytest.mark.parametrize("definition", ["A", "B"])
-def test_no_step_but_the_last_waits_for_the_device(k: float, definition: str, monkeypatch) -> None:
+def test_no_step_but_the_last_waits_for_the_device(
+    definition: str, k: float, unmasking: str | None, monkeypatch
+) -> None:
     """Tensors of the device "meta" hold nothing: whatever asked them for a number would fail."""
 
     def kernel(logits, wanted, z, v, *_):
@@ -248,14 +253,17 @@ def test_no_step_but_the_last_waits_for_the_device(k: float, definition: str, mo
 
     monkeypatch.setattr(row_draw, "FAST", {"meta": kernel})
     process = process_of(k, 16, definition)
-    scheduler = XDLMScheduler.from_process(process)
+    if unmasking is None:
+        scheduler = XDLMScheduler.from_process(process)
+    else:
+        scheduler = XDLMOrderedScheduler.from_process(process, unmasking=unmasking)
     scheduler.set_timesteps(3)
-    z = scheduler.prior((2, 7), torch.Generator(), device="meta")
-    numbers = scheduler.draw_ahead([torch.Generator(), torch.Generator()], (2, 7), "meta")
-    logits = torch.zeros(2, 7, process.logits_width, device="meta")
+    z = scheduler.prior((2, 9), torch.Generator(), device="meta")
+    numbers = scheduler.draw_ahead([torch.Generator(), torch.Generator()], (2, 9), "meta")
+    logits = torch.zeros(2, 9, process.logits_width, device="meta")
     for t in scheduler.timesteps[:2]:
         z = scheduler.step(logits, t, z, numbers).prev_sample
-        assert z.device.type == "meta" and z.shape == (2, 7)
+        assert z.device.type == "meta" and z.shape == (2, 9)
     with pytest.raises(RuntimeError, match="meta"):  # here it looks whether all logits were finite
         scheduler.step(logits, scheduler.timesteps[2], z, numbers)
 

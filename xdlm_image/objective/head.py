@@ -129,14 +129,16 @@ class _XDLMHeadNelbo(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_mean, _):
         scale = grad_mean / max(1, ctx.rows)  # of no rows the mean is NaN, and the gradients are 0
-        grads = [
-            # a scale of as many dimensions is not rounded to the gradient's dtype
-            None
-            if grad is None
-            else torch.mul(grad, scale.view([1] * grad.ndim), out=grad.new_empty(grad.shape, dtype=dtype))
-            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes)
-        ]
+        grads = [_scaled(*given, scale) for given in zip(ctx.saved_tensors, ctx.dtypes)]
         return *grads, None, None, None
+
+
+def _scaled(grad: torch.Tensor | None, dtype: torch.dtype | None, scale: torch.Tensor) -> torch.Tensor | None:
+    """grad times the scale (), in the dtype and without a copy in a third one."""
+    if grad is None:
+        return None
+    scale = scale.view([1] * grad.ndim)  # one of no dimensions would be rounded to the gradient's dtype
+    return torch.mul(grad, scale, out=grad.new_empty(grad.shape, dtype=dtype))
 
 
 def _project(h: torch.Tensor, matrix: torch.Tensor, offset: torch.Tensor | None, out: torch.Tensor) -> torch.Tensor:

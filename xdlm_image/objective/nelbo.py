@@ -127,7 +127,7 @@ def backend_for(backend: str, *tensors: torch.Tensor | None) -> str:
 
 
 def passes_for(device: torch.device, dtype: torch.dtype, backend: str) -> Any:
-    """The module whose `forward` and `backward` pass over logits of this dtype on this device."""
+    """The module whose `forward`, `backward` and `forward_backward` pass over logits of this dtype on this device."""
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r}: must be one of {', '.join(BACKENDS)}")
     if backend == "auto":

@@ -80,6 +80,12 @@ inline float log_of(float w) {
   return ((p * m * square - n * 2.12194440e-4f) - 0.5f * square + m) + n * 0.693359375f;
 }
 
+// log(1 + u) for u >= 0, `inverse` being 1 / (1 + u): what rounding 1 + u has lost comes back
+inline float log1p_of(float u, float inverse) {
+  const float w = 1.0f + u;
+  return log_of(w) + (u - (w - 1.0f)) * inverse;
+}
+
 template <class T>
 float largest(const T* row, int64_t begin, int64_t end, float top) {
 #pragma omp simd reduction(max : top)
@@ -128,15 +134,14 @@ void row_sums(const T* row, int64_t width, int64_t excluded, const int64_t* colu
         const float w_ab = wa * wb, w_pq = wp * wq, inverse = 1.0f / (w_ab * w_pq);
         damps_part += ((a[j] * wb + b[j] * wa) * w_pq + (p[j] * wq + q[j] * wp) * w_ab) * inverse;
         const float u_ab = ua + ub + ua * ub, u_pq = up + uq + up * uq;  // (1 + a)(1 + b) = 1 + (a + b + ab)
-        const float u = u_ab + u_pq + u_ab * u_pq, w = 1.0f + u;
-        logs_part += log_of(w) + (u - (w - 1.0f)) * inverse;  // log1p(u): what rounding 1 + u has lost comes back
+        logs_part += log1p_of(u_ab + u_pq + u_ab * u_pq, inverse);
       }
     } else {
 #pragma omp simd reduction(+ : logs_part, damps_part)
       for (int64_t j = begin; j < end; ++j) {
-        const float u = e[j] * scale, w = 1.0f + u, inverse = 1.0f / w;  // u = c p_j
+        const float u = e[j] * scale, inverse = 1.0f / (1.0f + u);  // u = c p_j
         damps_part += e[j] * inverse;
-        logs_part += log_of(w) + (u - (w - 1.0f)) * inverse;
+        logs_part += log1p_of(u, inverse);
       }
     }
     logs += logs_part;

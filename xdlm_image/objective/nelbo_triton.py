@@ -16,7 +16,9 @@ from ..schedulers import XDLMProcess
 from .row_scalars import TINY as TINY_NUMBER
 from .row_scalars import Rows, RowScalars
 
-ROW_IN_REGISTERS = 4096  # widest row that the forward pass reads once; several wider ones would not fit a core
+ROW_IN_REGISTERS = (
+    4096  # widest row that the forward pass reads once; wider ones would leave a multiprocessor registers for one
+)
 BLOCK = 1024  # of wider rows, and of the backward pass
 FOUR_FIT = tl.constexpr(1e9)  # c below which the product of four 1 + c p_j, whose p_j sum to 1 at most, is finite
 TINY = tl.constexpr(TINY_NUMBER)
@@ -83,7 +85,7 @@ def self_check(device: str, dtype: torch.dtype) -> None:
     rows, process = Rows(code, code, one, one, one), XDLMProcess(1.0, 2)
     _, scalars = forward(logits, rows, process)
     backward(logits, rows, scalars, one, process, out=torch.empty_like(logits))
-    forward_backward(logits, rows, one, process)
+    forward_backward(logits, rows, one, process).item()  # waits, so that what fails on the way fails here
 
 
 def _warps(block: int, width: int) -> int:
@@ -103,13 +105,13 @@ def _scores(logits, columns, V, EXCLUDED):
 
 @triton.jit
 def _exp(a):
-    """e^a for a <= 0, 0 below 1e-38: one instruction behind the product, where tl.exp takes five."""
+    """e^a for a <= 0, 0 below 1e-38, which `tl.exp` takes care of and nobody here reads."""
     return tl.exp2(a * 1.4426950408889634)
 
 
 @triton.jit
 def _inverse(w):
-    """1 / w for w >= 1e-35 by a step of Newton's: half the instructions of a division."""
+    """1 / w for w >= 1e-35, by a step of Newton's from the hardware's rough root: a division takes longer code."""
     root = tl.rsqrt(w)
     rough = root * root
     return rough * (2.0 - w * rough)

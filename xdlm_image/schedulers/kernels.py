@@ -25,7 +25,7 @@ def _first_draw(*arguments: Any) -> row_draw.Drawn:
 
         code = torch.zeros(1, dtype=torch.int64, device=device)
         half = torch.full((1,), 0.5, dtype=torch.float64, device=device)
-        row_draw_triton.draw_rows(torch.zeros(1, 2, device=device), code == 0, code, half)
+        row_draw_triton.draw_rows(torch.zeros(1, 2, device=device), code == 0, code, half)[0].item()  # waits for it
         row_draw.FAST[device.type] = row_draw_triton.draw_rows
     except Exception as error:  # a missing compiler, an old GPU: whatever it is, torch does without
         warnings.warn(f"Triton cannot run here ({error}); sampling takes its slower path in torch", stacklevel=2)
