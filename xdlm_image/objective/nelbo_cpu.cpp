@@ -12,10 +12,6 @@
 #include <thread>
 #include <vector>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 namespace {
 
 constexpr int64_t CHUNK = 1024;
@@ -195,19 +191,9 @@ void forward(const T* logits, int64_t stride, int64_t rows, int64_t width, int64
   });
 }
 
-// New memory by pages of 2 MiB where the system has them for who asks: the first write to each page takes its time
-void ask_for_huge_pages(void* begin, size_t bytes) {
-#ifdef __linux__
-  const uintptr_t huge = uintptr_t{1} << 21, first = (reinterpret_cast<uintptr_t>(begin) + huge - 1) & ~(huge - 1);
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(begin) + bytes) & ~(huge - 1);
-  if (first < end) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);  // a wish: failing is no error
-#endif
-}
-
 template <class T>
 void backward(const T* logits, int64_t stride, T* out, int64_t out_stride, int64_t rows, int64_t width,
               int64_t excluded, bool is_k_zero, const float* factors, int64_t threads) {
-  if (out != logits && out_stride == width) ask_for_huge_pages(out, rows * width * sizeof(T));
   share(rows, threads, [=](int64_t, int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i)
       row_gradient(logits + i * stride, out + i * out_stride, width, excluded, is_k_zero, factors[i], factors[rows + i],
