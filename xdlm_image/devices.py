@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
+
+UNITS = {"bfloat16": ("amx_bf16", "avx512_bf16"), "float16": ("amx_fp16", "avx512_fp16")}  # for matrix products, on x86
 
 
 def best_device(device: str | torch.device | None = None) -> torch.device:
@@ -27,10 +30,31 @@ def best_device(device: str | torch.device | None = None) -> torch.device:
 
 def fast_dtype(device: torch.device) -> Literal["float32", "bfloat16"]:
     """On a CPU with units for bfloat16's matrix products bfloat16, else float32."""
-    if device.type != "cpu":
-        return "float32"
-    units: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # older versions cannot be asked
-    return "bfloat16" if units.get("amx_bf16") or units.get("avx512_bf16") else "float32"
+    return "bfloat16" if device.type == "cpu" and _has_units("bfloat16") else "float32"
+
+
+def warn_if_slow(device: torch.device, dtype: torch.dtype, argument: str) -> None:
+    """A warning where a CPU is known to have no units for a short `dtype`, which then takes far longer than float32.
+
+    Args:
+        device: Where it will be computed in.
+        dtype: What was asked for.
+        argument: By which argument, with its value.
+    """
+    name = str(dtype).removeprefix("torch.")
+    if device.type == "cpu" and name in UNITS and _has_units(name) is False:
+        warnings.warn(
+            f"{argument}: this processor has no units for {name} and will take several times as long as in float32, "
+            "which is the default",
+            stacklevel=3,
+        )
+
+
+def _has_units(dtype: str) -> bool | None:
+    """Whether this CPU has units for matrix products of the dtype; None if that cannot be told."""
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # older versions cannot be asked
+    told = [bool(capabilities[unit]) for unit in UNITS[dtype] if unit in capabilities]
+    return any(told) if told else None
 
 
 def why_not_compiled(device: torch.device) -> str | None:

@@ -19,6 +19,7 @@ import torch
 from tqdm import tqdm
 
 from xdlm_image.data.images import to_uint8
+from xdlm_image.devices import warn_if_slow
 from xdlm_image.evaluation.batches import Batch, blocks_of_rank
 from xdlm_image.evaluation.drawn_codes import DrawnCodes
 from xdlm_image.evaluation.foreign_pipelines import ForeignPipeline, is_foreign
@@ -81,6 +82,7 @@ def open_pipeline(
                 else "train one with `xdlm-image train`, or check the path"
             )
         )
+    warn_if_slow(device, dtype, f"dtype={str(dtype).removeprefix('torch.')!r}")
     try:
         dtypes = {"transformer": dtype, "default": torch.float32}
         pipeline = XDLMPipeline.from_pretrained(str(path), local_files_only=True, dtype=dtypes)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from diffusers import DiffusionPipeline
 
+from xdlm_image.devices import warn_if_slow
 from xdlm_image.evaluation.seeds import image_generators
 from xdlm_image.tokenizer.codes import tokenizer_hash
 
@@ -56,6 +57,7 @@ class ForeignPipeline:
     def __init__(
         self, folder: str, device: torch.device, argument: str = "pipeline", dtype: torch.dtype = torch.float32
     ) -> None:
+        warn_if_slow(device, dtype, f"dtype={str(dtype).removeprefix('torch.')!r}")
         try:
             self.pipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True, dtype=dtype)
         except Exception as error:  # json, safetensors, OSError, AttributeError: whatever a damaged folder raises

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from xdlm_image.data.image_check import check_images
 from xdlm_image.data.images import ImageSet, normalise, open_images
-from xdlm_image.devices import uncompiled
+from xdlm_image.devices import uncompiled, warn_if_slow
 from xdlm_image.files import share_permissions, write_json
 from xdlm_image.recipes import TokenizerRecipe
 from xdlm_image.tokenizer.codebook import draw_badly_served, kmeans, nearest
@@ -144,6 +144,8 @@ class TokenizerTraining:
 
         self.accelerator = Accelerator(mixed_precision=recipe.mixed_precision)
         self.device = self.accelerator.device
+        if recipe.mixed_precision == "bf16":
+            warn_if_slow(self.device, torch.bfloat16, "mixed_precision='bf16'")
         self.extractor = None
         if recipe.extractor is not None:  # now, in case it fails
             from xdlm_image.evaluation.extractor import load_extractor

@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 
 from ..data.code_cache import CodeCache
 from ..data.labels import labels_of_folders
-from ..devices import uncompiled
+from ..devices import uncompiled, warn_if_slow
 from ..evaluation.drawing import SamplerSettings, class_names
 from ..evaluation.grids import class_grid, save_grid
 from ..files import replace_folder, write_text
@@ -130,6 +130,8 @@ class TrainingRun:
             log_with="tensorboard",
             project_dir=str(self.output_dir),
         )
+        if recipe.mixed_precision == "bf16":
+            warn_if_slow(self.accelerator.device, torch.bfloat16, "mixed_precision='bf16'")
         manifest = self.cache.manifest
         self.process = XDLMProcess(recipe.process.k, manifest.num_codes, recipe.process.definition, **self._ids())
         self.num_classes = len(manifest.class_names)

@@ -1,0 +1,55 @@
+"""What a machine is told about itself: units it lacks for short floats, and a compiler that is not there."""
+
+import os
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from evaluation_parts import save_pipeline
+from test_training import recipe_in, world  # noqa: F401
+
+from xdlm_image.devices import fast_dtype, warn_if_slow, why_not_compiled
+from xdlm_image.evaluation.drawing import open_pipeline
+from xdlm_image.training.loop import TrainingRun
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "fast", "slow"),
+    [
+        ({"amx_bf16": False, "avx512_bf16": False, "amx_fp16": False, "avx512_fp16": False}, "float32", (True, True)),
+        ({"amx_bf16": True, "avx512_bf16": True, "amx_fp16": False, "avx512_fp16": True}, "bfloat16", (False, False)),
+        ({"amx_bf16": False, "avx512_bf16": True, "amx_fp16": False, "avx512_fp16": False}, "bfloat16", (False, True)),
+        ({"neon": True}, "float32", (False, False)),  # nothing known is nothing told
+    ],
+)
+def test_a_processor_without_units_for_short_floats(monkeypatch, capabilities, fast, slow):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert fast_dtype(CPU) == fast and fast_dtype(torch.device("meta")) == "float32"
+    for dtype, is_slow in zip((torch.bfloat16, torch.float16, torch.float32), (*slow, False)):
+        for device in (CPU, torch.device("meta")):
+            with warnings.catch_warnings(record=True) as told:
+                warnings.simplefilter("always")
+                warn_if_slow(device, dtype, "dtype='it'")
+            assert len(told) == (is_slow and device == CPU)
+            assert all("dtype='it': this processor has no units for" in str(warning.message) for warning in told)
+
+
+def test_training_and_drawing_tell(monkeypatch, tmp_path, world):  # noqa: F811
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False}, raising=False)
+    with pytest.warns(UserWarning, match="mixed_precision='bf16': this processor has no units for bfloat16"):
+        TrainingRun(recipe_in(world, mixed_precision="bf16"))
+    with pytest.warns(UserWarning, match="dtype='bfloat16': this processor has no units"):
+        open_pipeline(save_pipeline(tmp_path / "drawn", k=0.1, seed=2), CPU, dtype=torch.bfloat16)
+
+
+def test_a_machine_without_a_compiler_says_so():
+    """In a process of its own: PyTorch looks for its compiler once."""
+    code = "import torch; from xdlm_image.devices import why_not_compiled; print(why_not_compiled(torch.device('cpu')))"
+    environment = {**os.environ, "CXX": "/no/such/compiler"}
+    told = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert "compiler" in told.stdout and told.stdout != "None\n"
+    assert "CPUs only" in why_not_compiled(torch.device("meta"))
