@@ -5,6 +5,7 @@ import weakref
 import head_rank
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -155,6 +156,18 @@ def test_workspace_does_not_grow_with_the_vocabulary(width: int, dtype: torch.dt
     gradients = 256 * 64 * dtype.itemsize + 4 * (width * 64 + width)  # of features; of weights, in float32
     few = 256 * 4 * 50 + 4 * width  # numbers a row, and what a block adds to the bias
     assert memory.peak - gradients < (1 << 20) + few < memory.peak
+
+
+@pytest.mark.parametrize(("capability", "is_one_product"), [((7, 5), False), ((8, 0), True), ((9, 0), True)])
+def test_gpus_before_ampere_get_no_product_of_mixed_types(monkeypatch, capability, is_one_product):
+    """On tensors that hold nothing, which need no GPU."""
+    asked = []
+    monkeypatch.setattr(torch, "addmm", lambda *args, **options: asked.append(options["out_dtype"]))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    with FakeTensorMode():
+        grads, h = (torch.empty(4, n, device="cuda", dtype=torch.bfloat16) for n in (8, 3))
+        head._add_product(grads, h, to=torch.empty(8, 3, device="cuda"))
+    assert asked == [torch.float32] * is_one_product
 
 
 @pytest.mark.gpu
