@@ -151,10 +151,10 @@ def _add_product(grads: torch.Tensor, h: torch.Tensor, to: torch.Tensor) -> None
     if grads.dtype == to.dtype:
         to.addmm_(grads.T, h)
         return
-    if to.is_cuda and torch.version.cuda and not torch.compiler.is_compiling():  # which does not know this overload
-        if torch.cuda.get_device_capability(to.device) >= (8, 0):  # older ones have no such product
-            torch.addmm(to, grads.T, h, out_dtype=to.dtype, out=to)
-            return
+    is_nvidia = to.is_cuda and torch.version.cuda and not torch.compiler.is_compiling()  # which lacks the next overload
+    if is_nvidia and torch.cuda.get_device_capability(to.device) >= (8, 0):  # GPUs before Ampere have no such product
+        torch.addmm(to, grads.T, h, out_dtype=to.dtype, out=to)
+        return
     if grads.dtype == torch.float16:  # its range ends at 65,504, and no scale is known yet
         h = h.float()
         step = max(1, SHARE_BYTES // (4 * len(h)))
