@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from xdlm_image.devices import best_device
+
 
 def parser_of(script: str, description: str, of_logits: bool = True) -> argparse.ArgumentParser:
     """The options that every such script has; those that say what the logits are only where there are any."""
@@ -32,7 +34,10 @@ def parser_of(script: str, description: str, of_logits: bool = True) -> argparse
 
 def prepare(arguments: argparse.Namespace) -> None:
     """Fill in the defaults that hang on the device, and settle torch."""
-    on_gpu = torch.device(arguments.device).type != "cpu"
+    try:
+        on_gpu = best_device(arguments.device).type != "cpu"
+    except ValueError as error:
+        raise SystemExit(f"--{error}") from None
     if "dtype" in arguments:
         arguments.dtype = getattr(torch, arguments.dtype or ("bfloat16" if on_gpu else "float32"))
     arguments.output = arguments.output or arguments.script.with_name(
