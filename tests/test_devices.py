@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from evaluation_parts import save_pipeline
 from test_training import recipe_in, world  # noqa: F401
 
@@ -38,7 +39,15 @@ def test_a_processor_without_units_for_short_floats(monkeypatch, capabilities, f
             assert all("dtype='it': this processor has no units for" in str(warning.message) for warning in told)
 
 
-def test_training_and_drawing_tell(monkeypatch, tmp_path, world):  # noqa: F811
+@pytest.fixture
+def own_accelerator():
+    """accelerate keeps one precision a process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_training_and_drawing_tell(monkeypatch, tmp_path, world, own_accelerator):  # noqa: F811
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False}, raising=False)
     with pytest.warns(UserWarning, match="mixed_precision='bf16': this processor has no units for bfloat16"):
         TrainingRun(recipe_in(world, mixed_precision="bf16"))

@@ -305,8 +305,10 @@ def test_save_and_load_are_exact(tmp_path):
     loaded = XDLMTransformer2DModel.from_pretrained(tmp_path)
     assert loaded.grid == (3, 5)
     codes, labels = codes_and_labels(model)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, loaded.state_dict()[name]), name
     a, b = (m(codes, timestep=0.5, class_labels=labels).sample for m in (model, loaded))
-    assert torch.equal(a, b)
+    torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)  # weights lie elsewhere in memory, which some CPUs round by
 
 
 # --- errors ---------------------------------------------------------------------------------------
