@@ -35,9 +35,12 @@ def parser_of(script: str, description: str, of_logits: bool = True) -> argparse
 def prepare(arguments: argparse.Namespace) -> None:
     """Fill in the defaults that hang on the device, and settle torch."""
     try:
-        on_gpu = best_device(arguments.device).type != "cpu"
+        device = best_device(arguments.device)
     except ValueError as error:
         raise SystemExit(f"--{error}") from None
+    on_gpu = device.type != "cpu"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # whose memory and clock are read
     if "dtype" in arguments:
         arguments.dtype = getattr(torch, arguments.dtype or ("bfloat16" if on_gpu else "float32"))
     arguments.output = arguments.output or arguments.script.with_name(
@@ -83,14 +86,22 @@ def measure(
     Returns:
         For each: `seconds` (median), `low`, `high`, `processor_seconds` (median, this process, all threads: what other
         load on a CPU disturbs least) and `memory`: the peak above what was there before, in units of `unit` bytes
-        (NaN where this platform does not tell).
+        (NaN where this platform does not tell). Candidates for which a GPU has no memory are named and left out.
     """
     on_gpu = torch.device(device).type == "cuda"
-    memory, wall, processor = {}, {name: [] for name in candidates}, {name: [] for name in candidates}
+    memory: dict[str, float] = {}
     for name, candidate in candidates.items():
-        candidate()
-        memory[name] = peak_bytes(candidate, on_gpu) / unit
+        try:
+            candidate()
+            memory[name] = peak_bytes(candidate, on_gpu) / unit
+        except torch.OutOfMemoryError:
+            print(f"{name}: not measured, {device} has no memory for it")
+    candidates = {name: candidates[name] for name in memory}
+    wall: dict[str, list[float]] = {name: [] for name in candidates}
+    processor: dict[str, list[float]] = {name: [] for name in candidates}
     order = random.Random(0)
+    if on_gpu:
+        torch.cuda.synchronize()
     for _ in range(repeats):
         for name, candidate in order.sample(list(candidates.items()), len(candidates)):
             began = time.perf_counter(), time.process_time()
@@ -136,9 +147,8 @@ def _resident(name: str) -> int:
 
 def show(title: str, results: dict[str, dict[str, float]], baseline: str, unit: str) -> None:
     """A table, times also as multiples of the baseline's."""
-    on_gpu = torch.cuda.is_available()
     print(f"\n{title}\n{'':28}     ms  (low to high)      x   x processor   peak, {unit}")
     for name, row in results.items():
         ratio, processor = (row[key] / results[baseline][key] for key in ("seconds", "processor_seconds"))
         times = f"{1e3 * row['seconds']:8.2f}  ({1e3 * row['low']:.2f} to {1e3 * row['high']:.2f})"
-        print(f"{name:27}{times:28}{ratio:6.2f}{'' if on_gpu else f'{processor:8.2f}':>12}{row['memory']:10.2f}")
+        print(f"{name:27}{times:28}{ratio:6.2f}{processor:12.2f}{row['memory']:10.2f}")

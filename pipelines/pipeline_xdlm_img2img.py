@@ -43,7 +43,12 @@ class XDLMImg2ImgPipeline(XDLMPipeline):
     def _encode(self, pixels: torch.Tensor) -> torch.Tensor:
         pixels = pixels.to(self._execution_device, self.vqvae.dtype)  # (B, C, H, W)
         latents = self.vqvae.encode(pixels).latents  # (B, D, h, w)
-        codes = self.vqvae.quantize(latents)[2][2].reshape(len(pixels), *self.transformer.grid)  # (B, h, w)
+        # as `vqvae.quantize` does, but through the module of the codebook, which offloading may keep elsewhere
+        codebook = self.vqvae.quantize.embedding(
+            torch.arange(self.vqvae.config.num_vq_embeddings, device=latents.device)
+        )
+        codes = torch.cdist(latents.permute(0, 2, 3, 1).flatten(0, 2), codebook).argmin(1)  # (B h w,)
+        codes = codes.reshape(len(pixels), *self.transformer.grid)
         if int(codes.max()) >= self.scheduler.process.num_codes:
             raise ValueError(
                 f"image became code {int(codes.max())}, the scheduler knows {self.scheduler.process.num_codes}: vqvae "

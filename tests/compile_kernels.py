@@ -22,17 +22,18 @@ TYPES = {
 }  # fmt: skip
 
 
-def compile_kernel(kernel, warps, **constants) -> None:
+def compile_kernel(kernel, warps, aligned=True, **constants) -> None:
     signature = {
         name: "constexpr" if name in constants else TYPES.get(name, "*fp32" if name.endswith("_ptr") else "i32")
         for name in kernel.arg_names
     }
-    # as at run time, where rows begin at 16 bytes and are as wide as the vocabulary's power of 2
-    whole = [i for i, name in enumerate(kernel.arg_names) if signature[name][0] == "*" or name in ("stride", "V")]
+    # as at run time, where rows begin at 16 bytes if the vocabulary is as wide as a power of 2
+    told = ("stride", "V") if aligned else ()
+    whole = [i for i, name in enumerate(kernel.arg_names) if signature[name][0] == "*" or name in told]
     source = ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in whole})
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
     by_one = re.findall(r"ld\.global\S*\.b16 ", compiled.asm["ptx"])
-    if constants["BLOCK"] >= 8 * 32 * warps:
+    if aligned and constants["BLOCK"] >= 8 * 32 * warps:
         assert len(by_one) <= 2, "more logits than those of x and z are read by one"
         assert re.search(r"ld\.global\S*\.v4\.b32 ", compiled.asm["ptx"]), "the others are not read by 16 bytes"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -41,7 +42,8 @@ def compile_kernel(kernel, warps, **constants) -> None:
         command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
         told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     registers, spilled = (int(re.search(rf"{what}:(\d+)", told)[1]) for what in ("REG", "STACK"))
-    print(f"{kernel.fn.__name__} {constants}: {registers} registers a thread, {spilled} bytes of stack")
+    rows = "" if aligned else ", rows that begin anywhere"
+    print(f"{kernel.fn.__name__} {constants}{rows}: {registers} registers a thread, {spilled} bytes of stack")
     assert spilled == 0 and "LOCAL:0" in told, told
 
 
@@ -52,7 +54,8 @@ for process in ({"K_IS_ZERO": False, "EXCLUDED": None}, {"K_IS_ZERO": False}, {"
         {"ONE_BLOCK": False, "BLOCK": 1024, "warps": 4},
     ):
         for unused in ({"GRADIENT": False, "grad_loss_ptr": None}, {"GRADIENT": True, "scalars_ptr": None}):
-            compile_kernel(nelbo_triton._forward_kernel, **process, **shape, **unused)
+            for aligned in (True, False):
+                compile_kernel(nelbo_triton._forward_kernel, aligned=aligned, **process, **shape, **unused)
     compile_kernel(nelbo_triton._backward_kernel, **process, BLOCK=1024, warps=4)
 for shape in (
     {"ONE_BLOCK": True, "BLOCK": 1024, "warps": 2},
@@ -61,3 +64,5 @@ for shape in (
 ):
     for excluded in ({"EXCLUDED": None}, {}):
         compile_kernel(row_draw_triton._draw_kernel, GROUP=64, **shape, **excluded)
+for shape in ({"ONE_BLOCK": True, "BLOCK": 2048, "warps": 4}, {"ONE_BLOCK": False, "BLOCK": 2048, "warps": 4}):
+    compile_kernel(row_draw_triton._draw_kernel, aligned=False, GROUP=64, **shape)

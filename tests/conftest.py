@@ -11,12 +11,18 @@ import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton: its kernels then run on the CPU
-
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None, print_blob=True)
 hypothesis.settings.load_profile("fixed")
 torch.set_num_threads(1)
+
+
+def pytest_configure(config) -> None:
+    """Tests marked gpu run alone (`-m gpu`); all others are the CPU's, and find no GPU."""
+    expression = config.option.markexpr
+    if "gpu" not in expression or "not gpu" in expression:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before CUDA is asked for; subprocesses inherit it
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton: its kernels then run on the CPU
 
 
 def pytest_addoption(parser) -> None:
@@ -38,7 +44,7 @@ def pytest_collection_modifyitems(config, items) -> None:
         if "diffusers_testers" in item.keywords and config.getoption("--diffusers-repository") is None:
             item.add_marker(pytest.mark.skip(reason="diffusers_testers: run with --diffusers-repository=PATH"))
         if "gpu" in item.keywords and not torch.cuda.is_available():
-            item.add_marker(pytest.mark.skip(reason="gpu: no CUDA device"))
+            item.add_marker(pytest.mark.skip(reason="gpu: no CUDA device, or not asked for with -m gpu"))
 
 
 def pytest_terminal_summary(terminalreporter) -> None:

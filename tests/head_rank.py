@@ -31,7 +31,7 @@ def batch(images: slice) -> tuple[torch.Tensor, ...]:
 
 
 def train_on_rank(rank: int, folder: str, kind: str) -> None:
-    """Gradients of half of the images under DDP or FSDP; rank 0 writes them, whole."""
+    """Gradients of half of the images under DDP, or FSDP of all or of the network alone; rank 0 writes them, whole."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/{kind}", rank=rank, world_size=2)
     module = loss_module()
     if kind == "ddp":
@@ -42,7 +42,9 @@ def train_on_rank(rank: int, folder: str, kind: str) -> None:
         mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
         for block in module.transformer.transformer_blocks:
             fully_shard(block, mesh=mesh)
-        run = fully_shard(module, mesh=mesh)
+        run = fully_shard(module, mesh=mesh) if kind == "fsdp" else module
+        if kind == "fsdp of the network":
+            fully_shard(module.transformer, mesh=mesh, reshard_after_forward=True)
     half = IMAGES // 2
     run(*batch(slice(rank * half, (rank + 1) * half))).mean.backward()
     gradients = {}

@@ -298,7 +298,7 @@ def test_what_took_the_place_of_the_plain_head_is_run() -> None:
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp", "fsdp of the network"])
 def test_two_processes_give_the_gradients_of_one(tmp_path, kind: str) -> None:
     """The output projection is read beside its layer's own forward: the gradients must be reduced all the same."""
     torch.multiprocessing.spawn(head_rank.train_on_rank, (str(tmp_path), kind), nprocs=2)

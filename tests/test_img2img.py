@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 from evaluation_parts import save_pipeline
 from PIL import Image
 from test_pipeline import make_pipe, seeded
@@ -29,6 +30,17 @@ def pipe() -> XDLMImg2ImgPipeline:
 
 def draw(pipe, *args, seed: int = 0, **kwargs):
     return pipe(*args, **{"generator": seeded(seed), "output_type": "latent", **kwargs}).images
+
+
+def test_pictures_are_encoded_where_weights_lie_elsewhere(pipe):
+    """As `enable_sequential_cpu_offload` has it, whose hooks bring a layer's weights when the layer is called."""
+    pictures = [Image.fromarray(np.roll(PIXELS, shift, 0)) for shift in range(4)]
+    expected = pipe.encode_images(pictures)
+    latents = pipe.vqvae.encode(preprocess(pictures, *pipe.image_size, 3)).latents
+    assert torch.equal(expected.flatten(), pipe.vqvae.quantize(latents)[2][2]) and len(expected.unique()) > 1
+    cpu_offload(pipe.vqvae, torch.device("cpu"))
+    assert pipe.vqvae.quantize.embedding.weight.device.type == "meta"
+    assert torch.equal(pipe.encode_images(pictures), expected)
 
 
 # --- where it starts ------------------------------------------------------------------------------

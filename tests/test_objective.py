@@ -9,7 +9,8 @@ import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from xdlm_image.objective import discrete_kl, posterior, reference_nelbo, xdlm_nelbo
+from xdlm_image.models import XDLMTransformer2DModel
+from xdlm_image.objective import XDLMLoss, discrete_kl, posterior, reference_nelbo, xdlm_nelbo
 from xdlm_image.schedulers import XDLMProcess
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "public.npz", allow_pickle=False)
@@ -253,6 +254,27 @@ def test_what_cannot_be_meant_is_named(wrong, message) -> None:
     right = {"logits": torch.zeros(2, 3, 8), "z": x, "x": x, "alpha": half, "beta": half}
     with pytest.raises(ValueError, match=message):
         xdlm_nelbo(**(right | wrong), process=XDLMProcess(0.1, 8))
+
+
+def test_a_process_of_numpys_numbers_holds_plain_ones() -> None:
+    """Triton's launches take no others."""
+    process = XDLMProcess(np.float32(0.5), np.int64(8), definition="B", vocab_size=np.int32(10), mask_id=np.int64(8))
+    assert [type(v) for v in (process.k, process.num_codes, process.vocab_size, process.mask_id)] == [float] + [int] * 3
+    assert process == XDLMProcess(0.5, 8, definition="B", vocab_size=10, mask_id=8)
+    for wrong in ({"num_codes": 8.0}, {"num_codes": True}, {"num_codes": 8, "mask_id": "8"}):
+        with pytest.raises(ValueError, match=r"(num_codes|mask_id)=.*: must be a whole number"):
+            XDLMProcess(0.5, **wrong)
+
+
+def test_times_that_were_rounded_are_refused() -> None:
+    """FSDP's mixed precision casts what its module is called with."""
+    network = XDLMTransformer2DModel(
+        sample_size=2, num_embeds=9, out_channels=8, num_classes=2, num_layers=1, num_attention_heads=1,
+        attention_head_dim=4,
+    )  # fmt: skip
+    codes = torch.zeros(3, 4, dtype=torch.int64)
+    with pytest.raises(ValueError, match="t: dtype torch.bfloat16.*cast_forward_inputs=False"):
+        XDLMLoss(network, XDLMProcess(0.1, 8))(codes, codes, torch.rand(3).bfloat16(), torch.zeros(3).long())
 
 
 def test_times_get_no_gradient() -> None:

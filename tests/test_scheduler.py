@@ -319,6 +319,20 @@ def test_gpu_steps_wait_for_nothing_and_give_the_codes_of_the_cpu(k: float) -> N
     assert (codes[0] != codes[1]).float().mean() < 0.01  # sums end an ulp apart
 
 
+def test_what_belongs_on_the_cpu_is_there_whatever_the_default_device() -> None:
+    scheduler = XDLMScheduler(k=0.1, num_codes=8)
+    generators = [torch.Generator().manual_seed(seed) for seed in range(2)]
+    with torch.device("meta"):
+        scheduler.set_timesteps(3)
+        for ahead in (generators, generators[0]):
+            assert UniformsAhead(ahead, (2, 5), 3).take().device.type == "cpu"
+    assert scheduler.timesteps.device.type == "cpu"
+    z = torch.full((2, 5), 8)
+    with torch.device("meta"):
+        z = scheduler.step(torch.zeros(2, 5, 8, device="cpu"), 1.0, z, generators).prev_sample
+    assert z.device.type == "cpu"
+
+
 def test_numbers_drawn_ahead_are_those_of_the_calls_one_by_one() -> None:
     def generators():
         return [torch.Generator().manual_seed(seed) for seed in (3, 1, 2)]

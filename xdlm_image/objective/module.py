@@ -41,7 +41,15 @@ class XDLMLoss(nn.Module):
             x: Clean codes (B, L) int64.
             t: Times (B,) in (0, 1], float32 or float64.
             class_labels: (B,) int64; the null class is the number of classes. None for unconditional networks.
+
+        Raises:
+            ValueError: If t is of a shorter type: FSDP's mixed precision casts what comes in unless told not to.
         """
+        if t.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"t: dtype {t.dtype}, in which times of a batch fall together; give float32 (with FSDP's mixed "
+                "precision: cast_forward_inputs=False)"
+            )
         alpha, beta = self.process.alpha_beta(t)
         inputs = {"timestep": t.float(), "class_labels": class_labels}
         head = _plain_head(self.transformer)
@@ -59,4 +67,5 @@ def _plain_head(transformer: nn.Module) -> nn.Linear | None:
     head = transformer.proj_out if isinstance(transformer, XDLMTransformer2DModel) else None
     if type(head) is not nn.Linear or head._forward_hooks or head._forward_pre_hooks or head._backward_hooks:
         return None
-    return head
+    is_sharded = hasattr(head.weight, "device_mesh")  # `fully_shard` of the network alone gathers it for its own call
+    return None if is_sharded else head

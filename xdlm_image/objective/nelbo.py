@@ -131,7 +131,7 @@ def passes_for(device: torch.device, dtype: torch.dtype, backend: str) -> Any:
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r}: must be one of {', '.join(BACKENDS)}")
     if backend == "auto":
-        backend = "eager" if torch.compiler.is_compiling() else _fastest(device.type, dtype)
+        backend = "eager" if torch.compiler.is_compiling() else _fastest(device, dtype)
     if backend == "eager":
         return nelbo_eager
     dtypes, where = (nelbo_cpu.DTYPES, ("cpu",)) if backend == "cpp" else (TRITON_DTYPES, ("cuda", "cpu"))
@@ -148,11 +148,11 @@ def passes_for(device: torch.device, dtype: torch.dtype, backend: str) -> Any:
     return nelbo_triton
 
 
-def _fastest(device_type: str, dtype: torch.dtype) -> str:
-    """The backend for logits of this dtype on such a device."""
-    if device_type == "cpu" and dtype in nelbo_cpu.DTYPES and _cpp_runs():
+def _fastest(device: torch.device, dtype: torch.dtype) -> str:
+    """The backend for logits of this dtype on this device."""
+    if device.type == "cpu" and dtype in nelbo_cpu.DTYPES and _cpp_runs():
         return "cpp"
-    return "triton" if _triton_runs(device_type, dtype) else "eager"
+    return "triton" if _triton_runs(device, dtype) else "eager"
 
 
 @functools.cache
@@ -169,14 +169,14 @@ def _cpp_runs() -> bool:
 
 
 @functools.cache
-def _triton_runs(device_type: str, dtype: torch.dtype) -> bool:
-    """Whether Triton's kernels work here; asked once, by running one."""
-    if device_type != "cuda" or dtype not in TRITON_DTYPES or importlib.util.find_spec("triton") is None:
+def _triton_runs(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether Triton's kernels work on the device; asked once, by running one."""
+    if device.type != "cuda" or dtype not in TRITON_DTYPES or importlib.util.find_spec("triton") is None:
         return False
     try:
         from . import nelbo_triton
 
-        nelbo_triton.self_check(device_type, dtype)
+        nelbo_triton.self_check(device, dtype)
         return True
     except Exception as error:  # a missing compiler, an old GPU: whatever it is, the other passes do without
         warnings.warn(

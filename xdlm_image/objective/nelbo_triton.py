@@ -77,7 +77,7 @@ def _forward(
     return loss
 
 
-def self_check(device: str, dtype: torch.dtype) -> None:
+def self_check(device: torch.device, dtype: torch.dtype) -> None:
     """Run each kernel on one row; raises whatever stands in their way."""
     one = torch.ones(1, device=device)
     code = torch.zeros(1, dtype=torch.int64, device=device)
@@ -140,13 +140,13 @@ def _w_minus_log1p(w):
 
 @triton.jit
 def _logs(cp, c, BLOCK: tl.constexpr):
-    """Terms (BLOCK / 4,) whose sum is that of L(c p_j): one for four, as (1 + a)(1 + b) = 1 + (a + b + ab)."""
+    """Terms (BLOCK / 4,) whose sum is that of L(c p_j): one for any four, as (1 + a)(1 + b) = 1 + (a + b + ab)."""
     if c < FOUR_FIT:
-        a, b = tl.split(tl.reshape(cp, [BLOCK // 2, 2]))
-        a, b = tl.split(tl.reshape(a + b + a * b, [BLOCK // 4, 2]))
+        a, b = tl.split(tl.reshape(cp, [BLOCK // 2, 2], can_reorder=True))
+        a, b = tl.split(tl.reshape(a + b + a * b, [BLOCK // 4, 2], can_reorder=True))
         logs = _log1p(a + b + a * b)
     else:
-        logs = tl.sum(tl.reshape(_log1p(cp), [BLOCK // 4, 4]), axis=1)
+        logs = tl.sum(tl.reshape(_log1p(cp), [BLOCK // 4, 4], can_reorder=True), axis=1)
     return logs
 
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from numbers import Real
+from numbers import Integral, Real
 from typing import NamedTuple
 
 import torch
@@ -65,10 +65,12 @@ class UniformsAhead:
 
     def _draw(self) -> torch.Tensor:  # (calls, *shape, 2)
         if isinstance(self.generator, torch.Generator):
-            numbers = torch.rand((self.calls, *self.shape, 2), generator=self.generator, dtype=torch.float64)
+            full = (self.calls, *self.shape, 2)
+            numbers = torch.rand(full, generator=self.generator, dtype=torch.float64, device="cpu")
         else:
             full = (self.calls, *self.shape[1:], 2)
-            numbers = torch.stack([torch.rand(full, generator=g, dtype=torch.float64) for g in self.generator], dim=1)
+            drawn = [torch.rand(full, generator=g, dtype=torch.float64, device="cpu") for g in self.generator]
+            numbers = torch.stack(drawn, dim=1)
         if self.device.type == "cuda":  # a copy from memory that is not pinned would wait for the network
             return numbers.pin_memory().to(self.device, non_blocking=True)
         return numbers.to(self.device, _uniform_dtype(self.device))
@@ -131,6 +133,10 @@ class XDLMProcess:
             raise ValueError(f"k={self.k!r}: must lie in [0, 1] (0 is MDLM, 1 is UDLM)")
         if 0.0 < self.k < 1e-20:
             raise ValueError(f"k={self.k!r}: smaller than float32 arithmetic carries; use k=0 (MDLM)")
+        for name in ("num_codes", "vocab_size", "mask_id"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, Integral | None):
+                raise ValueError(f"{name}={value!r}: must be a whole number")
         if self.num_codes < 2:
             raise ValueError(f"num_codes={self.num_codes!r}: a codebook has at least 2 codes")
         if self.definition == "A":
@@ -149,6 +155,8 @@ class XDLMProcess:
                 )
         else:
             raise ValueError(f"definition={self.definition!r}: must be 'A' (codes only) or 'B' (the paper's code)")
+        for name in ("k", "num_codes", "vocab_size", "mask_id"):  # plain numbers: kernels take none of NumPy's
+            object.__setattr__(self, name, (float if name == "k" else int)(getattr(self, name)))
 
     @property
     def num_ids(self) -> int:

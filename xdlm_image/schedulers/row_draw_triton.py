@@ -1,6 +1,7 @@
 """`row_draw.draw_rows` as one Triton kernel: a row is read once, and neither softmax nor CDF is ever written.
 
-Owns the kernel and its place in `row_draw.FAST`. Rows wider than 16,384 are read three times, from the cache.
+Owns the kernel and its place in `row_draw.FAST`. Rows wider than 16,384 are read three times, from the cache; so are
+those wider than 2,048 that do not all begin at 16 bytes, whose logits are read one by one.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from .row_draw import COLUMNS
 
 ROW_IN_REGISTERS = 16384  # widest row that is read once
 BLOCK = 4096  # of wider rows
+UNALIGNED_BLOCK = 2048  # in the place of both where rows are not aligned: each logit then takes more registers
 BELOW_ONE = tl.constexpr(1.0 - 2.0**-53)
 
 
@@ -31,11 +33,14 @@ def draw_rows(
     drawn, p_z = torch.empty_like(z), torch.empty(count, dtype=torch.float64, device=logits.device)
     totals = torch.empty_like(p_z)
     if count:
-        block = max(triton.next_power_of_2(width), COLUMNS) if width <= ROW_IN_REGISTERS else BLOCK
+        is_aligned = width % 16 == 0 and logits.stride(0) % 16 == 0  # as Triton tells them apart
+        widest, block = (ROW_IN_REGISTERS, BLOCK) if is_aligned else (UNALIGNED_BLOCK, UNALIGNED_BLOCK)
+        if width <= widest:
+            block = max(triton.next_power_of_2(width), COLUMNS)
         with torch.cuda.device_of(logits):
             _draw_kernel[(count,)](
                 logits, logits.stride(0), wanted, z.contiguous(), v.to(torch.float64).contiguous(), drawn, p_z, totals,
-                width, excluded, 1.0 / temperature,
+                width, excluded, 1.0 / float(temperature),
                 ONE_BLOCK=block >= width, BLOCK=block, GROUP=COLUMNS, num_warps=min(32, max(1, block // 512)),
             )  # fmt: skip
     return drawn, p_z.to(v.dtype), torch.isfinite(totals).all()

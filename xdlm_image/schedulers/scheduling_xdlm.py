@@ -121,7 +121,7 @@ class XDLMScheduler(SchedulerMixin, ConfigMixin):
             falling = all(a > b for a, b in zip(times, times[1:]))
             if not times or times[0] > 1.0 or not times[-1] > 0.0 or not falling:
                 raise ValueError(f"timesteps={times!r}: must fall strictly, from 1 at most and staying above 0")
-        self.timesteps = torch.tensor(times, dtype=torch.float64)
+        self.timesteps = torch.tensor(times, dtype=torch.float64, device="cpu")
         self.num_inference_steps = len(times)
         self._finite = None
 
@@ -204,7 +204,7 @@ class XDLMScheduler(SchedulerMixin, ConfigMixin):
         s = self.next_timestep(timestep)
         if s == self.next_timestep(self.timesteps[0]):
             self._finite = None  # the first step knows of no other
-        times = torch.tensor([float(timestep), s], dtype=torch.float64)
+        times = torch.tensor([float(timestep), s], dtype=torch.float64, device="cpu")
         alpha, beta = process.alpha_beta(times)
         ends = self._branch_ends(alpha, beta, last=s == 0.0)
         u, v = self._uniforms(model_output, sample, ends, s, temperature, generator)
@@ -229,7 +229,7 @@ class XDLMScheduler(SchedulerMixin, ConfigMixin):
         if last:
             return 1.0, 1.0, 1.0  # w_model = 1 but for rounding: no mask may survive
         (alpha_t, alpha_s), (beta_t, beta_s) = alpha, beta
-        one = torch.ones((), dtype=torch.float64)
+        one = torch.ones((), dtype=torch.float64, device="cpu")
         w = self.process.mixture(0.0 * one, one.bool(), alpha_t, beta_t, alpha_s, beta_s)
         end_model = float(w.model)
         end_uniform = end_model + float(w.uniform)

@@ -169,7 +169,8 @@ class TrainingRun:
         )
         self.meter = LossMeter(self.process.mask, self.accelerator.device)
         self.step = 0
-        self.window: list[float] = []  # seconds of the steps since the last log line
+        self.timed_steps, self.seconds = 0, 0.0  # since the last log line
+        self.began: float | None = None  # when the clock was started; None while it stands still
         self.loss = torch.zeros(())  # of the last step, on this process
         self.gradient_norm: torch.Tensor | None = None  # before clipping; None where nothing is clipped
         self._trackers_started = False
@@ -198,12 +199,13 @@ class TrainingRun:
 
     def train_step(self) -> torch.Tensor:
         """One optimizer step; returns the mean loss of this process, nats per token."""
-        began = time.perf_counter()
-        recipe, device = self.recipe, self.accelerator.device
+        if self.began is None:
+            self.began = time.perf_counter()
+        recipe = self.recipe
         self.model.train()
         losses = []
         for micro_batch in range(recipe.gradient_accumulation_steps):
-            z, x, t, labels = (a.to(device) for a in self._draw(micro_batch))
+            z, x, t, labels = (self._on_device(value) for value in self._draw(micro_batch))
             with self.accelerator.accumulate(self.model):
                 loss = self.model(z, x, t, labels)
                 self.accelerator.backward(loss.mean)
@@ -216,9 +218,22 @@ class TrainingRun:
         self.schedule.step()
         self.ema.step(self.transformer.parameters())
         self.step += 1
-        self.window.append(time.perf_counter() - began)
+        self.timed_steps += 1
         self.loss = torch.stack(losses).mean()
         return self.loss
+
+    def _on_device(self, value: torch.Tensor) -> torch.Tensor:
+        device = self.accelerator.device
+        if device.type == "cuda":  # a copy from memory that is not pinned would wait for the step before
+            return value.pin_memory().to(device, non_blocking=True)
+        return value.to(device)
+
+    def _stop_clock(self) -> None:
+        """Count the time since steps began, once the device has done them: whatever is no training comes next."""
+        if self.began is not None:
+            self.loss.item()  # waits
+            self.seconds += time.perf_counter() - self.began
+            self.began = None
 
     def _draw(self, micro_batch: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Noisy codes z, clean codes x (B, L), times (B,), labels with class dropout (B,): all of them on the CPU."""
@@ -241,15 +256,16 @@ class TrainingRun:
 
     def log_training(self) -> None:
         """Means since the last log line, to TensorBoard and `metrics.jsonl`."""
+        self._stop_clock()
         self._refuse_divergence()
         values = {f"train/{name}": value for name, value in self.meter.take(self.accelerator).items()}
         images = self.recipe.batch_size * self.recipe.gradient_accumulation_steps * self.accelerator.num_processes
         if self.gradient_norm is not None:
             values["train/gradient_norm"] = float(self.gradient_norm)
         values["train/learning_rate"] = self.schedule.get_last_lr()[0]
-        values["train/images_per_second"] = images * len(self.window) / max(sum(self.window), 1e-9)
+        values["train/images_per_second"] = images * self.timed_steps / max(self.seconds, 1e-9)
         values["train/images"] = float(images * self.step)
-        self.window.clear()
+        self.timed_steps, self.seconds = 0, 0.0
         self._log(values)
 
     def _refuse_divergence(self) -> None:
@@ -264,6 +280,7 @@ class TrainingRun:
         """NELBO of the averaged weights on the validation codes."""
         if self.validation_cache is None:
             return
+        self._stop_clock()
         with self.averaged_weights():
             values = validation_nelbo(
                 self.accelerator.unwrap_model(self.model),
@@ -280,6 +297,7 @@ class TrainingRun:
 
     def draw_samples(self) -> None:
         """A class grid from the averaged weights: `samples/step-N.png`."""
+        self._stop_clock()
         if not self.accelerator.is_main_process:
             return
         pipeline = self._pipeline()
@@ -338,6 +356,7 @@ class TrainingRun:
 
     def save_checkpoint(self) -> None:
         """Model, average, optimizer, schedule, meter and position; random numbers follow from the position."""
+        self._stop_clock()
         self._refuse_divergence()
         meter = self.meter.totals(self.accelerator)
         if self.accelerator.is_main_process:
