@@ -2,10 +2,10 @@
 
     torchrun --nproc-per-node 2 benchmarks/samplers.py [--models shipped/fashion_mnist] [--folder runs/samplers]
 
-Every sampler of every model gets five trials of its one number (temperature; for confidence the choice temperature) on
-1,000 images of a seed of their own; the lowest sum of pooled FID over the step counts wins, one number for all of them.
-The winners are measured on 5,000 images of three other seeds. Trials and results are held against the same test
-images. Killed, the same command goes on; without torchrun it runs on one process.
+Every sampler of every model gets six trials of its one number (temperature; for confidence the choice temperature): on
+1,000 images of a seed of their own, against the validation images. The lowest sum of pooled FID over the step counts
+wins, one number for all of them, and is measured on 5,000 images of three other seeds, against the test images. Killed,
+the same command goes on; without torchrun it runs on one process.
 """
 
 import argparse
@@ -16,14 +16,15 @@ from pathlib import Path
 from few_steps import interval
 
 from xdlm_image import XDLMOrderedScheduler, XDLMPipeline
+from xdlm_image.devices import best_device, fast_dtype
 from xdlm_image.evaluation.statistics import rank_and_world
 from xdlm_image.evaluation.sweep import evaluate
 from xdlm_image.processes import process_state
 from xdlm_image.recipes import EvaluateRecipe
 
 ROOT = Path(__file__).resolve().parents[1]
-TEMPERATURES, CHOICE_TEMPERATURES = [0.6, 0.7, 0.8, 0.9, 1.0], [0.5, 1.0, 2.0, 4.5, 9.0]
-TRIAL = {"num_samples": 1000, "seeds": [100], "feature_metrics": []}
+TEMPERATURES, CHOICE_TEMPERATURES = [0.4, 0.5, 0.6, 0.7, 0.8, 1.0], [0.25, 0.5, 1.0, 2.0, 4.5, 9.0]
+TRIAL = {"num_samples": 1000, "seeds": [100], "feature_metrics": [], "reference_split": "validation"}
 SEEDS = [0, 1, 2]
 SAMPLERS = ("ancestral", "halton", "confidence")
 METRICS = ("precision", "recall", "coverage", "class_accuracy")
@@ -42,14 +43,20 @@ def confident(arguments: argparse.Namespace, model: str, choice_temperature: flo
     return str(folder)
 
 
+def names_with(arguments: argparse.Namespace, sampler: str) -> list[str]:
+    """The models that the sampler can draw from: orders need masks."""
+    folders = {name: arguments.models / "pipelines" / name / "scheduler" for name in arguments.names}
+    k = {name: json.loads((folder / "scheduler_config.json").read_text())["k"] for name, folder in folders.items()}
+    return [name for name in arguments.names if sampler == "ancestral" or k[name] < 1]
+
+
 def cells(arguments: argparse.Namespace, folder: str, pipelines: dict[str, str], **changes) -> list[dict]:
     """A sweep over the pipelines, and its results."""
     output = arguments.folder / folder
     usual = {
-        "reference": str(arguments.models / "reference"),
         "extractor": str(arguments.models / "extractor"),
         "num_steps": arguments.num_steps,
-        "dtype": "bfloat16",
+        "dtype": arguments.dtype,
         "compile": True,
     }
     evaluate(EvaluateRecipe(output_dir=str(output), pipelines=pipelines, **{**usual, **changes}))
@@ -58,13 +65,16 @@ def cells(arguments: argparse.Namespace, folder: str, pipelines: dict[str, str],
 
 def trials_of(arguments: argparse.Namespace) -> list[dict]:
     """One entry for each model, sampler and value tried: FID by step count."""
-    models = {model: str(arguments.models / "pipelines" / model) for model in arguments.names}
-    tempered = {"sampler": ["ancestral", "halton"], "temperature": TEMPERATURES}
-    found = cells(arguments, "trials/tempered", models, **TRIAL, **tempered)
-    confidence = {f"{m}-ct{c}": (m, c) for m in models for c in CHOICE_TEMPERATURES}
-    folders = {name: confident(arguments, *of) for name, of in confidence.items()}
+    found = []
+    for sampler in ("ancestral", "halton"):
+        models = {name: str(arguments.models / "pipelines" / name) for name in names_with(arguments, sampler)}
+        changes = {"sampler": sampler, "temperature": TEMPERATURES}
+        for cell in cells(arguments, f"trials/{sampler}", models, **TRIAL, **changes):
+            found.append(cell | {"sampler": sampler})
+    named = {f"{m}-ct{c}": (m, c) for m in names_with(arguments, "confidence") for c in CHOICE_TEMPERATURES}
+    folders = {name: confident(arguments, *of) for name, of in named.items()}
     for cell in cells(arguments, "trials/confidence", folders, **TRIAL):
-        model, value = confidence[cell["pipeline"]]
+        model, value = named[cell["pipeline"]]
         found.append(cell | {"pipeline": model, "sampler": "confidence", "temperature": value})
     table: dict[tuple, dict] = {}
     for cell in found:
@@ -76,7 +86,8 @@ def trials_of(arguments: argparse.Namespace) -> list[dict]:
 
 def measured(arguments: argparse.Namespace, model: str, sampler: str, value: float) -> list[dict]:
     """Results of a model with a tuned sampler, an entry a step count; numbers by seed."""
-    final = {"num_samples": 5000, "seeds": SEEDS, "classifier": arguments.classifier}
+    reference = str(arguments.models / "reference")
+    final = {"num_samples": 5000, "seeds": SEEDS, "classifier": arguments.classifier, "reference": reference}
     if sampler == "confidence":
         name, folder = f"{model}-confidence", confident(arguments, model, value)
     else:
@@ -95,27 +106,32 @@ def measured(arguments: argparse.Namespace, model: str, sampler: str, value: flo
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=Path, default=ROOT / "shipped" / "fashion_mnist", help="as shipped/train.sh's")
-    parser.add_argument("--names", nargs=2, default=["mdlm", "xdlm-0.1"], help="two models, the baseline first")
+    names = ["mdlm", "xdlm-0.1", "xdlm-0.5", "udlm"]
+    parser.add_argument("--names", nargs="+", default=names, help="models, the baseline first")
     parser.add_argument("--num_steps", type=int, nargs="+", default=[4, 8])
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the network; default: the faster one here")
     parser.add_argument("--classifier", help="judges classes; default: the extractor")
     parser.add_argument("--folder", type=Path, default=Path("runs/samplers"), help="images and partial results")
     parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".json"))
     arguments = parser.parse_args()
     if not (arguments.models / "reference").is_dir():
         parser.error(f"--models {arguments.models}: no reference folder there; shipped/train.sh makes one")
+    arguments.dtype = arguments.dtype or fast_dtype(best_device())
     trials, results, differences = trials_of(arguments), [], []
     for sampler in SAMPLERS:
-        for model in arguments.names:
+        drawn = names_with(arguments, sampler)
+        for model in drawn:
             tried = [trial for trial in trials if (trial["model"], trial["sampler"]) == (model, sampler)]
             best = min(tried, key=lambda trial: sum(fid["pooled"] for fid in trial["fid"].values()))
             results += measured(arguments, model, sampler, best["value"])
         for steps in arguments.num_steps:
             pair = {row["model"]: row for row in results if (row["sampler"], row["num_steps"]) == (sampler, steps)}
-            base, ours = (pair[name]["fid"] for name in arguments.names)
-            for layer in ours:
-                values = [a - b for a, b in zip(ours[layer], base[layer])]
-                row = {"sampler": sampler, "num_steps": steps, "layer": layer, "mean": statistics.mean(values)}
-                differences.append(row | {"differences": values, "interval": interval(values)})
+            for name in drawn[1:]:
+                for layer, base in pair[arguments.names[0]]["fid"].items():
+                    values = [a - b for a, b in zip(pair[name]["fid"][layer], base)]
+                    row = {"sampler": sampler, "model": name, "num_steps": steps, "layer": layer}
+                    row |= {"mean": statistics.mean(values), "differences": values, "interval": interval(values)}
+                    differences.append(row)
     if rank_and_world()[0] == 0:
         protocols = [
             json.loads((arguments.folder / "final" / f"{name}-ancestral" / "fid.json").read_text())["protocol"]
@@ -137,7 +153,7 @@ def main() -> None:
         for row in differences:
             low, high = row["interval"]
             place = f"{row['sampler']:10} {row['num_steps']} steps {row['layer']:8}"
-            print(f"{place} {' - '.join(reversed(arguments.names))} {row['mean']:+.3f} [{low:+.3f}, {high:+.3f}]")
+            print(f"{place} {row['model']} - {arguments.names[0]} {row['mean']:+.3f} [{low:+.3f}, {high:+.3f}]")
         print(arguments.output)
 
 
