@@ -106,8 +106,8 @@ def measured(arguments: argparse.Namespace, model: str, sampler: str, value: flo
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=Path, default=ROOT / "shipped" / "fashion_mnist", help="as shipped/train.sh's")
-    names = ["mdlm", "xdlm-0.1", "xdlm-0.5", "udlm"]
-    parser.add_argument("--names", nargs="+", default=names, help="models, the baseline first")
+    names = ["mdlm", "xdlm-0.1", "udlm"]
+    parser.add_argument("--names", nargs="+", default=names, help="models, the baseline first; orders need k < 1")
     parser.add_argument("--num_steps", type=int, nargs="+", default=[4, 8])
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the network; default: the faster one here")
     parser.add_argument("--classifier", help="judges classes; default: the extractor")
