@@ -1,12 +1,16 @@
 #!/usr/bin/env bash
-# Every benchmark of docs/speed.md, one after the other; one that fails does not stop the rest, and is named at the end.
+# The benchmarks of docs/speed.md, one after the other; one that fails does not stop the rest, and is named at the end.
 #
-#   benchmarks/all.sh [cpu|cuda] [FOLDER]    JSON and tables go to FOLDER, or replace those in benchmarks/
+#   benchmarks/all.sh [cpu|cuda] [FOLDER]    the JSON goes to FOLDER, or replaces that in benchmarks/
 #
 # OFFICIAL=~/XDLM adds the official code (a checkout of github.com/MzeroMiko/XDLM); liger-kernel and cut-cross-entropy
-# stand beside ours on a GPU where they are installed. Ten minutes to an hour on a CPU, which should do nothing else.
+# stand beside ours on a GPU where they are installed. The machine should do nothing else meanwhile.
 set -uo pipefail
-case "${1:-}" in cpu | cuda) device=$1 ;; "") device=$(python -c 'import torch; print("cuda" if torch.cuda.is_available() else "cpu")') ;; *) sed -n '2,7s/^# \{0,1\}//p' "$0"; exit 2 ;; esac
+case "${1:-}" in
+    cpu | cuda) device=$1 ;;
+    "") device=$(python -c 'import torch; print("cuda" if torch.cuda.is_available() else "cpu")') ;;
+    *) sed -n '2,7s/^# \{0,1\}//p' "$0"; exit 2 ;;
+esac
 here=$(dirname "$0")
 folder=${2:-$here}
 mkdir -p "$folder"

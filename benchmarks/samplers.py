@@ -116,6 +116,11 @@ def main() -> None:
     arguments = parser.parse_args()
     if not (arguments.models / "reference").is_dir():
         parser.error(f"--models {arguments.models}: no reference folder there; shipped/train.sh makes one")
+    for name in arguments.names:
+        if not (arguments.models / "pipelines" / name).is_dir():
+            parser.error(f"--names {name}: no such folder in {arguments.models / 'pipelines'}")
+    if arguments.names[0] not in names_with(arguments, "halton"):
+        parser.error(f"--names {arguments.names[0]}: the baseline comes first and needs masks, k < 1")
     arguments.dtype = arguments.dtype or fast_dtype(best_device())
     trials, results, differences = trials_of(arguments), [], []
     for sampler in SAMPLERS:

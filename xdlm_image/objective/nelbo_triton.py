@@ -16,9 +16,7 @@ from ..schedulers import XDLMProcess
 from .row_scalars import TINY as TINY_NUMBER
 from .row_scalars import Rows, RowScalars
 
-ROW_IN_REGISTERS = (
-    4096  # widest row that the forward pass reads once; wider ones would leave a multiprocessor registers for one
-)
+ROW_IN_REGISTERS = 4096  # widest row that forward reads once; wider ones leave a multiprocessor registers for one
 BLOCK = 1024  # of wider rows, and of the backward pass
 FOUR_FIT = tl.constexpr(1e9)  # c below which the product of four 1 + c p_j, whose p_j sum to 1 at most, is finite
 TINY = tl.constexpr(TINY_NUMBER)
