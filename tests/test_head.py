@@ -20,7 +20,7 @@ PROCESS = XDLMProcess(0.1, K)
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch) -> None:
-    monkeypatch.setattr(head, "BLOCK_BYTES", 8 * 4 * K)  # 4 rows of float64: 30 rows end in half a block
+    monkeypatch.setattr(head, "BLOCK_BYTES", 8 * 4 * 24)  # 4 rows of float64: 30 rows end in half a block
     monkeypatch.setattr(head, "SHARE_BYTES", 2 * 5 * D)  # 5 rows of a half's weight gradient
 
 

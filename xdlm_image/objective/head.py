@@ -17,6 +17,7 @@ from .nelbo import backend_for, passes_for, rows_of
 from .row_scalars import Rows
 
 BLOCK_BYTES = 24 << 20  # of logits; with fewer rows the weight gradient would be added up too often
+ROW_BYTES = 64  # that a row of logits fills or is padded to: products are slow where rows begin anywhere
 SHARE_BYTES = 8 << 20  # of what a block adds to the weight gradient, where it cannot be added on the spot
 
 
@@ -104,8 +105,9 @@ class _XDLMHeadNelbo(torch.autograd.Function):
         with torch.autocast(features.device.type, enabled=False):
             matrix = weight.to(dtype)
             offset = None if bias is None else bias.to(dtype)
-            blocks = _blocks(features, len(weight), dtype)
-            buffer = features.new_empty(blocks[0].stop if blocks else 0, len(weight), dtype=dtype)
+            stride = _row_stride(len(weight), dtype)
+            blocks = _blocks(len(features), stride * dtype.itemsize)
+            buffer = features.new_empty(blocks[0].stop if blocks else 0, stride, dtype=dtype)[:, : len(weight)]
             for block in blocks:
                 h = features[block].to(dtype)  # (r, D)
                 logits = _project(h, matrix, offset, out=buffer[: len(h)])  # (r, V)
@@ -166,8 +168,15 @@ def _add_product(grads: torch.Tensor, h: torch.Tensor, to: torch.Tensor) -> None
         part += columns.T @ h
 
 
-def _blocks(features: torch.Tensor, width: int, dtype: torch.dtype) -> list[slice]:
-    step = max(1, BLOCK_BYTES // (width * dtype.itemsize))
+def _row_stride(width: int, dtype: torch.dtype) -> int:
+    """Elements from one row of logits to the next."""
+    if torch.compiler.is_compiling():  # which gives up where a product's `out` is not contiguous
+        return width
+    return -(-width * dtype.itemsize // ROW_BYTES) * ROW_BYTES // dtype.itemsize
+
+
+def _blocks(count: int, row_bytes: int) -> list[slice]:
+    step = max(1, BLOCK_BYTES // row_bytes)
     if step > 16:
         step -= step % 16  # blocks begin alike: Triton compiles anew for rows that do not begin at 16 bytes
-    return [slice(start, min(start + step, len(features))) for start in range(0, len(features), step)]
+    return [slice(start, min(start + step, count)) for start in range(0, count, step)]
