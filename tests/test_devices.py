@@ -11,7 +11,7 @@ from accelerate.state import AcceleratorState
 from evaluation_parts import save_pipeline
 from test_training import recipe_in, world  # noqa: F401
 
-from xdlm_image.devices import fast_dtype, warn_if_slow, why_not_compiled
+from xdlm_image.devices import LONGEST_WAIT, fast_dtype, process_group_timeout, warn_if_slow, why_not_compiled
 from xdlm_image.evaluation.drawing import open_pipeline
 from xdlm_image.training.loop import TrainingRun
 
@@ -62,3 +62,9 @@ def test_a_machine_without_a_compiler_says_so():
     told = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert "compiler" in told.stdout and told.stdout != "None\n"
     assert "CPUs only" in why_not_compiled(torch.device("meta"))
+
+
+def test_processes_wait_longer_for_one_another_than_by_default():
+    """Through accelerate to torch: only what differs from its defaults is handed on."""
+    assert process_group_timeout().to_kwargs() == {"timeout": LONGEST_WAIT}
+    assert LONGEST_WAIT.total_seconds() > 1800  # the longer default of torch's, that of gloo

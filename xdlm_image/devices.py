@@ -1,13 +1,19 @@
-"""Which device a verb runs on, how a CPU computes fast, and where a verb steps around compiled code."""
+"""Which device a verb runs on, how a CPU computes fast, where a verb steps around compiled code, and how long processes
+wait for one another."""
 
 from __future__ import annotations
 
 import warnings
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+if TYPE_CHECKING:
+    from accelerate.utils import InitProcessGroupKwargs
+
+LONGEST_WAIT = timedelta(hours=3)  # of processes for one that draws, measures or writes; NCCL alone waits 10 minutes
 UNITS = {"bfloat16": ("amx_bf16", "avx512_bf16"), "float16": ("amx_fp16", "avx512_fp16")}  # for matrix products, on x86
 
 
@@ -80,3 +86,13 @@ def uncompiled(is_compiled: bool) -> AbstractContextManager:
         is_compiled: Whether any is; asking torch loads its compiler, so that plain runs do not ask.
     """
     return torch.compiler.set_stance("force_eager") if is_compiled else nullcontext()
+
+
+def process_group_timeout() -> InitProcessGroupKwargs:
+    """For `Accelerator(kwargs_handlers=[...])`: processes wait `LONGEST_WAIT` for one that has more to do.
+
+    The group of processes is made once, by whoever asks first for accelerate's state, and keeps its timeout.
+    """
+    from accelerate.utils import InitProcessGroupKwargs
+
+    return InitProcessGroupKwargs(timeout=LONGEST_WAIT)
