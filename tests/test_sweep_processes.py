@@ -8,11 +8,14 @@ import sys
 import time
 from pathlib import Path
 
+import accelerate
 import pytest
 from evaluation_parts import build_parts, one_thread  # noqa: F401
 
+from xdlm_image.devices import LONGEST_WAIT
 from xdlm_image.evaluation import sweep
 from xdlm_image.evaluation.sweep import evaluate
+from xdlm_image.processes import process_state
 
 LOOSE = 1e-6  # sums are added in another order, which FID's matrix root magnifies where images are as few as here
 pytestmark = pytest.mark.filterwarnings("ignore:.*images are few for the.*:UserWarning")
@@ -29,6 +32,13 @@ def numbers(value, path=""):
             yield from numbers(inner, f"{path}[{i}]")
     else:
         yield path, value
+
+
+def test_verbs_ask_for_processes_that_wait_long(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setattr(accelerate, "PartialState", dict)
+    assert process_state() == {"cpu": True, "timeout": LONGEST_WAIT}
 
 
 def test_two_processes_killed_on_the_way_give_what_one_gives(tmp_path, monkeypatch):

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 def process_state() -> PartialState | None:
     """accelerate's state, with `torch.distributed` running; None where this process is alone.
 
+    The processes wait `devices.LONGEST_WAIT` for one that has more to do.
+
     Asked before an `Accelerator` is made, it must be told by hand that the processes are to run on CPUs: the state is
     made once and kept, and without this word each process would take itself for the only one.
     """
@@ -23,4 +25,6 @@ def process_state() -> PartialState | None:
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
 
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    from xdlm_image.devices import process_group_timeout
+
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), **process_group_timeout().to_kwargs())

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from xdlm_image.data.image_check import check_images
 from xdlm_image.data.images import ImageSet, normalise, open_images
-from xdlm_image.devices import uncompiled, warn_if_slow
+from xdlm_image.devices import process_group_timeout, uncompiled, warn_if_slow
 from xdlm_image.files import share_permissions, write_json
 from xdlm_image.recipes import TokenizerRecipe
 from xdlm_image.tokenizer.codebook import draw_badly_served, kmeans, nearest
@@ -142,7 +142,9 @@ class TokenizerTraining:
         self.images = open_images(recipe.data, "train")
         self.test_images = open_images(recipe.data, "test")
 
-        self.accelerator = Accelerator(mixed_precision=recipe.mixed_precision)
+        self.accelerator = Accelerator(
+            mixed_precision=recipe.mixed_precision, kwargs_handlers=[process_group_timeout()]
+        )
         self.device = self.accelerator.device
         if recipe.mixed_precision == "bf16":
             warn_if_slow(self.device, torch.bfloat16, "mixed_precision='bf16'")
