@@ -17,6 +17,7 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from .class_labels import ClassLabels, read_names, read_synsets, resolve
+from .schedules import Interval, InTime, check_interval, check_setting, guidance_at, value_at
 from .self_contained import SelfContainedPipeline
 
 DEFAULT_STEPS = 8
@@ -106,7 +107,7 @@ class XDLMPipeline(SelfContainedPipeline):
 
     @property
     def guidance_scale(self) -> float:
-        """Guidance of the call that runs; read anew at every step."""
+        """Guidance of the step that runs; read anew at every step."""
         return self._guidance_scale
 
     @property
@@ -142,11 +143,12 @@ class XDLMPipeline(SelfContainedPipeline):
 
     def check_inputs(
         self,
-        guidance_scale: float,
-        temperature: float,
+        guidance_scale: InTime,
+        temperature: InTime,
         num_images_per_prompt: int,
         output_type: str,
         callback_on_step_end_tensor_inputs: list[str],
+        guidance_interval: Interval = None,
     ) -> None:
         """Refuse parts that do not fit each other and arguments out of range, before any work.
 
@@ -173,8 +175,8 @@ class XDLMPipeline(SelfContainedPipeline):
             )
         if not _is_count(num_images_per_prompt):
             raise ValueError(f"num_images_per_prompt={num_images_per_prompt!r}: must be a whole number, at least 1")
-        if not (isinstance(guidance_scale, Real) and abs(guidance_scale) < float("inf")):
-            raise ValueError(f"guidance_scale={guidance_scale!r}: must be a finite number")
+        check_setting("guidance_scale", guidance_scale)
+        check_interval("guidance_interval", guidance_interval)
         if guidance_scale != 1 and config.num_classes is None:
             raise ValueError(f"guidance_scale={guidance_scale}: an unconditional model takes 1 only")
         if guidance_scale != 1 and not self.config.supports_guidance:
@@ -182,8 +184,15 @@ class XDLMPipeline(SelfContainedPipeline):
                 f"guidance_scale={guidance_scale}: this model was trained without its null class "
                 "(class dropout 0), which guidance needs; use 1"
             )
-        if not (isinstance(temperature, Real) and 1e-6 <= temperature < float("inf")):
-            raise ValueError(f"temperature={temperature!r}: must be a number from 1e-6, which is the argmax, upwards")
+        if guidance_scale == 1 and guidance_interval is not None:
+            raise ValueError(
+                f"guidance_interval={guidance_interval!r}: does nothing with guidance_scale=1; leave it out"
+            )
+        check_setting("temperature", temperature, lowest=0.0)
+        if value_at(temperature, 1.0) < 1e-6:
+            raise ValueError(
+                f"temperature={temperature!r}: must be at least 1e-6, the argmax; only a pair's second may be 0"
+            )
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type={output_type!r}: must be one of {', '.join(OUTPUT_TYPES)}")
         unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
@@ -291,8 +300,8 @@ class XDLMPipeline(SelfContainedPipeline):
         class_labels: ClassLabels = None,
         num_steps: int | None = None,
         num_inference_steps: int | None = None,
-        guidance_scale: float = 1.0,
-        temperature: float = 1.0,
+        guidance_scale: InTime = 1.0,
+        temperature: InTime = 1.0,
         generator: Generators = None,
         num_images_per_prompt: int = 1,
         latents: torch.Tensor | None = None,
@@ -301,6 +310,7 @@ class XDLMPipeline(SelfContainedPipeline):
         callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
         callback_on_step_end_tensor_inputs: list[str] | tuple[str, ...] = ("latents",),
         timesteps: Sequence[float] | None = None,
+        guidance_interval: Interval = None,
     ) -> ImagePipelineOutput | tuple:
         """Generate images.
 
@@ -308,8 +318,9 @@ class XDLMPipeline(SelfContainedPipeline):
             class_labels: Id or name, or several in a list or a tensor; None for an unconditional model.
             num_steps: Reverse steps, 8 by default. Each runs the network once.
             num_inference_steps: Another name of `num_steps`.
-            guidance_scale: s in logits = uncond + s (cond - uncond). 1 is none; any other doubles the batch.
-            temperature: Divides the logits; above 0.
+            guidance_scale: s in logits = uncond + s (cond - uncond). 1 is none; any other doubles the batch. A pair
+                runs linearly in time from its first, at t = 1 where noise is, to its second at t = 0.
+            temperature: Divides the logits; at least 1e-6. A pair as for `guidance_scale`, whose second may be 0.
             generator: One `torch.Generator`, or a list of one an image (batch x num_images_per_prompt): an
                 image with its own generator does not depend on what else is in the batch.
             num_images_per_prompt: Images a label; those of one label stand together.
@@ -322,6 +333,7 @@ class XDLMPipeline(SelfContainedPipeline):
             callback_on_step_end_tensor_inputs: Which of `_callback_tensor_inputs` it is given.
             timesteps: Own falling times in (0, 1] in the place of `num_steps`. Where the first is below 1, `latents`
                 must be codes noised to that time (`scheduler.add_noise`).
+            guidance_interval: (low, high): only steps from times low < t <= high are guided; None guides all.
 
         Returns:
             `ImagePipelineOutput` with `images`, or a tuple.
@@ -336,12 +348,14 @@ class XDLMPipeline(SelfContainedPipeline):
             num_images_per_prompt,
             output_type,
             list(callback_on_step_end_tensor_inputs),
+            guidance_interval,
         )
         num_steps = same_steps(num_steps, num_inference_steps, timesteps)
         if timesteps is not None and latents is None and len(timesteps) and timesteps[0] < 1:
             raise ValueError(f"timesteps begins at {timesteps[0]}: give latents noised to that time, or begin at 1")
         ids = self._class_ids(class_labels)
-        self._guidance_scale = guidance_scale
+        changes = guidance_interval is not None or not isinstance(guidance_scale, Real)
+        self._guidance_scale = guidance_at(guidance_scale, guidance_interval, 1.0)
         self._interrupt = False
 
         # 2. Labels: each as often as images are wanted of it
@@ -366,6 +380,8 @@ class XDLMPipeline(SelfContainedPipeline):
             for i, t in enumerate(times):
                 if self.interrupt:
                     continue
+                if changes:  # else a callback may have set it
+                    self._guidance_scale = guidance_at(guidance_scale, guidance_interval, float(t))
                 codes = latents.flatten(1)  # (B, L)
                 guided = self.do_classifier_free_guidance
                 logits = self.transformer(
@@ -375,9 +391,10 @@ class XDLMPipeline(SelfContainedPipeline):
                     return_dict=False,
                 )[0]  # (B, L, V), guided (2B, L, V)
                 logits = self.guide(logits)  # (B, L, V)
-                codes = self.scheduler.step(
-                    logits, t, codes, generator=generator, temperature=temperature, return_dict=False
-                )[0]  # (B, L)
+                heat = value_at(temperature, float(t))
+                codes = self.scheduler.step(logits, t, codes, generator=generator, temperature=heat, return_dict=False)[
+                    0
+                ]  # (B, L)
                 latents = codes.reshape(latents.shape)  # (B, h, w)
 
                 if callback_on_step_end is not None:

@@ -14,6 +14,7 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from .class_labels import ClassLabels
 from .init_images import InitImages, preprocess
 from .pipeline_xdlm import Generators, XDLMPipeline, same_steps
+from .schedules import Interval, InTime
 
 DEFAULT_STRENGTH = 0.6
 
@@ -64,14 +65,15 @@ class XDLMImg2ImgPipeline(XDLMPipeline):
         strength: float = DEFAULT_STRENGTH,
         num_steps: int | None = None,
         num_inference_steps: int | None = None,
-        guidance_scale: float = 1.0,
-        temperature: float = 1.0,
+        guidance_scale: InTime = 1.0,
+        temperature: InTime = 1.0,
         generator: Generators = None,
         num_images_per_prompt: int = 1,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
         callback_on_step_end_tensor_inputs: list[str] | tuple[str, ...] = ("latents",),
+        guidance_interval: Interval = None,
     ) -> ImagePipelineOutput | tuple:
         """Generate images from pictures.
 
@@ -86,7 +88,7 @@ class XDLMImg2ImgPipeline(XDLMPipeline):
                 the time that is left.
             num_inference_steps: Another name of `num_steps`.
             guidance_scale, temperature, output_type, return_dict, callback_on_step_end,
-                callback_on_step_end_tensor_inputs: As in `XDLMPipeline`.
+                callback_on_step_end_tensor_inputs, guidance_interval: As in `XDLMPipeline`.
             generator: One `torch.Generator`, or a list of one an image drawn: it draws the noise, then the steps.
             num_images_per_prompt: Images drawn of each pair of picture and label; they stand together.
 
@@ -99,7 +101,12 @@ class XDLMImg2ImgPipeline(XDLMPipeline):
         """
         # 1. Check the arguments
         self.check_inputs(
-            guidance_scale, temperature, num_images_per_prompt, output_type, list(callback_on_step_end_tensor_inputs)
+            guidance_scale,
+            temperature,
+            num_images_per_prompt,
+            output_type,
+            list(callback_on_step_end_tensor_inputs),
+            guidance_interval,
         )
         times = self._times(strength, num_steps, num_inference_steps)
         ids = self._class_ids(class_labels)
@@ -134,6 +141,7 @@ class XDLMImg2ImgPipeline(XDLMPipeline):
             return_dict=return_dict,
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            guidance_interval=guidance_interval,
         )
 
     def _times(self, strength: float, num_steps: int | None, num_inference_steps: int | None) -> list[float]:

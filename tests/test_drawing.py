@@ -8,7 +8,7 @@ import torch
 from evaluation_parts import one_thread, save_pipeline  # noqa: F401
 
 from xdlm_image.evaluation import drawing
-from xdlm_image.evaluation.drawing import DrawnBatches, SamplerSettings, draw_all, open_pipeline
+from xdlm_image.evaluation.drawing import DrawnBatches, SamplerSettings, draw_all, nfe, open_pipeline
 from xdlm_image.evaluation.drawn_codes import DrawnCodes
 from xdlm_image.evaluation.seeds import MAX_IMAGES, MAX_SEED, image_generators, image_seed
 from xdlm_image.schedulers import XDLMOrderedScheduler, XDLMScheduler
@@ -29,7 +29,7 @@ def test_every_image_of_every_seed_has_its_own_random_numbers():
 def test_drawn_images_do_not_depend_on_the_batch_and_are_those_of_the_user(tmp_path):
     pipeline = open_pipeline(save_pipeline(tmp_path, k=0.1, seed=2), torch.device("cpu"))
     labels, settings = [0, 1, 2, 0, 1, 2], SamplerSettings(num_steps=3, guidance_scale=2.0)
-    assert settings.nfe == 6 and SamplerSettings(3).nfe == 3
+    assert nfe(pipeline, settings) == 6 and nfe(pipeline, SamplerSettings(3)) == 3
 
     def codes(indices):
         return pipeline(

@@ -78,10 +78,11 @@ def test_what_is_no_class_conditional_pipeline_is_refused(parts, dit, tmp_path):
     with pytest.raises(ValueError, match="a DDPMPipeline, which is no class-conditional pipeline .*class_labels"):
         sweep.check(parts.recipe(tmp_path / "out", pipelines={"ddpm": str(tmp_path / "ddpm")}))
     for change, named in (
-        ({"temperature": 0.5}, "temperature=0.5, time_grid=None, sampler=None"),
-        ({"sampler": "ancestral"}, "temperature=1.0, time_grid=None, sampler='ancestral'"),
+        ({"temperature": 0.5}, "temperature=0.5: a DiTPipeline has none"),
+        ({"sampler": "ancestral"}, "sampler='ancestral': a DiTPipeline has none"),
+        ({"guidance_scale": [(1.0, 2.0)]}, r"guidance_scale=\(1.0, 2.0\): a DiTPipeline takes a number"),
     ):
-        with pytest.raises(ValueError, match=f"{named}: a DiTPipeline has none"):
+        with pytest.raises(ValueError, match=named):
             sweep.check(parts.recipe(tmp_path / "out", pipelines={"dit": dit}, **change))
     small = dataclasses.replace(parts.data, image_size=8)
     with pytest.raises(ValueError, match=r"3 x 16 x 16 images"):

@@ -429,7 +429,7 @@ def test_parts_and_arguments_of_other_kinds_are_named(pipe):
     refuses("callback_on_step_end returned a NoneType", callback_on_step_end=lambda *_: None)
     refuses("num_images_per_prompt=True: must be a whole number", num_images_per_prompt=True)
     refuses("latents is a list: give a tensor", latents=[1])
-    refuses("temperature=1e-40: must be a number from 1e-6", temperature=1e-40)
+    refuses("temperature=1e-40: must be at least 1e-6", temperature=1e-40)
     assert len(pipe(0, num_steps=1, temperature=np.float32(0.5)).images) == 1
     for part, message in (("scheduler", "must be an XDLMScheduler"), ("transformer", "must be an XDLMTransformer2D")):
         own = getattr(pipe, part)

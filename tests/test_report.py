@@ -25,7 +25,7 @@ def finished(tmp_path_factory):
         patch.setattr(sweep, "GRID_IMAGES", 1)
         root = tmp_path_factory.mktemp("report")
         parts = build_parts(root / "parts")
-        recipe = parts.recipe(root / "out", num_samples=9, temperature=[1.0, 0.5])
+        recipe = parts.recipe(root / "out", num_samples=9, temperature=[1.0, (1.0, 0.5)])
         recipe = dataclasses.replace(recipe, images={"real": f"{parts.data.root}/train"})
         return evaluate(recipe).parent
 
@@ -39,7 +39,8 @@ def test_csv_has_a_row_a_cell_with_its_settings_and_numbers(finished):
         assert (line["pipeline"], int(line["num_steps"]), int(line["seed"])) == tuple(
             cell[name] for name in ("pipeline", "num_steps", "seed")
         )
-        assert float(line["temperature"]) == cell["temperature"] and line["schema_version"] == "6"
+        temperature = "1 to 0.5" if isinstance(cell["temperature"], list) else str(cell["temperature"])
+        assert line["temperature"] == temperature and line["schema_version"] == "7"
         assert float(line["fid.pooled"]) == cell["fid"]["pooled"]
         assert float(line["code_pair_total_variation.near"]) == cell["code_pair_total_variation"]["near"]
         assert int(line["nfe"]) == cell["nfe"] and float(line["images_per_second"]) > 0
@@ -67,9 +68,9 @@ def test_the_html_page_is_whole_in_one_file(finished):
     page = Page((finished / "report.html").read_text())
     assert page.open == []
     assert len(page.sources) == 3 + 2 * 2 and all(s.startswith("data:image/png;base64,") for s in page.sources)
-    for wanted in ("FID, features pooled, against the real images", "mdlm, temperature 0.5", "Sets of images", "real"):
+    for wanted in ("FID, features pooled, against the real images", "mdlm, temperature 1 to 0.5", "Sets of images", "real"):
         assert wanted in page.texts, wanted
-    cell = re.search(r"\| xdlm-0.1, temperature 0.5 \| (\S+ ± \S+) \|", (finished / "fid.md").read_text())[1]
+    cell = re.search(r"\| xdlm-0.1, temperature 1 to 0.5 \| (\S+ ± \S+) \|", (finished / "fid.md").read_text())[1]
     assert cell in page.texts
     assert (
         json.loads(next(text for text in page.texts if text.startswith("{")))

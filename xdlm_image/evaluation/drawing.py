@@ -27,6 +27,7 @@ from xdlm_image.evaluation.measuring import sum_over_ranks
 from xdlm_image.evaluation.seeds import image_generators
 from xdlm_image.evaluation.statistics import rank_and_world
 from xdlm_image.pipelines import XDLMPipeline
+from xdlm_image.pipelines.schedules import Interval, InTime, guidance_at
 from xdlm_image.schedulers import XDLMOrderedScheduler, XDLMScheduler
 from xdlm_image.tokenizer.codes import tokenizer_hash
 
@@ -37,24 +38,21 @@ class SamplerSettings:
 
     Attributes:
         num_steps: Reverse steps.
-        guidance_scale: 1 is no guidance.
-        temperature: Divides the logits.
+        guidance_scale: 1 is no guidance; a pair runs from its first at t = 1 to its second at t = 0.
+        temperature: Divides the logits; a pair as for guidance.
         time_grid: Of `scheduling_xdlm.TIME_GRIDS`; None is the pipeline's own.
         sampler: `ancestral`, or an order of `scheduling_xdlm_ordered.UNMASKING`; None is the pipeline's own scheduler.
+        guidance_interval: Times (low, high] that are guided; None is all.
         start: Further arguments of the call, as `XDLMImg2ImgPipeline` takes them: the picture and the strength.
     """
 
     num_steps: int
-    guidance_scale: float = 1.0
-    temperature: float = 1.0
+    guidance_scale: InTime = 1.0
+    temperature: InTime = 1.0
     time_grid: str | None = None
     sampler: str | None = None
+    guidance_interval: Interval = None
     start: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def nfe(self) -> int:
-        """Network evaluations an image; guidance takes two a step."""
-        return self.num_steps * (1 if self.guidance_scale == 1 else 2)
 
 
 def open_pipeline(
@@ -177,6 +175,22 @@ def with_scheduler(pipeline: XDLMPipeline, settings: SamplerSettings) -> XDLMPip
     return changed
 
 
+def check_settings(pipeline: XDLMPipeline, settings: SamplerSettings) -> None:
+    """Raise ValueError, before anything is drawn, if the pipeline does not take the settings."""
+    with_scheduler(pipeline, settings)
+    scale, interval = settings.guidance_scale, settings.guidance_interval
+    pipeline.check_inputs(scale, settings.temperature, 1, "latent", [], interval)
+
+
+def nfe(pipeline: XDLMPipeline, settings: SamplerSettings) -> int:
+    """Network evaluations an image; a guided step takes two."""
+    own = with_scheduler(pipeline, settings).scheduler
+    scheduler = type(own).from_config(own.config)  # one that is nobody's
+    scheduler.set_timesteps(settings.num_steps)
+    scales = (guidance_at(settings.guidance_scale, settings.guidance_interval, t) for t in scheduler.timesteps.tolist())
+    return sum(1 if scale == 1 else 2 for scale in scales)
+
+
 def call_arguments(
     pipeline: XDLMPipeline, labels: Sequence[int], indices: Sequence[int], seed: int, settings: SamplerSettings
 ) -> dict[str, Any]:
@@ -187,6 +201,7 @@ def call_arguments(
         "num_steps": settings.num_steps,
         "guidance_scale": settings.guidance_scale,
         "temperature": settings.temperature,
+        "guidance_interval": settings.guidance_interval,
         "generator": image_generators(seed, indices),
         "num_images_per_prompt": 1 if conditional else len(indices),
         **settings.start,

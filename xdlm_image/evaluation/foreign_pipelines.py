@@ -10,6 +10,7 @@ import hashlib
 import inspect
 import json
 from collections.abc import Sequence
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,12 +91,13 @@ class ForeignPipeline:
         Raises:
             ValueError: Settings that only our own pipelines have.
         """
-        if settings.temperature != 1 or settings.time_grid is not None or settings.sampler is not None:
-            raise ValueError(
-                f"temperature={settings.temperature!r}, time_grid={settings.time_grid!r}, "
-                f"sampler={settings.sampler!r}: a {self.name} has none; use 1, null and null"
-            )
+        ours = {name: getattr(settings, name) for name in ("temperature", "time_grid", "sampler", "guidance_interval")}
+        for name, value in ours.items():
+            if value not in (None, 1):
+                raise ValueError(f"{name}={value!r}: a {self.name} has none; leave it out")
         guidance = {"guidance_scale": settings.guidance_scale} if "guidance_scale" in self.parameters else {}
+        if not isinstance(settings.guidance_scale, Real):
+            raise ValueError(f"guidance_scale={settings.guidance_scale!r}: a {self.name} takes a number")
         if not guidance and settings.guidance_scale != 1:
             raise ValueError(f"guidance_scale={settings.guidance_scale!r}: a {self.name} takes none; use 1")
         return self._draw(labels, indices, seed, num_inference_steps=settings.num_steps, **guidance)

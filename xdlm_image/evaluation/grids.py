@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from xdlm_image.data.images import read_image
 from xdlm_image.devices import best_device
-from xdlm_image.evaluation.drawing import SamplerSettings, class_names, draw_all, open_pipeline, with_scheduler
+from xdlm_image.evaluation.drawing import SamplerSettings, check_settings, class_names, draw_all, open_pipeline
 from xdlm_image.evaluation.foreign_pipelines import ForeignPipeline
 from xdlm_image.evaluation.pictures import save_images, save_picture, to_picture
 from xdlm_image.evaluation.trace_pictures import check_trace, write_trace
@@ -130,9 +130,15 @@ def sample(recipe: SampleRecipe) -> Path:
         picture = read_image(recipe.image, pipeline.vqvae.config.in_channels)
         start = {"image": picture, "strength": recipe.strength}
     settings = SamplerSettings(
-        recipe.num_steps, recipe.guidance_scale, recipe.temperature, sampler=recipe.sampler, start=start
+        recipe.num_steps,
+        recipe.guidance_scale,
+        recipe.temperature,
+        recipe.time_grid,
+        recipe.sampler,
+        recipe.guidance_interval,
+        start,
     )
-    with_scheduler(pipeline, settings)  # refuses a sampler that the pipeline has not
+    check_settings(pipeline, settings)
     check_trace(recipe, len(ids))
     refuse_unwritable(Path(recipe.output).parent, "the folder of output")
     if recipe.images_dir is not None:

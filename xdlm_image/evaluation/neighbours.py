@@ -21,12 +21,12 @@ from xdlm_image.devices import best_device
 from xdlm_image.evaluation.batches import real_batches
 from xdlm_image.evaluation.drawing import (
     SamplerSettings,
+    check_settings,
     class_names,
     draw_all,
     image_shape,
     open_pipeline,
     pipeline_hash,
-    with_scheduler,
 )
 from xdlm_image.evaluation.extractor import FeatureExtractor, load_extractor
 from xdlm_image.evaluation.grids import class_ids, save_grid
@@ -83,7 +83,7 @@ def neighbours(recipe: NeighboursRecipe) -> Path:
     pipeline = open_pipeline(recipe.pipeline, device)
     ids = class_ids(pipeline, recipe.class_labels)
     settings = SamplerSettings(recipe.num_steps, recipe.guidance_scale, recipe.temperature, sampler=recipe.sampler)
-    with_scheduler(pipeline, settings)  # refuses a sampler that the pipeline has not
+    check_settings(pipeline, settings)
     held_out, trained = open_reference_images(recipe.data, "test")
     extractor = load_extractor(recipe.extractor, device)
     extractor.check_images(recipe.data.channels, recipe.data.image_size)

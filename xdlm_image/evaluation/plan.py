@@ -24,12 +24,12 @@ from xdlm_image.evaluation.cells import refuse_name
 from xdlm_image.evaluation.class_judge import load_class_judge
 from xdlm_image.evaluation.drawing import (
     SamplerSettings,
+    check_settings,
     class_names,
     folder_names,
     image_shape,
     open_any_pipeline,
     pipeline_hash,
-    with_scheduler,
 )
 from xdlm_image.evaluation.extractor import FeatureExtractor, load_extractor
 from xdlm_image.evaluation.foreign_pipelines import ForeignPipeline
@@ -263,13 +263,9 @@ def _check_pipeline(
             f"{argument}: its classes are {class_names(pipeline)[:5]}..., the data's are {names[:5]}...; the ids would "
             "not mean the same"
         )
-    if recipe.guidance_scales != [1] and not pipeline.config.get("supports_guidance", True):
-        raise ValueError(
-            f"guidance_scale={recipe.guidance_scales}: {argument} was trained without class dropout; use 1"
-        )
     for variant in recipe.variants:
         try:
-            with_scheduler(pipeline, SamplerSettings(1, *variant))
+            check_settings(pipeline, SamplerSettings(1, *variant))
         except ValueError as error:
             raise ValueError(f"{argument}: {error}") from error
     return {
@@ -327,6 +323,7 @@ def protocol(plan: Plan, reference: Reference) -> dict[str, Any]:
             "temperature": recipe.temperatures,
             "time_grid": recipe.time_grids,
             "sampler": recipe.samplers,
+            "guidance_interval": recipe.guidance_intervals,
             "dtype": recipe.dtype,
             "compile": recipe.compile,
         },

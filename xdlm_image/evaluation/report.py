@@ -46,14 +46,16 @@ def protocol_text(content: Content) -> str:
     """The protocol in a paragraph."""
     protocol = content["protocol"]
     reference, sampler, extractor = protocol["reference"], protocol["sampler"], protocol["extractor"]
+    guided = sampler.get("guidance_interval", [None])
     parts = []
     if content["cells"]:
         parts += [
             f"{protocol['num_samples']} images a cell, {protocol['samples_per_class']} a class",
             f"seeds {', '.join(map(str, protocol['seeds']))}",
             f"guidance {_listed(sampler['guidance_scale'])}, temperature {_listed(sampler['temperature'])}, time grid "
-            f"{_listed(sampler['time_grid'])}, sampler {_listed(sampler.get('sampler', [None]))}",
-            "NFE = steps, twice that with guidance",
+            f"{_listed(sampler['time_grid'])}, sampler {_listed(sampler.get('sampler', [None]))}"
+            + ("" if guided == [None] else f", guided in t from {_listed(guided)}"),
+            "NFE = steps, a guided one counted twice",
             f"network in {sampler['dtype']}{' (compiled)' if sampler['compile'] else ''}",
         ]
     parts += [
@@ -102,7 +104,7 @@ def _flat(found: Content, prefix: str = "") -> dict[str, Any]:
         if isinstance(value, dict):
             flat |= {} if name in ("versions", "kid_of_classes") else _flat(value, f"{prefix}{name}.")
         else:
-            flat[prefix + name] = value
+            flat[prefix + name] = text(value) if isinstance(value, list | tuple) else value
     return flat
 
 

@@ -24,6 +24,7 @@ from xdlm_image.evaluation.drawing import (
     DrawnBatches,
     SamplerSettings,
     draw_all,
+    nfe,
     open_any_pipeline,
 )
 from xdlm_image.evaluation.drawn_codes import DrawnCodes
@@ -47,6 +48,7 @@ from xdlm_image.recipes.sampling import FEATURE_METRICS
 from xdlm_image.tokenizer.codes import load_tokenizer
 
 CELL_VERSION = 4  # raise it when what a cell means changes: older cells are then measured anew
+LATER_AXES = ("sampler", "guidance_interval")
 GRID_STEPS = 8
 GRID_CLASSES = 10
 GRID_IMAGES = 8
@@ -78,7 +80,7 @@ def evaluate(recipe: EvaluateRecipe) -> Path:
     if plan.shown is not None and recipe.feature_metrics:
         reference.images.kept = _features_of(plan.shown, plan, output)
     content: dict[str, Any] = {
-        "schema_version": 6,
+        "schema_version": 7,
         "metric": metric_name(plan.extractor),
         "warnings": plan.warnings,
         "protocol": protocol(plan, reference),
@@ -127,7 +129,7 @@ def _measured_reference(plan: Plan, output: Path) -> Reference:
     recipe = plan.recipe
     return make_reference(
         output / "reference",
-        recipe.data.name,
+        str(recipe.data.name),
         *plan.images,
         plan.extractor,
         tokenizers,
@@ -201,11 +203,12 @@ def _cell(
         "temperature": settings.temperature,
         "time_grid": settings.time_grid,
         "sampler": settings.sampler,
+        "guidance_interval": settings.guidance_interval,
     }
     drawn = {
         "pipeline_weights": plan.pipelines[name]["weights_hash"],
-        # no sampler chosen is no key: cells from before there were samplers stay good
-        **{axis: value for axis, value in axes.items() if axis != "sampler" or value is not None},
+        # what is not chosen is no key: cells from before there was the choice stay good
+        **{axis: value for axis, value in axes.items() if axis not in LATER_AXES or value is not None},
         "dtype": recipe.dtype,
         "compile": recipe.compile,
         "seed": seed,
@@ -219,12 +222,13 @@ def _cell(
         **_judged_by(plan, reference),
     }
     variant = "".join(
-        f"-{short}{value}"
+        f"-{short}{'to'.join(map(str, value)) if isinstance(value, list | tuple) else value}"
         for short, value, usual in (
             ("guidance", settings.guidance_scale, 1),
             ("temperature", settings.temperature, 1),
             ("", settings.time_grid, None),
             ("", settings.sampler, None),
+            ("guided", settings.guidance_interval, None),
         )
         if value != usual
     )
@@ -259,7 +263,7 @@ def _cell(
     result = {
         "pipeline": name,
         **axes,
-        "nfe": settings.nfe if store else (pipeline.rows - rows_before) / max(1, batches.called),
+        "nfe": nfe(pipeline, settings) if store else (pipeline.rows - rows_before) / max(1, batches.called),
         "seed": seed,
         "num_samples": count,
         **distances(measured, reference.images, recipe.feature_metrics),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ SETTINGS = {  # axes beside the steps
     "temperature": "temperature",
     "time_grid": "grid",
     "sampler": "sampler",  # from schema_version 6
+    "guidance_interval": "guided in t",  # from schema_version 7
 }
 
 
@@ -96,8 +97,10 @@ def rows(content: Content) -> dict[str, list[Content]]:
     return found
 
 
-def text(value: float | str | None) -> str:
-    """A setting as it is written."""
+def text(value: float | str | Sequence[float] | None) -> str:
+    """A setting as it is written; a pair that changes with time as `1 to 0.5`."""
+    if isinstance(value, list | tuple):
+        return " to ".join(map(text, value))
     return "as saved" if value is None else value if isinstance(value, str) else f"{value:g}"
 
 

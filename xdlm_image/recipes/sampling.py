@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from xdlm_image.evaluation.seeds import MAX_IMAGES
 
-from .checks import require, require_finite
+from .checks import require, require_finite, require_in_time
 from .data import DataOptions
 
 TraceKind = Literal["strip", "gif", "codes"]
@@ -29,9 +29,11 @@ class SampleRecipe:
         class_labels: Ids or names of the classes; None draws every class.
         images_per_class: Images a row.
         num_steps: Reverse steps.
-        guidance_scale: 1 is no guidance; each guided step runs the network on twice the batch.
-        temperature: Divides the logits.
-        sampler: As in `evaluate`; None is the pipeline's own.
+        guidance_scale: 1 is no guidance; each guided step runs the network on twice the batch. A pair such as `[1, 4]`
+            runs linearly in time from its first, where noise is, to its second.
+        guidance_interval: Times t in (low, high] of (0, 1] that are guided, such as `[0.1, 0.7]`; None is all.
+        temperature: Divides the logits. A pair as for guidance: `[1, 0.3]` anneals.
+        sampler, time_grid: As in `evaluate`; None is the pipeline's own.
         seed: Image i of the grid has its own generator, made of (seed, i), whatever the batch.
         images_dir: Also write each image there as PNG; None writes the grid only.
         batch_size: Images drawn at once.
@@ -52,9 +54,11 @@ class SampleRecipe:
     class_labels: list[int | str] | int | str | None = None
     images_per_class: int = 8
     num_steps: int = 8
-    guidance_scale: float = 1.0
-    temperature: float = 1.0
+    guidance_scale: float | tuple[float, float] = 1.0
+    guidance_interval: tuple[float, float] | None = None
+    temperature: float | tuple[float, float] = 1.0
     sampler: Sampler | None = None
+    time_grid: TimeGrid | None = None
     seed: int = 0
     images_dir: str | None = None
     batch_size: int = 100
@@ -69,8 +73,8 @@ class SampleRecipe:
     def __post_init__(self) -> None:
         require(self.num_steps >= 1, "num_steps", self.num_steps, "at least 1 step")
         require(self.images_per_class >= 1, "images_per_class", self.images_per_class, "at least 1 image")
-        require_finite("guidance_scale", self.guidance_scale)
-        require_finite("temperature", self.temperature)
+        require_in_time("guidance_scale", self.guidance_scale)
+        require_in_time("temperature", self.temperature)
         require(0 < self.strength <= 1, "strength", self.strength, "above 0, at most 1")
         require(self.image is not None or self.strength == 0.6, "strength", self.strength, "does nothing without image")
         require(
@@ -183,8 +187,11 @@ class EvaluateRecipe:
         reference_split: Split whose images are the reference.
         num_steps: Step counts of the sweep.
         num_samples: Images a cell; a multiple of the class count, so that classes are balanced.
-        guidance_scale: One or several; 1 is no guidance.
-        temperature: One or several; divides the logits.
+        guidance_scale: One or several; 1 is no guidance. A pair in the list, such as `[[1, 4]]`, is one that runs
+            linearly in time from its first, where noise is, to its second.
+        guidance_interval: Times t in (low, high] of (0, 1] that are guided, such as `[0.1, 0.7]`, or several; None is
+            all.
+        temperature: One or several; divides the logits. A pair in the list as for guidance: `[[1, 0.3]]` anneals.
         time_grid: `linear`, `cosine`, `arccos`, or several; None keeps each pipeline's own.
         sampler: Which masks are lifted in a step: `ancestral` (each with the same probability), `confidence` (MaskGIT's
             order, choice temperature 4.5), `halton` (Halton-MaskGIT's order), or several; the orders need masks, k < 1.
@@ -212,8 +219,9 @@ class EvaluateRecipe:
     reference_split: Literal["train", "validation", "test"] = "test"
     num_steps: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16, 32, 64])
     num_samples: int = 5000
-    guidance_scale: list[float] | float = 1.0
-    temperature: list[float] | float = 1.0
+    guidance_scale: list[float | tuple[float, float]] | float = 1.0
+    guidance_interval: list[tuple[float, float] | None] | tuple[float, float] | None = None
+    temperature: list[float | tuple[float, float]] | float = 1.0
     time_grid: list[TimeGrid] | TimeGrid | None = None
     sampler: list[Sampler] | Sampler | None = None
     seeds: list[int] = field(default_factory=lambda: [0])
@@ -241,6 +249,7 @@ class EvaluateRecipe:
             "temperature": self.temperatures,
             "time_grid": self.time_grids,
             "sampler": self.samplers,
+            "guidance_interval": self.guidance_intervals,
         }
         for name, values in axes.items():
             require(
@@ -264,18 +273,22 @@ class EvaluateRecipe:
         require(self.batch_size >= 1, "batch_size", self.batch_size, "must be at least 1")
         for name, scales in (("guidance_scale", self.guidance_scales), ("temperature", self.temperatures)):
             for scale in scales:
-                require_finite(name, scale)
-        require(min(self.temperatures) > 0, "temperature", self.temperature, "must be positive")
+                require_in_time(name, scale)
 
     @property
-    def guidance_scales(self) -> list[float]:
+    def guidance_scales(self) -> list[float | tuple[float, float]]:
         """The guidance scales, as a list."""
         return self.guidance_scale if isinstance(self.guidance_scale, list) else [self.guidance_scale]
 
     @property
-    def temperatures(self) -> list[float]:
+    def temperatures(self) -> list[float | tuple[float, float]]:
         """The temperatures, as a list."""
         return self.temperature if isinstance(self.temperature, list) else [self.temperature]
+
+    @property
+    def guidance_intervals(self) -> list[tuple[float, float] | None]:
+        """The intervals of guidance, as a list."""
+        return self.guidance_interval if isinstance(self.guidance_interval, list) else [self.guidance_interval]
 
     @property
     def time_grids(self) -> list[TimeGrid | None]:
@@ -289,8 +302,9 @@ class EvaluateRecipe:
 
     @property
     def variants(self) -> list[tuple[Any, ...]]:
-        """Guidance scale, temperature, time grid and sampler of every setting but the step count."""
-        return [*product(self.guidance_scales, self.temperatures, self.time_grids, self.samplers)]
+        """Guidance scale, temperature, time grid, sampler and guided interval of every setting but the step count."""
+        axes = (self.guidance_scales, self.temperatures, self.time_grids, self.samplers, self.guidance_intervals)
+        return [*product(*axes)]
 
 
 @dataclass

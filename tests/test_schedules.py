@@ -1,0 +1,114 @@
+"""Guidance and temperature that change in the course of a call: what they are at a step, and that a step sees them."""
+
+import pytest
+import torch
+from test_pipeline import draw, make_pipe, seeded
+from xdlm_image.pipelines.schedules import guidance_at, value_at
+
+from xdlm_image.evaluation.drawing import SamplerSettings, nfe
+from xdlm_image.recipes import EvaluateRecipe
+
+STEPS = 4  # from times 1, 0.75, 0.5 and 0.25
+TIMES = (1.0, 0.75, 0.5, 0.25)
+
+
+def test_a_pair_runs_linearly_in_time_and_a_number_stays():
+    assert [value_at((3.0, 1.0), t) for t in TIMES] == [3.0, 2.5, 2.0, 1.5]
+    assert [value_at(2, t) for t in TIMES] == [2.0] * 4
+    assert [guidance_at((4, 0), (0.25, 0.75), t) for t in TIMES] == [1.0, 3.0, 2.0, 1.0]  # open below, closed above
+    assert [guidance_at(3, (0.5, 1), t) for t in TIMES] == [3.0, 3.0, 1.0, 1.0]
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """A pipeline, and what its steps and its network were given."""
+    pipe, temperatures, batches = make_pipe(), [], []
+    step = pipe.scheduler.step
+
+    def recorded(*args, temperature, **kwargs):
+        temperatures.append(temperature)
+        return step(*args, temperature=temperature, **kwargs)
+
+    monkeypatch.setattr(pipe.scheduler, "step", recorded)
+    pipe.transformer.register_forward_pre_hook(lambda module, args: batches.append(len(args[0])))
+    return pipe, temperatures, batches
+
+
+def test_every_step_gets_its_temperature_and_only_guided_ones_a_doubled_batch(seen):
+    pipe, temperatures, batches = seen
+    scales = []
+
+    def callback(pipe, i, t, tensors):
+        scales.append(pipe.guidance_scale)
+        return tensors
+
+    arguments = {"guidance_scale": (5.0, 1.0), "guidance_interval": (0.25, 0.75), "temperature": (1.0, 0.0)}
+    draw(pipe, [0, 1, 2], num_steps=STEPS, callback_on_step_end=callback, **arguments)
+    assert temperatures == [1.0, 0.75, 0.5, 0.25]
+    assert scales == [1.0, 4.0, 3.0, 1.0]
+    assert batches == [3, 6, 6, 3]
+    settings = SamplerSettings(STEPS, **arguments)
+    assert nfe(pipe, settings) == 6 and nfe(pipe, SamplerSettings(STEPS, guidance_scale=2.0)) == 8
+    cosine = SamplerSettings(STEPS, 2.0, time_grid="cosine", guidance_interval=(0.3, 0.95))
+    assert nfe(pipe, cosine) == 7  # times 1, 0.92, 0.71 and 0.38
+
+
+def test_a_pair_of_equals_is_the_number_and_a_schedule_changes_what_is_drawn():
+    pipe = make_pipe()
+    generator = lambda: [seeded(i) for i in range(4)]  # noqa: E731
+    draws = [
+        draw(pipe, [0, 1, 2, 3], num_steps=STEPS, generator=generator(), **arguments)
+        for arguments in (
+            {"guidance_scale": 3.0, "temperature": 0.7},
+            {"guidance_scale": (3.0, 3.0), "temperature": [0.7, 0.7], "guidance_interval": (0, 1)},
+            {"guidance_scale": (1.0, 5.0), "temperature": 0.7},
+            {"guidance_scale": 3.0, "temperature": (1.0, 0.1)},
+        )
+    ]
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2]) and not torch.equal(draws[0], draws[3])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"guidance_scale": (1.0, 2.0, 3.0)},
+        {"guidance_scale": (1.0, float("inf"))},
+        {"guidance_scale": (1.0, "strong")},
+        {"guidance_scale": True},
+        {"guidance_scale": 2.0, "guidance_interval": (0.5, 0.5)},
+        {"guidance_scale": 2.0, "guidance_interval": (0.5, 1.1)},
+        {"guidance_scale": 2.0, "guidance_interval": 0.5},
+        {"guidance_interval": (0.1, 0.5)},  # of nothing
+        {"temperature": (0.0, 1.0)},
+        {"temperature": (1.0, -0.1)},
+        {"temperature": 0.0},
+        {"temperature": []},
+    ],
+    ids=str,
+)
+def test_wrong_schedules_are_refused_before_any_step(seen, arguments):
+    pipe, temperatures, batches = seen
+    with pytest.raises(ValueError, match=[*arguments][-1]):
+        pipe([0], **arguments)
+    assert not temperatures and not batches
+
+
+def test_a_model_without_guidance_takes_no_schedule_of_it():
+    for pipe in (make_pipe(num_classes=None), make_pipe(supports_guidance=False)):
+        labels = None if pipe.transformer.config.num_classes is None else [0]
+        with pytest.raises(ValueError, match="guidance_scale="):
+            pipe(labels, guidance_scale=(1.0, 2.0))
+
+
+def test_pairs_are_values_of_a_sweep_like_numbers():
+    recipe = EvaluateRecipe(
+        output_dir="here",
+        pipelines={"a": "b"},
+        guidance_scale=[1.0, (1.0, 3.0)],
+        temperature=[0.6, (1.0, 0.3)],
+        guidance_interval=(0.1, 0.7),
+    )
+    assert len(recipe.variants) == 4 and (0.1, 0.7) in recipe.variants[0]
+    with pytest.raises(ValueError, match="temperature"):
+        EvaluateRecipe(output_dir="here", pipelines={"a": "b"}, temperature=[(1.0, float("nan"))])
