@@ -222,7 +222,8 @@ def _training(sources: Sources) -> str:
 
 def _without_paths(values: Mapping[str, Any]) -> dict[str, Any]:
     """Settings without the folders of somebody's machine: keys that name one, and every text that looks like one."""
-    private = {"codes", "validation_codes", "output_dir", "tokenizer", "folder", "root", "resume", "stop_after"}
+    private = {"codes", "validation_codes", "init_from", "output_dir", "tokenizer", "folder", "root"}
+    private |= {"resume", "stop_after"}  # of one start, not of the training
     kept: dict[str, Any] = {}
     for key, value in values.items():
         if key in private or (isinstance(value, str) and re.search(r"[/\\~]", value)):
@@ -276,7 +277,8 @@ def _licence(sources: Sources, licence: str | None) -> str:
             ),
         ]
     if sources.recipe:
-        lines += ["", "The transformer was trained from random weights by the recipe above."]
+        begins = "random weights" if sources.recipe.get("init_from") is None else "the weights of another network"
+        lines += ["", f"The transformer was trained from {begins} by the recipe above."]
     if "tokenizer" not in sources.converted:
         origin = "was trained with the same package" if sources.tokenizer else f"comes from: {UNKNOWN}"
         lines += ["", f"The tokenizer {origin}."]

@@ -68,6 +68,10 @@ class TrainRecipe:
         output_dir: Run folder: `checkpoints/`, TensorBoard logs, `metrics.jsonl`, `pipeline/`.
         tokenizer: Tokenizer folder; goes into the saved pipeline and must be the one that made the codes.
         validation_codes: Code cache for validation NELBO; None leaves validation out.
+        init_from: Begin at the weights of a trained network: a saved pipeline, its `transformer` folder, or a run folder
+            with `pipeline/` in it. For training longer, with another k, or on own classes (each then begins as the null
+            class, and this is said). Sizes and codes must be its own; steps, average and optimizer begin anew. None:
+            random weights. Where a checkpoint is resumed, its weights win.
         process: The noise process.
         model: The network's sizes.
         seed: Seeds weights, order, noise and dropout.
@@ -106,6 +110,7 @@ class TrainRecipe:
     output_dir: str
     tokenizer: str
     validation_codes: str | None = None
+    init_from: str | None = None
     process: ProcessOptions = field(default_factory=ProcessOptions)
     model: TransformerOptions = field(default_factory=TransformerOptions)
     seed: int = 0

@@ -38,6 +38,7 @@ from ..recipes import TrainRecipe
 from ..schedulers import XDLMProcess, XDLMScheduler
 from ..tokenizer.codes import load_tokenizer
 from .batches import batch_indices, rank_positions, step_seed, stratified_times
+from .beginning import begin_at
 from .checkpoints import Checkpoint, CheckpointFolder, MetricLines, refuse_other_recipe
 from .meters import LossMeter
 from .validation import validation_nelbo
@@ -49,6 +50,7 @@ FREE_TO_CHANGE = {
     # what may differ when a run goes on: nothing that the weights depend on
     "output_dir", "tokenizer", "codes", "validation_codes", "log_every", "validate_every", "validation_samples",
     "sample_every", "sample_steps", "checkpoint_every", "keep_checkpoints", "resume", "stop_after",
+    "init_from",  # a checkpoint's weights win, and the folder need no longer be there
 }  # fmt: skip
 
 
@@ -143,6 +145,9 @@ class TrainingRun:
             num_classes=self.num_classes,
             **dataclasses.asdict(recipe.model),
         )
+        if recipe.init_from is not None and not self.checkpoints.steps():
+            notes = begin_at(transformer, recipe.init_from, manifest.class_names, manifest.tokenizer_hash)
+            self.accelerator.print("\n".join(notes))
         if recipe.attention_backend is not None:
             try:
                 transformer.set_attention_backend(recipe.attention_backend)
@@ -394,6 +399,10 @@ class TrainingRun:
             self.accelerator.scaler.load_state_dict(newest.state["scaler"])
         self.step = newest.step
         self.accelerator.print(f"resumed {self.output_dir} at step {self.step}")
+        if self.recipe.init_from is not None:
+            self.accelerator.print(
+                f"init_from={self.recipe.init_from!r} is not read again: the checkpoint's weights go on"
+            )
         if self.accelerator.is_main_process:
             self.metrics.forget_after(self.step)
 
