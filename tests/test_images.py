@@ -16,6 +16,8 @@ import torch
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
+from xdlm_image.cli import parse
+from xdlm_image.data import images as images_module
 from xdlm_image.data.images import DEBIAN_FASHION_MNIST, normalise, open_images, read_image, to_uint8
 from xdlm_image.recipes import DataOptions
 
@@ -246,7 +248,7 @@ def write_idx(folder: Path, prefix: str, number: int) -> np.ndarray:
 
 def test_fashion_mnist_files_are_split_and_read_exactly(tmp_path):
     train, test = write_idx(tmp_path, "train", 5_020), write_idx(tmp_path, "t10k", 30)
-    data = DataOptions(root=str(tmp_path), download=False)
+    data = DataOptions("fashion-mnist", str(tmp_path), download=False)
     sets = {split: open_images(data, split) for split in ("train", "validation", "test")}
     assert [len(s) for s in sets.values()] == [20, 5_000, 30]
     assert np.array_equal(sets["train"].raw(19)[0].numpy(), train[19])
@@ -254,19 +256,41 @@ def test_fashion_mnist_files_are_split_and_read_exactly(tmp_path):
     assert np.array_equal(sets["test"].raw(29)[0].numpy(), test[29])
     assert sets["test"][13][1] == 3 and sets["test"].class_names[3] == "Dress"
     assert len({s.fingerprint for s in sets.values()}) == 3
-    larger = open_images(DataOptions(root=str(tmp_path), image_size=32, channels=3), "test")
+    larger = open_images(DataOptions("fashion-mnist", str(tmp_path), image_size=32, channels=3), "test")
     assert larger[0][0].shape == (3, 32, 32)
 
 
 def test_damaged_or_missing_fashion_mnist_is_a_clear_error(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no Fashion-MNIST in .*data\.download"):
-        open_images(DataOptions(root=str(tmp_path), download=False), "train")
+        open_images(DataOptions("fashion-mnist", str(tmp_path), download=False), "train")
     write_idx(tmp_path, "train", 5_020)
     write_idx(tmp_path, "t10k", 30)
     file = tmp_path / "t10k-images-idx3-ubyte.gz"
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"t10k-images-idx3-ubyte\.gz is damaged"):
-        open_images(DataOptions(root=str(tmp_path), download=False), "test")
+        open_images(DataOptions("fashion-mnist", str(tmp_path), download=False), "test")
+
+
+def test_a_root_means_a_folder_and_nothing_is_downloaded_among_images(tmp_path, monkeypatch):
+    assert DataOptions().name == "fashion-mnist" and DataOptions(root="here").name == "folder"
+    assert DataOptions("fashion-mnist", "here").name == "fashion-mnist"
+    given = [f"--data.root={tmp_path}"]
+    for verb, options in (("train-extractor", []), ("encode", ["--tokenizer=t"]), ("train-tokenizer", [])):
+        named = [parse(verb, [*options, "--output_dir=o", *more]).data.name for more in ([], given)]
+        assert named == ["fashion-mnist", "folder"]
+    (tmp_path / "recipe.yaml").write_text(f"output_dir: o\ndata:\n  root: {tmp_path}\n")
+    assert parse("train-extractor", ["--config", str(tmp_path / "recipe.yaml")]).data.name == "folder"
+
+    def downloads(*args, **options):
+        raise AssertionError("downloaded")
+
+    monkeypatch.setattr(images_module, "FashionMNIST", downloads)
+    for place in (tmp_path / "flat", tmp_path / "classes" / "a", tmp_path / "splits" / "train" / "a"):
+        class_folder(place.parent, place.name, 1)
+    for name in ("flat", "classes", "splits"):
+        with pytest.raises(ValueError, match="images of yours.*set data.name: folder"):
+            open_images(DataOptions("fashion-mnist", str(tmp_path / name)), "train")
+        assert not (tmp_path / name / "FashionMNIST").exists()
 
 
 @pytest.mark.skipif(not DEBIAN_FASHION_MNIST.is_dir(), reason="Debian's dataset-fashion-mnist is not installed")
@@ -301,15 +325,15 @@ class Downloads:
     def __init__(self, folder, download):
         (root / f"downloaded-by-{os.environ['RANK']}").touch()
         time.sleep(1)
-        raw = root / "FashionMNIST" / "raw"
+        raw = root / "fashion" / "FashionMNIST" / "raw"
         raw.mkdir(parents=True, exist_ok=True)
         for prefix in ("train", "t10k"):
             for kind in ("images-idx3", "labels-idx1"):
                 (raw / f"{prefix}-{kind}-ubyte").touch()
 
 images.FashionMNIST = Downloads
-folder = images._fashion_mnist_folder(DataOptions(root=str(root)))
-assert folder == root / "FashionMNIST" / "raw", folder
+folder = images._fashion_mnist_folder(DataOptions("fashion-mnist", str(root / "fashion")))
+assert folder == root / "fashion" / "FashionMNIST" / "raw", folder
 options = DataOptions(name="folder", root=str(root / "images"), image_size=8)
 check_images(images.open_images(options, "test"))
 try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import itertools
 import os
 import shutil
 import tempfile
@@ -20,6 +21,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 from torchvision.datasets import FashionMNIST, ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.datasets.mnist import read_image_file, read_label_file
 from torchvision.transforms.v2 import functional as tv
 from tqdm import tqdm
@@ -261,6 +263,12 @@ def _find_or_download_fashion_mnist(data: DataOptions) -> Path:
     for folder in candidates:
         if all(_idx_file(folder, f"{p}-{k}-ubyte") for p in ("train", "t10k") for k in ("images-idx3", "labels-idx1")):
             return folder
+    if data.root is not None and _holds_images(root):
+        raise ValueError(
+            f"data.name='fashion-mnist', data.root={data.root!r}: no Fashion-MNIST there, but images of yours, and "
+            "nothing is downloaded among them; for these images set data.name: folder, for Fashion-MNIST leave "
+            "data.root out"
+        )
     if not data.download:
         raise FileNotFoundError(
             f"data.root={data.root!r}: no Fashion-MNIST in {', '.join(map(str, candidates))}; install Debian's "
@@ -274,6 +282,12 @@ def _find_or_download_fashion_mnist(data: DataOptions) -> Path:
             "dataset-fashion-mnist, or put the four idx files (.gz or not) into a folder and name it in data.root"
         ) from error
     return root / "FashionMNIST" / "raw"
+
+
+def _holds_images(root: Path) -> bool:
+    """Whether an image lies in the folder, or one or two folders below it."""
+    found = itertools.chain.from_iterable(root.glob(pattern) for pattern in ("*", "*/*", "*/*/*"))
+    return any(path.suffix.lower() in IMG_EXTENSIONS for path in found)
 
 
 def _idx_file(folder: Path, name: str) -> Path | None:

@@ -163,7 +163,7 @@ def make_reference(
         )
         floors[str(count)] = {
             "num_images": len(indices),
-            **distances(floor, measured),
+            **distances(floor, measured, extractor.device),
             "class_accuracy": floor.class_accuracy,
         }
     about: dict[str, Any] = {
@@ -202,7 +202,7 @@ def make_reference(
         about["reconstructions"][tokenizer] = {
             "num_codes": int(vqvae.config.num_vq_embeddings),
             "num_images": len(images),
-            **distances(rebuilt, measured),
+            **distances(rebuilt, measured, extractor.device),
             "class_accuracy": rebuilt.class_accuracy,
             "statistics": _place(folder, rebuilt),
             "train": train,
@@ -289,7 +289,7 @@ def reference(recipe: ReferenceRecipe) -> Path:
     check_images(images)
     make_reference(
         output,
-        recipe.data.name,
+        str(recipe.data.name),
         images,
         floor_images,
         extractor,

@@ -13,17 +13,17 @@ class DataOptions:
     """Which images.
 
     Attributes:
-        name: `fashion-mnist` (28x28 grey, 10 classes) or `folder`
-            (a folder of class folders; `root/train` and `root/val` where they exist).
-        root: Where the files are, or are downloaded to. None: for Fashion-MNIST Debian's package
-            `dataset-fashion-mnist` if installed, else `~/.cache/xdlm_image`; a folder must be named.
+        name: `fashion-mnist` (28x28 grey, 10 classes) or `folder` (a folder of class folders; `root/train` and
+            `root/val` where they exist). None: `folder` if root is given, else `fashion-mnist`.
+        root: Folder of your images; with the name `fashion-mnist`, where its files are or are downloaded to. None:
+            Debian's package `dataset-fashion-mnist` if installed, else `~/.cache/xdlm_image`.
         image_size: Side of the square image in pixels after resize and crop.
         channels: 1 (grey) or 3 (RGB).
         crop: `center` (shorter side resized, middle cut out), or `random` (training of tokenizers only).
         download: Fetch Fashion-MNIST through torchvision when no local copy is found.
     """
 
-    name: Literal["fashion-mnist", "folder"] = "fashion-mnist"
+    name: Literal["fashion-mnist", "folder"] | None = None
     root: str | None = None
     image_size: int = 28
     channels: Literal[1, 3] = 1
@@ -31,6 +31,8 @@ class DataOptions:
     download: bool = True
 
     def __post_init__(self) -> None:
+        if self.name is None:  # what is written down anywhere is the name that it stands for
+            self.name = "fashion-mnist" if self.root is None else "folder"
         require(self.name != "folder" or self.root is not None, "data.root", self.root, "name the image folder")
         require(self.image_size >= 8, "data.image_size", self.image_size, "must be at least 8 pixels")
 
