@@ -1,11 +1,12 @@
-"""Does what few steps cost depend on the sampler? Ancestral, confidence and Halton order, each tuned alike, per model.
+"""Does what few steps cost depend on the sampler? Ancestral, annealed, confidence and Halton, tuned alike, per model.
 
     torchrun --nproc-per-node 2 benchmarks/samplers.py [--models shipped/fashion_mnist] [--folder runs/samplers]
 
-Every sampler of every model gets six trials of its one number (temperature; for confidence the choice temperature): on
-1,000 images of a seed of their own, against the validation images. The lowest sum of pooled FID over the step counts
-wins, one number for all of them, and is measured on 5,000 images of three other seeds, against the test images. Killed,
-the same command goes on; without torchrun it runs on one process.
+Every sampler of every model gets six trials of its one number (temperature; for annealed, which is ancestral, what the
+temperature falls to from 1 as t goes to 0; for confidence the choice temperature): on 1,000 images of a seed of their
+own, against the validation images. The lowest sum of pooled FID over the step counts wins, one number for all of them,
+and is measured on 5,000 images of three other seeds, against the test images. Killed, the same command goes on; without
+torchrun it runs on one process.
 """
 
 import argparse
@@ -24,9 +25,10 @@ from xdlm_image.recipes import EvaluateRecipe
 
 ROOT = Path(__file__).resolve().parents[1]
 TEMPERATURES, CHOICE_TEMPERATURES = [0.4, 0.5, 0.6, 0.7, 0.8, 1.0], [0.25, 0.5, 1.0, 2.0, 4.5, 9.0]
+ENDS = [0.0, 0.1, 0.2, 0.3, 0.4, 0.6]
 TRIAL = {"num_samples": 1000, "seeds": [100], "feature_metrics": [], "reference_split": "validation"}
 SEEDS = [0, 1, 2]
-SAMPLERS = ("ancestral", "halton", "confidence")
+SAMPLERS = ("ancestral", "annealed", "halton", "confidence")
 METRICS = ("precision", "recall", "coverage", "class_accuracy")
 
 
@@ -47,7 +49,14 @@ def names_with(arguments: argparse.Namespace, sampler: str) -> list[str]:
     """The models that the sampler can draw from: orders need masks."""
     folders = {name: arguments.models / "pipelines" / name / "scheduler" for name in arguments.names}
     k = {name: json.loads((folder / "scheduler_config.json").read_text())["k"] for name, folder in folders.items()}
-    return [name for name in arguments.names if sampler == "ancestral" or k[name] < 1]
+    return [name for name in arguments.names if sampler in ("ancestral", "annealed") or k[name] < 1]
+
+
+def settings_of(sampler: str, values: list[float]) -> dict:
+    """Options of a sweep for values of the sampler's number."""
+    if sampler == "annealed":
+        return {"sampler": "ancestral", "temperature": [(1.0, end) for end in values]}
+    return {"sampler": sampler, "temperature": values}
 
 
 def cells(arguments: argparse.Namespace, folder: str, pipelines: dict[str, str], **changes) -> list[dict]:
@@ -66,11 +75,11 @@ def cells(arguments: argparse.Namespace, folder: str, pipelines: dict[str, str],
 def trials_of(arguments: argparse.Namespace) -> list[dict]:
     """One entry for each model, sampler and value tried: FID by step count."""
     found = []
-    for sampler in ("ancestral", "halton"):
+    for sampler, values in (("ancestral", TEMPERATURES), ("annealed", ENDS), ("halton", TEMPERATURES)):
         models = {name: str(arguments.models / "pipelines" / name) for name in names_with(arguments, sampler)}
-        changes = {"sampler": sampler, "temperature": TEMPERATURES}
-        for cell in cells(arguments, f"trials/{sampler}", models, **TRIAL, **changes):
-            found.append(cell | {"sampler": sampler})
+        for cell in cells(arguments, f"trials/{sampler}", models, **TRIAL, **settings_of(sampler, values)):
+            value = cell["temperature"]
+            found.append(cell | {"sampler": sampler, "temperature": value[1] if sampler == "annealed" else value})
     named = {f"{m}-ct{c}": (m, c) for m in names_with(arguments, "confidence") for c in CHOICE_TEMPERATURES}
     folders = {name: confident(arguments, *of) for name, of in named.items()}
     for cell in cells(arguments, "trials/confidence", folders, **TRIAL):
@@ -92,7 +101,7 @@ def measured(arguments: argparse.Namespace, model: str, sampler: str, value: flo
         name, folder = f"{model}-confidence", confident(arguments, model, value)
     else:
         name, folder = model, str(arguments.models / "pipelines" / model)
-        final |= {"sampler": sampler, "temperature": value}
+        final |= settings_of(sampler, [value])
     found = cells(arguments, f"final/{model}-{sampler}", {name: folder}, **final)
     rows = []
     for steps in arguments.num_steps:
