@@ -74,8 +74,10 @@ def test_a_resumed_run_goes_on_at_its_checkpoint(trained: Path, world: Path, cap
     train(dataclasses.replace(recipe, stop_after=5))
     shutil.rmtree(trained)
     capsys.readouterr()
-    train(recipe)
-    assert "init_from" in capsys.readouterr().out
+    train(dataclasses.replace(recipe, stop_after=6))
+    assert "not read again" in capsys.readouterr().out
+    train(dataclasses.replace(recipe, init_from=None))
+    assert yaml.safe_load((world / "broken" / "recipe.yaml").read_text())["init_from"] == str(trained)
     whole, broken = weights(world / "whole"), weights(world / "broken")
     assert all(torch.equal(whole[name], broken[name]) for name in whole)
 

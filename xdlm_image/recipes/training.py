@@ -77,7 +77,7 @@ class TrainRecipe:
         seed: Seeds weights, order, noise and dropout.
         batch_size: Images a step on each device (before accumulation).
         gradient_accumulation_steps: Batches a step.
-        max_steps: Optimizer steps in all.
+        max_steps: Optimizer steps in all. A run with a `constant` schedule may go on with more.
         optimizer: `adamw`; or `muon`: Muon for the weights of attention and feed-forward, AdamW for the rest, with one
             learning rate for both. shipped/README.md compares them.
         learning_rate: Peak learning rate.
@@ -102,7 +102,7 @@ class TrainRecipe:
         sample_steps: Sampling steps of those grids.
         checkpoint_every: Steps between checkpoints; 0 only at the end.
         keep_checkpoints: Newest checkpoints that are kept.
-        resume: Go on from the newest whole checkpoint in output_dir.
+        resume: Go on from the newest whole checkpoint in output_dir; docs/training.md tells what may change then.
         stop_after: Stop (with a checkpoint) at this step although max_steps is not reached; for queues. None: never.
     """
 

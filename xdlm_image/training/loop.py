@@ -8,7 +8,6 @@ step is a function of (seed, step, rank) (`batches.py`), so a killed run goes on
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import shutil
 import time
@@ -39,19 +38,14 @@ from ..schedulers import XDLMProcess, XDLMScheduler
 from ..tokenizer.codes import load_tokenizer
 from .batches import batch_indices, rank_positions, step_seed, stratified_times
 from .beginning import begin_at
-from .checkpoints import Checkpoint, CheckpointFolder, MetricLines, refuse_other_recipe
+from .checkpoints import Checkpoint, CheckpointFolder, MetricLines
+from .going_on import changes_of, what_binds
 from .meters import LossMeter
 from .validation import validation_nelbo
 
 SAMPLE_CLASSES, SAMPLES_PER_CLASS = 10, 8  # of the sample grids drawn while training
 TIMM_OPTIMIZERS = {"adamw": "adamw", "muon": "nmuon"}  # Muon with Nesterov momentum, as its author uses it
 ADAMW_UNDER_MUON = ("*_embed*", "*adaln*", "proj_out.*")  # tables, modulation and head are no maps between features
-FREE_TO_CHANGE = {
-    # what may differ when a run goes on: nothing that the weights depend on
-    "output_dir", "tokenizer", "codes", "validation_codes", "log_every", "validate_every", "validation_samples",
-    "sample_every", "sample_steps", "checkpoint_every", "keep_checkpoints", "resume", "stop_after",
-    "init_from",  # a checkpoint's weights win, and the folder need no longer be there
-}  # fmt: skip
 
 
 def train(recipe: TrainRecipe) -> Path:
@@ -174,6 +168,7 @@ class TrainingRun:
         )
         self.meter = LossMeter(self.process.mask, self.accelerator.device)
         self.step = 0
+        self.init_from = recipe.init_from  # where the weights began, whatever a resumed run names
         self.timed_steps, self.seconds = 0, 0.0  # since the last log line
         self.began: float | None = None  # when the clock was started; None while it stands still
         self.loss = torch.zeros(())  # of the last step, on this process
@@ -347,17 +342,9 @@ class TrainingRun:
             self.transformer.train()
 
     def _bound(self) -> dict[str, Any]:
-        """What a run must not change when it goes on, flat: option -> value."""
-        flat: dict[str, Any] = {}
-        for name, value in dataclasses.asdict(self.recipe).items():
-            if name not in FREE_TO_CHANGE:
-                inner = value if isinstance(value, dict) else {None: value}
-                flat |= {name if key is None else f"{name}.{key}": item for key, item in inner.items()}
-        flat["codes"] = self.cache.manifest.checksums
-        flat["data"] = self.cache.manifest.data_fingerprint
-        flat["tokenizer"] = self.cache.manifest.tokenizer_hash
-        flat["number of processes"] = self.accelerator.num_processes
-        return json.loads(json.dumps(flat))
+        accelerator = self.accelerator
+        bound = what_binds(self.recipe, self.cache.manifest, accelerator.num_processes, accelerator.mixed_precision)
+        return bound | {"init_from": self.init_from}
 
     def save_checkpoint(self) -> None:
         """Model, average, optimizer, schedule, meter and position; random numbers follow from the position."""
@@ -378,16 +365,23 @@ class TrainingRun:
         self.accelerator.wait_for_everyone()
 
     def resume(self) -> None:
-        """Go on from the newest checkpoint, if there is one; else write the recipe and begin."""
+        """Go on from the newest checkpoint, if there is one; write the recipe in either case.
+
+        Raises:
+            ValueError: If the checkpoint is damaged, or the recipe changes what may not change (`going_on.py`).
+        """
         newest = self.checkpoints.load_newest()
-        if newest is None:
-            if self.accelerator.is_main_process:
-                self.metrics.forget_after(0)
-                write_text(
-                    self.output_dir / "recipe.yaml", yaml.safe_dump(dataclasses.asdict(self.recipe), sort_keys=False)
-                )
-            return
-        refuse_other_recipe(newest.state["bound"], self._bound(), self.output_dir)
+        if newest is not None:
+            self._go_on(newest)
+        if self.accelerator.is_main_process:
+            self.metrics.forget_after(self.step)
+            resolved = dataclasses.asdict(self.recipe) | {"init_from": self.init_from}
+            write_text(self.output_dir / "recipe.yaml", yaml.safe_dump(resolved, sort_keys=False))
+
+    def _go_on(self, newest: Checkpoint) -> None:
+        saved = newest.state["bound"]
+        self.init_from = saved.get("init_from")
+        notes = changes_of(saved, self._bound(), newest.step, self.output_dir)
         self.transformer.load_state_dict(newest.tensors["model"])
         for i, shadow in enumerate(self.ema.shadow_params):
             shadow.copy_(newest.tensors["ema"][str(i)])
@@ -398,13 +392,9 @@ class TrainingRun:
         if self.accelerator.scaler is not None and newest.state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(newest.state["scaler"])
         self.step = newest.step
-        self.accelerator.print(f"resumed {self.output_dir} at step {self.step}")
         if self.recipe.init_from is not None:
-            self.accelerator.print(
-                f"init_from={self.recipe.init_from!r} is not read again: the checkpoint's weights go on"
-            )
-        if self.accelerator.is_main_process:
-            self.metrics.forget_after(self.step)
+            notes.append(f"init_from={self.recipe.init_from!r} is not read again: the checkpoint's weights go on")
+        self.accelerator.print("\n".join([f"resumed {self.output_dir} at step {self.step}", *notes]))
 
     # -- result -------------------------------------------------------------------------------------------------------
 
