@@ -48,7 +48,8 @@ class XDLMImg2ImgPipeline(XDLMPipeline):
         codebook = self.vqvae.quantize.embedding(
             torch.arange(self.vqvae.config.num_vq_embeddings, device=latents.device)
         )
-        codes = torch.cdist(latents.permute(0, 2, 3, 1).flatten(0, 2), codebook).argmin(1)  # (B h w,)
+        vectors = latents.permute(0, 2, 3, 1).flatten(0, 2)  # (B h w, D)
+        codes = torch.cdist(vectors.float(), codebook.float()).argmin(1)  # (B h w,)
         codes = codes.reshape(len(pixels), *self.transformer.grid)
         if int(codes.max()) >= self.scheduler.process.num_codes:
             raise ValueError(

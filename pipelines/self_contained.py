@@ -254,6 +254,8 @@ def write_folder(
             folder.unlink(missing_ok=True)
         os.replace(partial, folder)
     finally:
+        if old.is_dir() and not os.path.lexists(folder):  # stopped between the two
+            os.replace(old, folder)
         shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
 

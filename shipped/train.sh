@@ -59,8 +59,10 @@ xdlm-image train-tokenizer --config fashion_mnist/tokenizer --output_dir "$runs/
     --extractor "$models/extractor" --perceptual "$runs/perceptual" "${tokenizer[@]}"
 xdlm-image encode --config fashion_mnist/encode --tokenizer "$runs/tokenizer" --output_dir "$runs/codes"
 
-# The four transformers: one recipe but for k, and the learning rate that suited k in short runs.
+# The four transformers: one recipe but for k, and the learning rate that suited k in short runs. None outlives the
+# script: the next one would train beside it in the same folder.
 running=()
+trap '((${#running[@]})) && kill "${running[@]}" 2>/dev/null' EXIT
 for name in mdlm xdlm-0.1 xdlm-0.5 udlm; do
     xdlm-image train --config fashion_mnist/xdlm --process.k "${k[$name]}" --learning_rate "${rate[$name]}" \
         --codes "$runs/codes/train" --validation_codes "$runs/codes/validation" --tokenizer "$runs/tokenizer" \

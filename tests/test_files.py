@@ -1,4 +1,4 @@
-"""Permissions of written files."""
+"""Permissions of written files, and folders that are replaced whole."""
 
 import os
 import stat
@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from xdlm_image.files import share_permissions
+from xdlm_image.files import replace_folder, share_permissions
 
 
 @pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
@@ -29,3 +29,22 @@ def test_files_become_as_readable_as_the_umask_allows(tmp_path):
     modes = {name: stat.S_IMODE((folder / name).stat().st_mode) for name in ("weights.safetensors", "tool", "link")}
     assert modes == {"weights.safetensors": 0o640, "tool": 0o740, "link": 0o600}
     assert list((tmp_path / "run").iterdir()) == [folder]
+
+
+def test_a_folder_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
+    for name, text in (("model", "old"), ("new", "new")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(text)
+    rename = os.replace
+
+    def interrupted(source, target):
+        if source == tmp_path / "new":
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", interrupted)
+        replace_folder(tmp_path / "new", tmp_path / "model")
+    assert (tmp_path / "model" / "file").read_text() == "old"
+    replace_folder(tmp_path / "new", tmp_path / "model")
+    assert (tmp_path / "model" / "file").read_text() == "new" and [*tmp_path.iterdir()] == [tmp_path / "model"]

@@ -72,6 +72,9 @@ def test_folders_with_and_without_classes(tmp_path):
     given = GivenImages(tmp_path, 3, 8, CLASSES)
     assert given.labels.tolist() == [0, 1, 2, 1, NO_CLASS]  # in the order of the files' names
     assert torch.equal(gather(given), expected())
+    for hidden in (".0000001.77.partial.png", "._0.png"):  # of a killed run; of macOS
+        (tmp_path / "ant" / hidden).write_bytes(b"half")
+    assert len(GivenImages(tmp_path, 3, 8, CLASSES)) == 5
     (note,) = given.notes
     assert "1 of its folders are no class of the reference (strange): no class accuracy is given" in note
     for i in range(6):

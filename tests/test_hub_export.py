@@ -90,6 +90,21 @@ def exported(saved, tmp_path_factory) -> Path:
     return load(saved).save_for_hub(tmp_path_factory.mktemp("hub") / "tiny", card="# A card\n")
 
 
+def test_an_export_that_is_stopped_leaves_the_folder_that_was_there(saved, tmp_path, monkeypatch):
+    folder, rename = tmp_path / "tiny", os.replace
+    load(saved).save_for_hub(folder, card="# The first\n")
+
+    def interrupted(source, target):
+        if Path(target) == folder and str(source).endswith(".partial"):
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", interrupted)
+        load(saved).save_for_hub(folder, card="# The second\n")
+    assert [*tmp_path.iterdir()] == [folder] and "# The first" in (folder / "README.md").read_text()
+
+
 # --- what is written ------------------------------------------------------------------------------
 
 

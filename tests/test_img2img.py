@@ -43,6 +43,14 @@ def test_pictures_are_encoded_where_weights_lie_elsewhere(pipe):
     assert torch.equal(pipe.encode_images(pictures), expected)
 
 
+def test_half_precision_compares_with_the_codebook_in_float32(pipe):
+    pipe.to(dtype=torch.bfloat16)
+    latents = pipe.vqvae.encode(preprocess(PIXELS, *pipe.image_size, 3).bfloat16()).latents
+    vectors, codebook = latents.permute(0, 2, 3, 1).flatten(0, 2), pipe.vqvae.quantize.embedding.weight
+    nearest = (vectors.double()[:, None] - codebook.double()).square().sum(-1).argmin(1)
+    assert torch.equal(pipe.encode_images(PIXELS).flatten(), nearest)  # a CPU's cdist knows no bfloat16
+
+
 # --- where it starts ------------------------------------------------------------------------------
 
 

@@ -68,7 +68,8 @@ def test_the_html_page_is_whole_in_one_file(finished):
     page = Page((finished / "report.html").read_text())
     assert page.open == []
     assert len(page.sources) == 3 + 2 * 2 and all(s.startswith("data:image/png;base64,") for s in page.sources)
-    for wanted in ("FID, features pooled, against the real images", "mdlm, temperature 1 to 0.5", "Sets of images", "real"):
+    row = "mdlm, temperature 1 to 0.5"
+    for wanted in ("FID, features pooled, against the real images", row, "Sets of images", "real"):
         assert wanted in page.texts, wanted
     cell = re.search(r"\| xdlm-0.1, temperature 1 to 0.5 \| (\S+ ± \S+) \|", (finished / "fid.md").read_text())[1]
     assert cell in page.texts

@@ -5,7 +5,14 @@ import pytest
 import torch
 
 from xdlm_image.objective import posterior
-from xdlm_image.schedulers import XDLMOrderedScheduler, XDLMProcess, XDLMScheduler, row_draw, scheduling_xdlm
+from xdlm_image.schedulers import (
+    XDLMOrderedScheduler,
+    XDLMProcess,
+    XDLMScheduler,
+    process_xdlm,
+    row_draw,
+    scheduling_xdlm,
+)
 from xdlm_image.schedulers.process_xdlm import UniformsAhead, draw_uniforms
 
 KS = [0.0, 1e-3, 0.1, 0.5, 1.0]
@@ -126,6 +133,13 @@ def test_each_image_owns_its_generator() -> None:
         assert torch.equal(run([i])[0], together[i])
     with pytest.raises(ValueError, match="one per image"):
         draw_uniforms((3, 49), [torch.Generator()] * 2)
+
+
+def test_uniforms_stay_below_1_where_there_is_no_float64(monkeypatch):
+    """As on Apple's GPUs with generators of the CPU: 1 would leave a mask standing in the last step."""
+    monkeypatch.setattr(process_xdlm, "_uniform_dtype", lambda device: torch.float32)
+    drawn = torch.tensor([1 - 2**-27, 1 - 2**-24, 0.5], dtype=torch.float64)
+    assert process_xdlm._moved(drawn, torch.device("cpu")).tolist() == [1 - 2**-24, 1 - 2**-24, 0.5]
 
 
 def test_temperature_sharpens() -> None:

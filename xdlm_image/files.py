@@ -37,17 +37,21 @@ def write_atomic(path: str | Path, write: Callable[[Path], object]) -> Path:
 def replace_folder(partial: Path, final: Path) -> None:
     """Move the whole new folder `partial` to `final`; what was there goes only when the new one stands.
 
-    Of a link the link alone goes; the folder it leads to stays.
+    Stopped between the two, what was there comes back. Of a link the link alone goes; the folder it leads to stays.
     """
     share_permissions(partial)
     old = final.with_name(f".{final.name}.{os.getpid()}.old")
     shutil.rmtree(old, ignore_errors=True)
-    if final.is_symlink():
-        final.unlink()
-    elif final.exists():
-        os.replace(final, old)
-    os.replace(partial, final)
-    shutil.rmtree(old, ignore_errors=True)
+    try:
+        if final.is_symlink():
+            final.unlink()
+        elif final.exists():
+            os.replace(final, old)
+        os.replace(partial, final)
+    finally:
+        if old.exists() and not os.path.lexists(final):
+            os.replace(old, final)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def write_text(path: str | Path, text: str) -> Path:

@@ -101,7 +101,8 @@ class GivenImages:
 
     def _open_folder(self, class_names: list[str]) -> None:
         found = (p for p in self.path.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
-        self._files = sorted(found, key=lambda p: (p.name, p))  # not class by class: Inception Score splits in order
+        seen = (p for p in found if not p.name.startswith("."))  # hidden: what a killed run was writing, or macOS's
+        self._files = sorted(seen, key=lambda p: (p.name, p))  # not class by class: Inception Score splits in order
         if not self._files:
             raise FileNotFoundError(f"images={str(self.path)!r}: no image file in it ({', '.join(EXTENSIONS)})")
         self._read(self._files[0])  # another size is refused before anything is measured

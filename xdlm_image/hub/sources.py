@@ -138,7 +138,8 @@ def _read_evaluation(
     content = _json(path)
     try:
         pipelines = content["protocol"]["pipelines"]
-        by_hash = [name for name, about in pipelines.items() if about["weights_hash"] == pipeline_hash(pipeline)]
+        own = pipeline_hash(pipeline)
+        by_hash = [name for name, about in pipelines.items() if about["weights_hash"] == own]
         by_folder = [name for name, about in pipelines.items() if Path(about["folder"]).resolve() == folder]
         named = [row] if row is not None else by_hash or by_folder
         if len(named) != 1 or named[0] not in pipelines:

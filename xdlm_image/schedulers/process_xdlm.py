@@ -73,7 +73,7 @@ class UniformsAhead:
             numbers = torch.stack(drawn, dim=1)
         if self.device.type == "cuda":  # a copy from memory that is not pinned would wait for the network
             return numbers.pin_memory().to(self.device, non_blocking=True)
-        return numbers.to(self.device, _uniform_dtype(self.device))
+        return _moved(numbers, self.device)
 
 
 Generators = torch.Generator | Sequence[torch.Generator] | UniformsAhead | None
@@ -329,8 +329,15 @@ def draw_uniforms(
             raise ValueError(f"generator: a list of {', '.join(sorted(kinds))}; give torch.Generator of one device")
         drawn = [torch.rand(full[1:], generator=g, device=g.device, dtype=_uniform_dtype(g.device)) for g in generator]
         u = torch.stack(drawn) if drawn else torch.empty(full)
-    u = u.to(device=device, dtype=_uniform_dtype(device))
+    u = _moved(u, device)
     return u[..., 0], u[..., 1]
+
+
+def _moved(u: torch.Tensor, device: torch.device) -> torch.Tensor:
+    dtype = _uniform_dtype(device)
+    if dtype == torch.float32 and u.dtype == torch.float64:
+        u = u.clamp(max=1 - 2**-24)  # rounding would make the greatest 1
+    return u.to(device, dtype)
 
 
 def _uniform_dtype(device: torch.device) -> torch.dtype:
