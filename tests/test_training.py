@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -81,6 +82,25 @@ def test_stopped_and_resumed_run_equals_an_unbroken_one_bit_for_bit(world: Path,
     whole, broken = weights(world / "whole"), weights(world / "broken")
     assert all(torch.equal(whole[name], broken[name]) for name in whole)
     assert len(list((world / "broken" / "checkpoints").glob("step-*"))) == 2
+
+
+def test_pipelines_while_training_are_the_averages_of_their_steps(world: Path) -> None:
+    """Each is what a run that stops there saves; a killed run makes up for one it lost; the training is the same."""
+    train(recipe_in(world, "plain"))
+    recipe = recipe_in(world, "whole", pipeline_every=3, checkpoint_every=6)
+    train(dataclasses.replace(recipe, stop_after=6))
+    shutil.rmtree(world / "whole" / "checkpoints")  # killed: everything is done again
+    (world / "whole" / "pipelines" / "step-00000003" / "left").touch()
+    train(recipe)
+    names = [f"step-{step:08d}" for step in (3, 6, 9, 12)]
+    assert sorted(path.name for path in (world / "whole" / "pipelines").iterdir()) == names
+    assert not (world / "whole" / "pipelines" / names[0] / "left").exists()
+    assert logged(world / "whole", "train/loss") == logged(world / "plain", "train/loss")
+    train(recipe_in(world, "stopped", stop_after=6))
+    saved = XDLMPipeline.from_pretrained(world / "whole" / "pipelines" / names[1]).transformer.state_dict()
+    stopped, last = weights(world / "stopped"), weights(world / "whole")
+    assert all(torch.equal(saved[name], stopped[name]) for name in stopped)
+    assert not all(torch.equal(saved[name], last[name]) for name in last)
 
 
 def test_muon_turns_the_maps_between_features_and_adamw_the_rest(world: Path) -> None:
@@ -258,7 +278,7 @@ def test_run_goes_on_only_with_its_recipe_and_its_data(world: Path) -> None:
     [
         {"learning_rate": 0.0}, {"batch_size": 0}, {"class_dropout": 1.0}, {"t_min": 0.0}, {"warmup_steps": 99},
         {"validation_samples": 0}, {"sample_steps": 0}, {"stop_after": 0}, {"gradient_clip": -1.0}, {"log_every": 0},
-        {"checkpoint_every": -1},
+        {"checkpoint_every": -1}, {"pipeline_every": -1},
     ],
 )  # fmt: skip
 def test_options_out_of_range_are_named(settings: dict) -> None:
@@ -302,13 +322,14 @@ def test_two_processes_share_a_run(world: Path) -> None:
     ]
     for stop in ("6", "12"):
         subprocess.run(
-            [*launch, "train", f"--config={world / 'two.yaml'}", f"--stop_after={stop}"],
+            [*launch, "train", f"--config={world / 'two.yaml'}", f"--stop_after={stop}", "--pipeline_every=5"],
             env=os.environ | {"ACCELERATE_USE_CPU": "true"},
             check=True,
         )
     losses = logged(world / "two", "train/loss")
     assert list(losses) == list(range(1, 13)) and all(0 < loss < 10 for loss in losses.values())
     assert logged(world / "two", "train/images")[12] == 12 * 2 * 8
+    assert len(list((world / "two" / "pipelines").glob("step-*/model_index.json"))) == 2
     weights(world / "two")
 
 

@@ -121,6 +121,8 @@ def test_what_does_not_fit_is_refused_with_the_remedy(trained: Path, world: Path
     refused("no saved pipeline", FileNotFoundError, init_from=str(world / "codes"))
     refused("has not ended", FileNotFoundError, init_from=str(half_done(trained)))
     refused("a VQModel", init_from=str(world / "tokenizer"))
+    shutil.copytree(trained / "pipeline", world / "half" / "pipelines" / "step-00000003")
+    refused("newest pipeline is .*step-00000003'", FileNotFoundError, init_from=str(world / "half"))
     vqvae = VQModel.from_pretrained(trained / "pipeline" / "vqvae")
     torch.nn.init.normal_(vqvae.quantize.embedding.weight)
     vqvae.save_pretrained(trained / "pipeline" / "vqvae")

@@ -102,6 +102,8 @@ class TrainRecipe:
         sample_steps: Sampling steps of those grids.
         checkpoint_every: Steps between checkpoints; 0 only at the end.
         keep_checkpoints: Newest checkpoints that are kept.
+        pipeline_every: Steps between pipelines of the averaged weights, `output_dir/pipelines/step-N`, all of which stay;
+            for FID over training. 0 only at the end, `output_dir/pipeline`.
         resume: Go on from the newest whole checkpoint in output_dir; docs/training.md tells what may change then.
         stop_after: Stop (with a checkpoint) at this step although max_steps is not reached; for queues. None: never.
     """
@@ -138,6 +140,7 @@ class TrainRecipe:
     sample_steps: int = 8
     checkpoint_every: int = 250
     keep_checkpoints: int = 2
+    pipeline_every: int = 0
     resume: bool = True
     stop_after: int | None = None
 
@@ -152,7 +155,7 @@ class TrainRecipe:
         for name in ("validation_samples", "sample_steps"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
         require(self.log_every >= 1, "log_every", self.log_every, "must be at least 1 step")
-        for name in ("validate_every", "sample_every", "checkpoint_every"):
+        for name in ("validate_every", "sample_every", "checkpoint_every", "pipeline_every"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "must be positive, or 0 for only at the end")
         require(
             self.stop_after is None or self.stop_after >= 1,

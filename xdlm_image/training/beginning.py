@@ -92,7 +92,9 @@ def find_network(folder: str | Path) -> tuple[Path, Path | None]:
         return path / "transformer", path
     if (path / "config.json").is_file():
         return path, None
+    newest = max(path.glob("pipelines/step-*"), default=None)
     hint = "that run has not ended; " if (path / "checkpoints").is_dir() else ""
+    hint += f"its newest pipeline is {str(newest)!r}; " if newest is not None else ""
     raise FileNotFoundError(
         f"init_from={str(folder)!r}: {hint}no saved pipeline there (model_index.json), no network (config.json), no "
         "run's pipeline/; name a folder that holds one"

@@ -77,6 +77,8 @@ def train(recipe: TrainRecipe) -> Path:
                 run.validate()
             if run.due(recipe.sample_every) or end:
                 run.draw_samples()
+            if run.due(recipe.pipeline_every):  # before the checkpoint, so that a killed run makes up for it
+                run.save_pipeline(f"pipelines/step-{run.step:08d}")
             if run.due(recipe.checkpoint_every) or run.step == stop:
                 run.save_checkpoint()
     pipeline = run.save_pipeline()
@@ -407,15 +409,17 @@ class TrainingRun:
             **labels_of_folders(self.cache.manifest.class_names)._asdict(),
         )
 
-    def save_pipeline(self) -> Path:
-        """The averaged weights as a pipeline folder, whole or not at all."""
-        final = self.output_dir / "pipeline"
+    def save_pipeline(self, name: str = "pipeline") -> Path:
+        """The averaged weights as a pipeline folder, `output_dir/name`, whole or not at all."""
+        self._stop_clock()
+        final = self.output_dir / name
         if self.accelerator.is_main_process:
             for left_by_a_killed_run in self.output_dir.glob(".pipeline-*"):
                 shutil.rmtree(left_by_a_killed_run, ignore_errors=True)
             partial = self.output_dir / f".pipeline-{os.getpid()}"
             with self.averaged_weights():
                 self._pipeline().save_pretrained(partial)
+            final.parent.mkdir(exist_ok=True)
             replace_folder(partial, final)
         self.accelerator.wait_for_everyone()
         return final
