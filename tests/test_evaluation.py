@@ -20,7 +20,7 @@ from xdlm_image.evaluation.batches import Uint8Images, real_batches, reconstruct
 from xdlm_image.evaluation.code_pairs import PairFrequencies
 from xdlm_image.evaluation.drawing import SamplerSettings, decode, draw_codes, open_pipeline
 from xdlm_image.evaluation.extractor import load_extractor
-from xdlm_image.evaluation.feature_metrics import coverage, kid_of_classes, precision_recall, unbiased_mmd
+from xdlm_image.evaluation.feature_metrics import kid_of_classes, manifold_metrics, unbiased_mmd
 from xdlm_image.evaluation.fid import fid_of_images
 from xdlm_image.evaluation.measuring import cached_measure
 from xdlm_image.evaluation.report import markdown
@@ -127,8 +127,8 @@ def test_a_sweep_records_numbers_floors_and_protocol(parts, finished):
     labels = torch.arange(18) % 3
     classes = kid_of_classes(ours, labels, theirs, torch.tensor(open_images(parts.data, "test").labels))
     assert cell["kid_of_classes"] == pytest.approx({str(label): value for label, value in classes.items()}, rel=1e-3)
-    found = {"precision": cell["precision"], "recall": cell["recall"]}
-    assert found == pytest.approx(precision_recall(ours, theirs)) and cell["coverage"] == coverage(ours, theirs)
+    found = {name: cell[name] for name in ("precision", "recall", "coverage")}
+    assert found == pytest.approx(manifold_metrics(ours, theirs))
     assert floors["train_against_reference"]["coverage"] > cell["coverage"]
     held_out = PairFrequencies(NUM_CODES)
     held_out.update(encode_images(pipeline.vqvae, normalise(reference)))

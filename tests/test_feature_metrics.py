@@ -1,17 +1,20 @@
 """KID, precision, recall, coverage and Inception Score against direct formulas on small sets."""
 
+import json
 import math
 
 import pytest
 import torch
+from evaluation_rank import features, manifolds_on_rank
+from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 
 from xdlm_image.evaluation import feature_metrics
 from xdlm_image.evaluation.feature_metrics import (
-    coverage,
     inception_score,
     kid,
     kid_of_classes,
-    precision_recall,
+    manifold_metrics,
+    radii_of_balls,
     unbiased_mmd,
 )
 
@@ -65,15 +68,46 @@ def test_manifolds_by_their_definition(monkeypatch):
         "precision": (inside <= radii(y)[None]).any(1).float().mean().item(),
         "recall": (inside <= radii(x)[:, None]).any(0).float().mean().item(),
     }
-    covered = (inside.amin(0) < radii(y)).float().mean().item()
+    expected["coverage"] = (inside.amin(0) < radii(y)).float().mean().item()
     for rows in (7, 1000):
         monkeypatch.setattr(feature_metrics, "ROWS", rows)
-        assert precision_recall(x, y) == pytest.approx(expected)
-        assert coverage(x, y) == pytest.approx(covered)
-    assert 0 < expected["precision"] < 1 and 0 < expected["recall"] < 1 and 0 < covered < 1
-    assert coverage(y, y) == 1.0 and coverage(x + 100, y) == 0.0
-    outlier = torch.cat([points(6), points(4) * 1000])  # huge balls raise recall, not coverage
-    assert precision_recall(outlier, y)["recall"] > 0.9 > coverage(outlier, y)
+        assert manifold_metrics(x, y) == pytest.approx(expected)
+        assert manifold_metrics(x, y, reference_radii=radii_of_balls(y)) == pytest.approx(expected)
+        assert manifold_metrics(x, y, ["coverage"]) == {"coverage": pytest.approx(expected["coverage"])}
+        assert "coverage" not in manifold_metrics(x, y, ["precision_recall"])
+    assert all(0 < value < 1 for value in expected.values())
+    assert manifold_metrics(y, y)["coverage"] == 1.0 and manifold_metrics(x + 100, y)["coverage"] == 0.0
+    outlier = manifold_metrics(torch.cat([points(6), points(4) * 1000]), y)
+    assert outlier["recall"] > 0.9 > outlier["coverage"]  # huge balls raise recall, not coverage
+
+
+def test_precision_and_recall_are_torch_fidelitys():
+    x, y = points(300, 64), points(200, 64, shift=0.1, seed=1)
+    theirs = prc_features_to_metric(x, y, prc_neighborhood=3, prc_batch_size=50, save_cpu_ram=True, verbose=False)
+    assert 0 < theirs[KEY_METRIC_PRECISION] < 1 and 0 < theirs[KEY_METRIC_RECALL] < 1
+    ours = manifold_metrics(x, y, ["precision_recall"])
+    assert ours == pytest.approx({"precision": theirs[KEY_METRIC_PRECISION], "recall": theirs[KEY_METRIC_RECALL]})
+
+
+def test_distances_of_a_few_rows_are_in_memory_at_once(monkeypatch):
+    monkeypatch.setattr(feature_metrics, "ROWS", 16)
+    shapes = []
+    cdist = torch.cdist
+    monkeypatch.setattr(torch, "cdist", lambda a, b: shapes.append((len(a), len(b))) or cdist(a, b))
+    manifold_metrics(points(100), points(60))
+    assert max(rows for rows, _ in shapes) == 16
+    assert sum(rows * columns for rows, columns in shapes) == 60 * 60 + 100 * 100 + 100 * 60  # every pair once
+
+
+def test_ranks_share_the_pairs_and_gather_features(tmp_path):
+    torch.multiprocessing.spawn(manifolds_on_rank, (str(tmp_path),), nprocs=2)
+    x, y = features(23, 4).float(), features(17, 4, seed=1).float()
+    for rank in range(2):
+        found = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert found["metrics"] == manifold_metrics(x, y)
+        assert torch.equal(torch.tensor(found["features"]), x) and found["labels"] == [*range(23)]
+        assert sum(found["rows"]) < 23 + 23 + 17  # not all of its own
+    assert found["metrics"]["precision"] > 0 and 0 < found["metrics"]["coverage"] < 1
 
 
 def test_inception_score_of_certain_and_of_undecided_predictions():

@@ -1,22 +1,32 @@
 """Metrics that need the features themselves, not only their mean and covariance.
 
 This file owns KID (overall and for each class), precision, recall, coverage and Inception Score as functions of feature
-tensors. KID, precision and recall and Inception Score are torch-fidelity's; it never runs an extractor.
+tensors. KID and Inception Score are torch-fidelity's, precision and recall its definition; it never runs an extractor.
+
+Precision, recall and coverage take all pairs of two sets. They are computed on the device that is named, a block of
+rows of distances at a time, and the ranks of `torch.distributed` share the blocks.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
+
 import torch
 from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
 from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
-from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
+from tqdm import tqdm
+
+from xdlm_image.evaluation.batches import blocks_of_rank
+from xdlm_image.evaluation.statistics import rank_and_world, reduce_over_ranks
 
 KID_SUBSETS = 100
 KID_SUBSET_SIZE = 1000  # or the smaller set, where it has fewer images
 KID_SEED = 2020
 NEIGHBOUR = 3  # the manifold of a set: balls that reach to each image's third nearest neighbour
 SCORE_SPLITS = 10
+MANIFOLD_METRICS = ("precision_recall", "coverage")
 ROWS = 1000  # of a block of distances
+SHOWN_AFTER = 5  # seconds, a progress bar
 
 
 def kid(samples: torch.Tensor, reference: torch.Tensor) -> dict[str, float]:
@@ -68,37 +78,66 @@ def kid_of_classes(
     return found
 
 
-def precision_recall(samples: torch.Tensor, reference: torch.Tensor) -> dict[str, float]:
-    """Improved precision and recall (arXiv 1904.06991) with k = 3, as ADM reports them.
+def radii_of_balls(features: torch.Tensor, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Distance of each image to its third nearest neighbour: the balls whose union is the manifold of a set.
 
     Args:
-        samples: (N, D) features.
-        reference: (M, D) features.
+        features: (N, D), N > 3; the same on every rank.
+        device: Where it is computed.
+
+    Returns:
+        (N,) on `device`, on every rank.
+    """
+    features = features.to(device)
+    radii = features.new_zeros(len(features))
+    for rows in _own_rows(len(features), "manifold"):
+        distances = torch.cdist(features[rows], features)  # (r, N)
+        radii[rows] = distances.topk(NEIGHBOUR + 1, largest=False).values[:, -1]  # the nearest is the image itself
+        _wait_for(radii)
+    return reduce_over_ranks(radii)
+
+
+def manifold_metrics(
+    samples: torch.Tensor,
+    reference: torch.Tensor,
+    wanted: Collection[str] = MANIFOLD_METRICS,
+    device: torch.device | str = "cpu",
+    reference_radii: torch.Tensor | None = None,
+) -> dict[str, float]:
+    """Improved precision and recall (arXiv 1904.06991) with k = 3, as ADM reports them, and coverage.
+
+    Args:
+        samples: (N, D) features, N > 3; the same on every rank.
+        reference: (M, D) features, M > 3; the same on every rank.
+        wanted: Of `MANIFOLD_METRICS`.
+        device: Where it is computed.
+        reference_radii: `radii_of_balls` of the reference, where they are known; None computes them.
 
     Returns:
         `precision`: share of samples inside the reference's manifold; `recall`: share of reference images inside the
-        samples'.
+        samples'; `coverage`: share of reference images with a sample nearer than their third nearest neighbour (arXiv
+        2002.09797, eq. 6), which unlike recall is not raised by a few samples that lie far out. On every rank.
     """
-    found = prc_features_to_metric(
-        samples, reference, prc_neighborhood=NEIGHBOUR, prc_batch_size=ROWS, save_cpu_ram=True, verbose=False
-    )
-    return {"precision": found[KEY_METRIC_PRECISION], "recall": found[KEY_METRIC_RECALL]}
-
-
-def coverage(samples: torch.Tensor, reference: torch.Tensor) -> float:
-    """Share of reference images with a sample nearer than their third nearest neighbour (arXiv 2002.09797, eq. 6).
-
-    Unlike recall it is not raised by a few samples that lie far out.
-
-    Args:
-        samples: (N, D) features.
-        reference: (M, D) features, more than 3.
-    """
-    covered = 0
-    for rows in reference.split(ROWS):
-        radii = torch.cdist(rows, reference).kthvalue(NEIGHBOUR + 1).values  # (r,); the nearest is the image itself
-        covered += int((torch.cdist(rows, samples).amin(1) < radii).sum())
-    return covered / len(reference)
+    samples, reference = samples.to(device), reference.to(device)
+    theirs = radii_of_balls(reference, device) if reference_radii is None else reference_radii.to(device)  # (M,)
+    ours = radii_of_balls(samples, device) if "precision_recall" in wanted else None  # (N,)
+    inside = torch.zeros(1, dtype=torch.int64, device=device)
+    reached = torch.zeros(len(reference), dtype=torch.int32, device=device)
+    nearest = torch.full_like(theirs, torch.inf)
+    for rows in _own_rows(len(samples), "samples in manifolds"):
+        distances = torch.cdist(samples[rows], reference)  # (r, M)
+        nearest = torch.minimum(nearest, distances.amin(0))
+        if ours is not None:
+            inside += (distances <= theirs).any(1).sum()
+            reached |= (distances <= ours[rows, None]).any(0).int()
+        _wait_for(nearest)
+    found = {}
+    if ours is not None:
+        found["precision"] = int(reduce_over_ranks(inside)) / len(samples)
+        found["recall"] = int(reduce_over_ranks(reached, "max").sum()) / len(reference)
+    if "coverage" in wanted:
+        found["coverage"] = int((reduce_over_ranks(nearest, "min") < theirs).sum()) / len(reference)
+    return found
 
 
 def inception_score(logits: torch.Tensor) -> dict[str, float]:
@@ -120,3 +159,16 @@ def _kernel_sum(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def _kernel_diagonal(a: torch.Tensor) -> torch.Tensor:
     return (a.square().sum(1) / a.shape[1] + 1).pow(3)
+
+
+def _own_rows(total: int, description: str) -> Iterator[slice]:
+    """This rank's blocks of rows."""
+    blocks = [slice(block.start, block.stop) for block in blocks_of_rank(total, ROWS)]
+    hidden = rank_and_world()[0] != 0
+    yield from tqdm(blocks, description, unit="block", leave=False, delay=SHOWN_AFTER, disable=hidden)
+
+
+def _wait_for(values: torch.Tensor) -> None:
+    """Until a GPU has computed them, so that the bar tells what is done and no blocks wait in memory."""
+    if values.device.type == "cuda":
+        torch.cuda.synchronize(values.device)

@@ -23,10 +23,15 @@ SUBSET_SEED = 0
 
 @dataclass
 class FeatureSet:
-    """Features (N, D) float32 of one layer and class ids (N,) int64, in the order of the images."""
+    """Features (N, D) float32 of one layer and class ids (N,) int64, in the order of the images.
+
+    Attributes:
+        radii: `feature_metrics.radii_of_balls` of the features, once they were asked for; in no file.
+    """
 
     features: torch.Tensor
     labels: torch.Tensor
+    radii: torch.Tensor | None = None
 
     def save(self, path: str | Path) -> Path:
         """Write a safetensors file atomically."""
@@ -65,15 +70,31 @@ class FeatureCollector:
             features, labels = features[kept], labels[kept]
         self._parts.append((start, features, labels))
 
-    def gather(self) -> FeatureSet | None:
-        """The whole set on rank 0; None on the others."""
+    def gather(self, device: torch.device | str = "cpu") -> FeatureSet:
+        """The whole set, the same on every rank; exchanged on `device`, which is the rank's GPU under NCCL."""
         rank, world = rank_and_world()
-        parts = self._parts
+        parts = sorted(self._parts, key=lambda part: part[0])
         if world > 1:
-            gathered: list | None = [None] * world if rank == 0 else None
-            dist.gather_object(parts, gathered)
-            parts = [part for of_rank in gathered or [] for part in of_rank]
-        if rank != 0:
-            return None
-        _, features, labels = zip(*sorted(parts, key=lambda part: part[0]))
-        return FeatureSet(torch.cat(features), torch.cat(labels))
+            shapes: list = [None] * world  # of each rank: places and sizes of its parts, width
+            own = ([(start, len(labels)) for start, _, labels in parts], parts[0][1].shape[1] if parts else 0)
+            dist.all_gather_object(shapes, own)
+            width = max(width for _, width in shapes)
+            gathered: list[tuple[int, torch.Tensor, torch.Tensor]] = []
+            for source, (sizes, _) in enumerate(shapes):
+                count = sum(size for _, size in sizes)
+                if count == 0:
+                    continue
+                if source == rank:
+                    features = torch.cat([part[1] for part in parts]).to(device)
+                    labels = torch.cat([part[2] for part in parts]).to(device)
+                else:
+                    features = torch.empty(count, width, device=device)
+                    labels = torch.empty(count, dtype=torch.int64, device=device)
+                for tensor in (features, labels):
+                    dist.broadcast(tensor, source)
+                cuts = [size for _, size in sizes]
+                places = [start for start, _ in sizes]
+                gathered += zip(places, features.cpu().split(cuts), labels.cpu().split(cuts))
+            parts = sorted(gathered, key=lambda part: part[0])
+        _, all_features, all_labels = zip(*parts)
+        return FeatureSet(torch.cat(all_features), torch.cat(all_labels))

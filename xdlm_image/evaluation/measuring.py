@@ -37,7 +37,7 @@ class Measured:
         statistics: Layer -> mean and covariance.
         class_accuracy: Share of images that the extractor's judge puts in their class; None without one.
         pairs: How the images' codes go together; None where they were not made of codes.
-        kept: The main layer's features themselves; None where they were not asked for, and on all ranks but the first.
+        kept: The main layer's features themselves, on every rank; None where they were not asked for.
         score: Inception Score (`mean`, `std`); None where it was not asked for or there is no Inception.
         hashes: Layer (and `pairs`) -> SHA-256 of the statistics' file; empty where they are on no disk.
         place: Folder of those files; None where they are on no disk.
@@ -93,8 +93,8 @@ def measure(
         pairs.all_reduce(extractor.device)
     count = next(iter(statistics.values())).count
     accuracy = sum_over_ranks(right, extractor.device) / count if extractor.judges_classes else None
-    kept = None if collector is None else collector.gather()
-    logits = None if scores is None else scores.gather()
+    kept = None if collector is None else collector.gather(extractor.device)
+    logits = None if scores is None else scores.gather(extractor.device)
     score = None if logits is None else inception_score(logits.features)
     return Measured(statistics, accuracy, pairs, {}, kept=kept, score=score)
 

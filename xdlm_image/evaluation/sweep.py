@@ -165,7 +165,7 @@ def _image_set(plan: Plan, name: str, reference: Reference) -> dict[str, Any]:
     result = {
         "name": name,
         **given.describe(),
-        **distances(measured, reference.images, plan.recipe.feature_metrics),
+        **distances(measured, reference.images, plan.device, plan.recipe.feature_metrics),
         "class_accuracy": measured.class_accuracy if (given.labels >= 0).all() else None,
     }
     if main:
@@ -266,7 +266,7 @@ def _cell(
         "nfe": nfe(pipeline, settings) if store else (pipeline.rows - rows_before) / max(1, batches.called),
         "seed": seed,
         "num_samples": count,
-        **distances(measured, reference.images, recipe.feature_metrics),
+        **distances(measured, reference.images, plan.device, recipe.feature_metrics),
         **_against_reconstructions(measured, reconstructions),
         "class_accuracy": measured.class_accuracy if plan.pipelines[name]["conditional"] else None,
         "sampling_seconds": round(batches.seconds(plan.device), 3),  # of all processes together
