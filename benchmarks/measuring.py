@@ -24,7 +24,11 @@ def parser_of(script: str, description: str, of_logits: bool = True) -> argparse
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     if of_logits:
         parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on a GPU")
-        parser.add_argument("--rows", type=int, help="tokens; default: as many as give 2^25 logits (a GPU: 2^29)")
+        parser.add_argument(
+            "--rows",
+            type=int,
+            help="tokens; default: as many as give 2^25 logits (a GPU: 2^29); of one step at most 16,384",
+        )
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1, help="of the CPU")
     parser.add_argument("--output", type=Path, help="default: beside the script, named after the device")

@@ -20,7 +20,7 @@ from measuring import images_of, machine, measure, parser_of, prepare, show
 from xdlm_image import XDLMScheduler
 from xdlm_image.objective import xdlm_nelbo
 
-SPECIAL = 3  # mask, beginning and end of a sequence: the official ids beside the codes
+SPECIAL = 3  # mask and beginning of a sequence in one, end, and one without a name: the official ids beside the codes
 
 
 def load_official(checkout: Path) -> ModuleType:

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Everything that a folder of models for `xdlm-image demo` holds, from raw images on: shipped/fashion_mnist was made so.
 #
-#   shipped/train.sh cpu     the shipped models: 7x7 codes, 1.9M parameters; hours on two CPU cores with bfloat16 units
-#   shipped/train.sh gpu     larger: 14x14 codes, 27M parameters; one GPU
+#   shipped/train.sh cpu     the shipped models: 7x7 codes, 2.0M parameters; hours on two CPU cores with bfloat16 units
+#   shipped/train.sh gpu     larger: 14x14 codes, 33M parameters; one GPU
 #   shipped/train.sh smoke   the whole path in minutes, worth nothing (what the tests run)
 #
 # RUNS=FOLDER and MODELS=FOLDER say where runs and models go. Killed, the same command goes on where it was.

@@ -1,6 +1,6 @@
 """The command `xdlm-image VERB`: a recipe file, overrides from the command line, then the verb.
 
-Owns parsing and error messages; what the options mean stands in `recipes.py`, what a verb does in its room. The rooms
+Owns parsing and error messages; what the options mean stands in `recipes/`, what a verb does in its room. The rooms
 are imported when their verb runs, so that `--help` answers at once.
 """
 

@@ -61,7 +61,7 @@ def statistics_of_images(extractor: FeatureExtractor, images: Images) -> dict[st
 
 
 def fid_of_images(extractor: FeatureExtractor, images_a: Images, images_b: Images) -> dict[str, float]:
-    """Frechet distance of two sets of images for each FID layer (`pooled` and `spatial`, or Inception's `2048`).
+    """Frechet distance of two sets of images for each FID layer (`pooled` or `2048`, and `spatial`).
 
     Args:
         extractor: From `load_extractor`.

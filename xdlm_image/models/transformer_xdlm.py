@@ -465,9 +465,9 @@ class XDLMTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin):
 # Named sizes: XDLMTransformer2DModel(**SIZES["base"], sample_size=16, num_embeds=16385, out_channels=16384).
 # Parameters beside each: with ImageNet's 1,000 classes and LlamaGen's 16,384 codes (definition A).
 SIZES: dict[str, dict[str, Any]] = {
-    "small": {"num_layers": 12, "num_attention_heads": 6, "attention_head_dim": 64},  # 45.2M
-    "base": {"num_layers": 12, "num_attention_heads": 12, "attention_head_dim": 64},  # 154.6M
-    "large": {"num_layers": 24, "num_attention_heads": 16, "attention_head_dim": 64},  # 489.7M
+    "small": {"num_layers": 12, "num_attention_heads": 6, "attention_head_dim": 64},  # 45.3M
+    "base": {"num_layers": 12, "num_attention_heads": 12, "attention_head_dim": 64},  # 154.8M
+    "large": {"num_layers": 24, "num_attention_heads": 16, "attention_head_dim": 64},  # 489.9M
     # 117.7M: the network of arXiv 2602.01362, with num_embeds = out_channels = 16387
     "xdlm-official": {
         "num_layers": 12,

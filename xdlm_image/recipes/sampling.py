@@ -1,4 +1,4 @@
-"""Recipes of what draws and judges images: the verbs `sample`, `reference`, `evaluate` and `demo`."""
+"""Recipes of what draws and judges images: the verbs `sample`, `neighbours`, `reference`, `evaluate` and `demo`."""
 
 from __future__ import annotations
 

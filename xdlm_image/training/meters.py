@@ -15,7 +15,7 @@ BRANCHES = ("mask", "wrong", "right")
 class LossMeter:
     """Running sums of the loss per token, overall, by alpha bin and by branch.
 
-    `loss/...` is the mean over that bin's tokens; `share/...` is what the branch adds to the total, so the three
+    `loss_by_...` is the mean over the tokens there; `share_by_branch/...` is what a branch adds, so the three
     shares sum to `loss`.
     """
 
