@@ -1,7 +1,7 @@
 """Train the small classifier whose features judge images.
 
-This file owns the training loop of the extractor and the files it leaves; the network is in `small_classifier`, the images
-come from `data.images`. It never computes FID.
+This file owns the training loop of the extractor and the files it leaves; the network is in `small_classifier`, the
+images come from `data.images`. It never computes FID.
 """
 
 from __future__ import annotations

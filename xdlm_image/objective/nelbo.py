@@ -54,9 +54,9 @@ def xdlm_nelbo(
             under torch.compile, which sees through plain torch only.
 
     Returns:
-        (B, L), float32 (float64 for float64 logits), never below -5e-6 of 1 or of the largest. Finite for alpha and beta in [0, 1] and
-        finite logits, unless it passes float32's range. At beta = 0 a z other than x has no probability; its loss then
-        stands for infinity.
+        (B, L), float32 (float64 for float64 logits), never below -5e-6 of 1 or of the largest. Finite for alpha and
+        beta in [0, 1] and finite logits, unless it passes float32's range. At beta = 0 a z other than x has no
+        probability; its loss then stands for infinity.
 
     Raises:
         ValueError: If shapes, dtypes or devices do not fit, ids, alpha or beta are out of range (looked for on the CPU
