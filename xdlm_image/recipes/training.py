@@ -10,7 +10,7 @@ from .checks import require
 
 @dataclass
 class ProcessOptions:
-    """The noise process (DESIGN: r = k/N on the codes + (1 - k) on the mask).
+    """The noise process (r = k/N on the codes + (1 - k) on the mask).
 
     Attributes:
         k: Weight of uniform noise in [0, 1]: 0 is MDLM, 1 is UDLM, between is XDLM.
@@ -90,7 +90,8 @@ class TrainRecipe:
         ema_decay: Decay of the weight average that is validated, sampled and saved.
         class_dropout: Share of labels replaced by the null class, for guidance.
         t_min: Training draws t from [t_min, 1]; the loss at t has weight 1/t.
-        mixed_precision: accelerate's precision.
+        mixed_precision: accelerate's precision. None: what `accelerate launch` says (its configuration, or
+            ACCELERATE_MIXED_PRECISION), else `no`.
         attention_backend: Name of one of diffusers' attention backends (`native`, `_native_math`, `flash`, ...); None
             is PyTorch's choice. For bf16 on a CPU take `_native_math`: the backward of PyTorch's own is slow there.
         compile: Train through torch.compile: the first step takes about a minute longer, and on a CPU a C++ compiler
@@ -130,7 +131,7 @@ class TrainRecipe:
     ema_decay: float = 0.999
     class_dropout: float = 0.1
     t_min: float = 1e-3
-    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
     attention_backend: str | None = None
     compile: bool = False
     log_every: int = 20

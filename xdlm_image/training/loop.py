@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 import yaml
-from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from timm.optim import create_optimizer_v2
@@ -26,7 +25,7 @@ from tqdm.auto import tqdm
 
 from ..data.code_cache import CodeCache
 from ..data.labels import labels_of_folders
-from ..devices import uncompiled, warn_if_slow
+from ..devices import uncompiled
 from ..evaluation.drawing import SamplerSettings, class_names
 from ..evaluation.grids import class_grid, save_grid
 from ..files import replace_folder, write_text
@@ -40,6 +39,7 @@ from .batches import batch_indices, rank_positions, step_seed, stratified_times
 from .beginning import begin_at
 from .checkpoints import Checkpoint, CheckpointFolder, MetricLines
 from .going_on import changes_of, what_binds
+from .launch import make_accelerator, refuse_sharding
 from .meters import LossMeter
 from .validation import validation_nelbo
 
@@ -107,6 +107,7 @@ class TrainingRun:
     """
 
     def __init__(self, recipe: TrainRecipe) -> None:
+        refuse_sharding()
         self.recipe = recipe
         self.output_dir = Path(recipe.output_dir)
         self.checkpoints = CheckpointFolder(self.output_dir / "checkpoints", recipe.keep_checkpoints)
@@ -122,14 +123,7 @@ class TrainingRun:
         if self.validation_cache is not None:
             refuse_other_images(self.cache, self.validation_cache)
 
-        self.accelerator = Accelerator(
-            mixed_precision=recipe.mixed_precision,
-            gradient_accumulation_steps=recipe.gradient_accumulation_steps,
-            log_with="tensorboard",
-            project_dir=str(self.output_dir),
-        )
-        if recipe.mixed_precision == "bf16":
-            warn_if_slow(self.accelerator.device, torch.bfloat16, "mixed_precision='bf16'")
+        self.accelerator = make_accelerator(recipe)
         manifest = self.cache.manifest
         self.process = XDLMProcess(recipe.process.k, manifest.num_codes, recipe.process.definition, **self._ids())
         self.num_classes = len(manifest.class_names)
@@ -377,7 +371,8 @@ class TrainingRun:
             self._go_on(newest)
         if self.accelerator.is_main_process:
             self.metrics.forget_after(self.step)
-            resolved = dataclasses.asdict(self.recipe) | {"init_from": self.init_from}
+            resolved = dataclasses.asdict(self.recipe)
+            resolved |= {"init_from": self.init_from, "mixed_precision": self.accelerator.mixed_precision}
             write_text(self.output_dir / "recipe.yaml", yaml.safe_dump(resolved, sort_keys=False))
 
     def _go_on(self, newest: Checkpoint) -> None:

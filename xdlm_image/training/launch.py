@@ -1,0 +1,54 @@
+"""accelerate as a training run needs it: what a launcher may ask for, and what is refused.
+
+Owns the making of the `Accelerator`; it never trains.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import parse_flag_from_env
+
+from ..devices import process_group_timeout, warn_if_slow
+from ..recipes import TrainRecipe
+
+PRECISION = "ACCELERATE_MIXED_PRECISION"
+SHARDING = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism configuration",
+}
+
+
+def refuse_sharding() -> None:
+    """Raise ValueError where the launcher wants parameters in pieces: average and checkpoints are of whole ones."""
+    for flag, name in SHARDING.items():
+        if parse_flag_from_env(flag):
+            raise ValueError(
+                f"{flag}={os.environ[flag]}: {name} cuts parameters into pieces, train holds them whole on each device: "
+                "launch it with `accelerate launch --multi_gpu` or torchrun"
+            )
+
+
+def make_accelerator(recipe: TrainRecipe) -> Accelerator:
+    """The run's `Accelerator`.
+
+    Raises:
+        ValueError: The launcher asks for a precision that `train` does not know.
+    """
+    launched = os.environ.get(PRECISION)
+    if recipe.mixed_precision is None and launched not in (None, "no", "fp16", "bf16"):
+        raise ValueError(f"{PRECISION}={launched}: train takes no, fp16 or bf16; name one as mixed_precision")
+    accelerator = Accelerator(
+        mixed_precision=recipe.mixed_precision,
+        gradient_accumulation_steps=recipe.gradient_accumulation_steps,
+        log_with="tensorboard",
+        project_dir=recipe.output_dir,
+        kwargs_handlers=[process_group_timeout()],
+    )
+    if accelerator.mixed_precision == "bf16":
+        warn_if_slow(accelerator.device, torch.bfloat16, "mixed_precision='bf16'")
+    return accelerator
