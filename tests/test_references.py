@@ -8,7 +8,7 @@ from evaluation_parts import build_parts, extractor_recipe, one_thread, save_pip
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from xdlm_image.evaluation import sweep
+from xdlm_image.evaluation import references, sweep
 from xdlm_image.evaluation.extractor_training import train_extractor
 from xdlm_image.evaluation.references import reference
 from xdlm_image.evaluation.sweep import evaluate
@@ -66,6 +66,32 @@ def test_a_folder_gives_the_numbers_of_the_images_without_them(parts, folder, tm
         assert through[part] == direct[part]
     assert through["protocol"]["reference"] == direct["protocol"]["reference"]
     assert direct["floors"]["reconstruction"][0]["train"]["num_images"] == 18
+
+
+def test_floors_have_the_metrics_of_the_sweep_and_are_computed_once(parts, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "_pictures", lambda *args: None)
+    computed = []
+    for name in ("distances", "fids"):
+        function = getattr(references, name)
+        counted = lambda *args, name=name, function=function: computed.append(name) or function(*args)  # noqa: E731
+        monkeypatch.setattr(references, name, counted)
+
+    def floors(**changes):
+        computed.clear()
+        content = _content(evaluate(parts.recipe(tmp_path, num_steps=[1], seeds=[0], **changes)))
+        return content["floors"]
+
+    plain = floors(feature_metrics=[])
+    assert sorted(computed) == ["distances", "distances", "fids"]
+    for floor in (plain["train_against_reference"], plain["reconstruction"][0]):
+        assert floor["fid"]["pooled"] > 0 and floor["kid"] is floor["precision"] is floor["coverage"] is None
+    assert floors(feature_metrics=[]) == plain and computed == []
+    whole = floors()
+    assert computed == ["distances", "distances"] and whole["train_against_reference"]["kid"]["mean"] is not None
+    assert 0 <= whole["reconstruction"][0]["coverage"] <= 1
+    damaged = max((tmp_path / "reference" / "floors").glob("distances-*.json"), key=lambda path: path.stat().st_size)
+    damaged.write_text(damaged.read_text()[:-20])
+    assert floors() == whole and computed == ["distances"]
 
 
 def test_what_the_folder_lacks_is_said_and_left_out(parts, folder, tmp_path, monkeypatch):

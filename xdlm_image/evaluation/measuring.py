@@ -108,8 +108,8 @@ def sum_over_ranks(value: float, device: torch.device) -> float:
     return float(total)
 
 
-def _of_first_rank(value: str) -> str:
-    """The first rank's value: the ranks must decide alike, also where each has its own copy of the images."""
+def of_first_rank(value: Any) -> Any:
+    """The first rank's value: the ranks must decide alike, also where each has files of its own."""
     if rank_and_world()[1] == 1:
         return value
     box = [value]
@@ -159,7 +159,7 @@ def cached_measure(
         key["classifier"] = extractor.judge.weights_hash
     place = folder / f"{label}-{short_hash(key)}"
     file = None if features is None else features / place.name / FEATURES
-    touched = _of_first_rank(touched)
+    touched = of_first_rank(touched)
     found = _load_again(place, key, num_codes, file, touched)
     if found is not None:
         return found

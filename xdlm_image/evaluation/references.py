@@ -5,7 +5,7 @@ This file owns the reference folder, which stands for the images wherever they a
     reference.json      what the images are, which extractor looked at them, the floors
     statistics/         mean and covariance of their features, and the features of the main layer; of their
                         reconstructions mean and covariance and the pairs of codes
-    floors/             what only computing the floors again would need
+    floors/             what only computing the floors again would need, and their numbers
 
 It never draws samples.
 """
@@ -14,29 +14,41 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from diffusers import VQModel
 
 from xdlm_image.data.image_check import check_images
 from xdlm_image.data.images import ImageSet, open_images
 from xdlm_image.devices import best_device
 from xdlm_image.evaluation.batches import UINT8_RULE, real_batches, reconstructed_batches
+from xdlm_image.evaluation.cells import read_cell
 from xdlm_image.evaluation.comparing import distances, fids
 from xdlm_image.evaluation.extractor import FeatureExtractor, load_extractor
-from xdlm_image.evaluation.measuring import FEATURES, Measured, barrier, cached_measure, load_measured
+from xdlm_image.evaluation.measuring import (
+    FEATURES,
+    Measured,
+    barrier,
+    cached_measure,
+    load_measured,
+    of_first_rank,
+    short_hash,
+)
 from xdlm_image.evaluation.statistics import rank_and_world
 from xdlm_image.files import refuse_unwritable, write_json
 from xdlm_image.recipes import DataOptions, ReferenceRecipe
+from xdlm_image.recipes.sampling import FEATURE_METRICS
 from xdlm_image.tokenizer.codes import grid_of, load_tokenizer, tokenizer_hash
 
 SCHEMA_VERSION = 2
 FLOORS = "floors"
 RESIZE_RULE = "shorter side to image_size, bicubic with antialiasing, then centre crop; none where it fits"
+DISTANCES_VERSION = 1  # raise it when a number of the floors changes its meaning
 FLOOR_SEED = 0  # which training images stand in the floors
 
 
@@ -121,6 +133,7 @@ def make_reference(
     tokenizers: Mapping[str, VQModel],
     num_samples: Sequence[int],
     batch_size: int,
+    feature_metrics: Collection[str] = FEATURE_METRICS,
 ) -> Reference:
     """Measure a reference set and write its folder; what an earlier run left there is taken.
 
@@ -134,8 +147,10 @@ def make_reference(
         num_samples: Sizes of the sets that floors of real images are computed for; where there are fewer images
             than that, all of them stand in.
         batch_size: Images at once.
+        feature_metrics: As for `distances`: what the floors hold beside FID.
     """
     folder = Path(folder)
+    compare = _Comparing(folder / FLOORS, extractor.device, feature_metrics)
     key = describe_images(images)
     floor_key = {**describe_images(floor_images), "subset_seed": FLOOR_SEED}
     subsets = {count: _subset(floor_images, count) for count in num_samples}
@@ -163,7 +178,7 @@ def make_reference(
         )
         floors[str(count)] = {
             "num_images": len(indices),
-            **distances(floor, measured, extractor.device),
+            **compare.distances(floor, measured),
             "class_accuracy": floor.class_accuracy,
         }
     about: dict[str, Any] = {
@@ -193,16 +208,11 @@ def make_reference(
             floor = _reconstructed(
                 folder / FLOORS, floor_images, indices, key_of_subset, extractor, tokenizer, vqvae, batch_size
             )
-            assert floor.pairs is not None and rebuilt.pairs is not None
-            train[str(count)] = {
-                "num_images": len(indices),
-                "fid_against_reconstructions": fids(floor, rebuilt),
-                "code_pair_total_variation": floor.pairs.total_variation(rebuilt.pairs),
-            }
+            train[str(count)] = {"num_images": len(indices), **compare.reconstructions(floor, rebuilt)}
         about["reconstructions"][tokenizer] = {
             "num_codes": int(vqvae.config.num_vq_embeddings),
             "num_images": len(images),
-            **distances(rebuilt, measured, extractor.device),
+            **compare.distances(rebuilt, measured),
             "class_accuracy": rebuilt.class_accuracy,
             "statistics": _place(folder, rebuilt),
             "train": train,
@@ -319,6 +329,64 @@ def _refuse_gaps(about: dict[str, Any]) -> None:
 
 def _subset(images: ImageSet, count: int) -> list[int]:
     return sorted(np.random.default_rng(FLOOR_SEED).permutation(len(images))[:count].tolist())
+
+
+@dataclass(frozen=True)
+class _Comparing:
+    """Numbers of two measured sets, each computed once: the next start finds it in `folder`.
+
+    Attributes:
+        folder: Of the numbers, a file each.
+        device: Device of distances between all pairs of images.
+        feature_metrics: As for `distances`.
+    """
+
+    folder: Path
+    device: torch.device
+    feature_metrics: Collection[str]
+
+    def distances(self, samples: Measured, reference: Measured) -> dict[str, Any]:
+        wanted = sorted(self.feature_metrics)
+        return self._once(
+            {"feature_metrics": wanted},
+            samples,
+            reference,
+            "fid",
+            lambda: distances(samples, reference, self.device, wanted),
+        )
+
+    def reconstructions(self, samples: Measured, reference: Measured) -> dict[str, Any]:
+        assert samples.pairs is not None and reference.pairs is not None
+        pairs, theirs = samples.pairs, reference.pairs
+
+        def compute() -> dict[str, Any]:
+            return {
+                "fid_against_reconstructions": fids(samples, reference),
+                "code_pair_total_variation": pairs.total_variation(theirs),
+            }
+
+        return self._once({}, samples, reference, "fid_against_reconstructions", compute)
+
+    def _once(
+        self,
+        key: dict[str, Any],
+        samples: Measured,
+        reference: Measured,
+        number: str,
+        compute: Callable[[], dict[str, Any]],
+    ) -> dict[str, Any]:
+        """`compute()` of the first rank, which every rank calls; or what is in the file of these statistics."""
+        key = {"version": DISTANCES_VERSION, "number": number, **key}
+        for name, measured in (("samples", samples), ("reference", reference)):
+            key[name] = {"statistics": measured.hashes, "features": measured.kept is not None}
+        path = self.folder / f"distances-{short_hash(key)}.json"
+        main = rank_and_world()[0] == 0
+        found = of_first_rank(read_cell(path, key, number) if main else None)
+        if found is None:
+            found = of_first_rank(compute())
+            if main:
+                write_json(path, {"key": key, "result": found})
+        return dict(found)
 
 
 def _place(folder: Path, measured: Measured) -> dict[str, Any]:

@@ -135,6 +135,7 @@ def _measured_reference(plan: Plan, output: Path) -> Reference:
         tokenizers,
         [recipe.num_samples],
         recipe.batch_size,
+        recipe.feature_metrics,
     )
 
 
