@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -62,7 +65,7 @@ def test_encode_goes_on_and_refuses_caches_of_something_else(trained, tmp_path, 
         patch.setattr(encode_module, "encode_images", dies_in_the_second_split)
         encode(recipe)
     output = tmp_path / "codes"
-    assert [p.name for p in output.iterdir()] == ["train"]
+    assert sorted(p.name for p in output.iterdir()) == [".test.blocks", "train"]
     first = (output / "train" / "manifest.json").stat()
     capfd.readouterr()
     encode(recipe)
@@ -70,6 +73,7 @@ def test_encode_goes_on_and_refuses_caches_of_something_else(trained, tmp_path, 
     again = (output / "train" / "manifest.json").stat()
     assert (again.st_mtime_ns, again.st_ino) == (first.st_mtime_ns, first.st_ino)
     CodeCache.open(output / "test").verify()
+    assert sorted(p.name for p in output.iterdir()) == ["test", "train"]
 
     def never(*arguments):
         raise AssertionError("encoded")
@@ -92,6 +96,107 @@ def test_encode_goes_on_and_refuses_caches_of_something_else(trained, tmp_path, 
     monkeypatch.undo()
     encode(dataclasses.replace(recipe, overwrite=True))
     assert len(CodeCache.open(output / "test")) == 11
+
+
+def test_a_killed_encoding_goes_on_with_the_block_it_was_at(trained, tmp_path, pictures, monkeypatch):
+    data = dataclasses.replace(pictures, crop="center")
+    recipe = EncodeRecipe(str(trained), str(tmp_path / "whole"), data, splits=["train"], batch_size=7)
+    whole = encode(recipe) / "train"  # 40 images in one block
+    monkeypatch.setattr(encode_module, "BLOCK", 15)  # 14, 14 and 12 images
+    seen = []
+
+    def dies_in(batch):
+        def encode_or_die(vqvae, images):
+            seen.append(len(images))
+            if len(seen) == 2 * batch:  # each batch comes plain and mirrored
+                raise KeyboardInterrupt
+            return encode_images(vqvae, images)
+
+        return encode_or_die
+
+    def run(batch, **changes):
+        seen.clear()
+        monkeypatch.setattr(encode_module, "encode_images", dies_in(batch))
+        encode(dataclasses.replace(recipe, output_dir=str(tmp_path / "codes"), **changes))
+
+    with pytest.raises(KeyboardInterrupt):
+        run(4)
+    with pytest.raises(KeyboardInterrupt):
+        run(3)
+    assert seen == [7] * 6  # the second block, and the first batch of the third
+    blocks = tmp_path / "codes" / ".train.blocks"
+    assert sorted(p.name for p in blocks.iterdir()) == ["000000000.npy", "000000014.npy", "of.json"]
+    (blocks / "000000014.npy").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=r"000000014\.npy is damaged.*start again"):
+        run(0)
+    assert seen == [7, 7, 5, 5]
+    run(0)
+    assert seen == [7] * 4 and not blocks.exists()
+    for name in ("codes.bin", "labels.bin"):
+        assert (tmp_path / "codes" / "train" / name).read_bytes() == (whole / name).read_bytes()
+    with pytest.raises(KeyboardInterrupt):
+        run(6, overwrite=True)
+    run(0, overwrite=True, batch_size=8)  # blocks of other batches are of no use
+    assert seen == [8] * 10
+
+
+RANK = """
+import os, sys, time
+from xdlm_image import cli
+from xdlm_image.tokenizer import encode as module
+
+module.BLOCK = 7
+whole, calls = module.encode_images, []
+
+def counting(vqvae, images):
+    calls.append(len(images))
+    if os.environ.get("DIES") and os.environ["RANK"] == "1" and len(calls) == 3:
+        os._exit(9)
+    if os.environ.get("DIES") and os.environ["RANK"] == "0" and len(calls) == 3:
+        time.sleep(60)
+    return whole(vqvae, images)
+
+module.encode_images = counting
+status = cli.main(sys.argv[1:])
+print(f"rank {os.environ['RANK']} encoded {sum(calls)}")
+sys.exit(status)
+"""
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+def test_two_processes_killed_on_the_way_write_what_one_writes(trained, tmp_path, pictures):
+    data = dataclasses.replace(pictures, crop="center")
+    one = encode(EncodeRecipe(str(trained), str(tmp_path / "one"), data, splits=["train", "test"], batch_size=7))
+    (tmp_path / "rank.py").write_text(RANK)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += [str(tmp_path / "rank.py"), "encode", f"--tokenizer={trained}", f"--output_dir={tmp_path / 'two'}"]
+    command += [f"--data.root={data.root}", "--data.image_size=16", "--splits=[train,test]", "--batch_size=7"]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    died = subprocess.run(command, env=environment | {"DIES": "1"}, capture_output=True, text=True, timeout=200)
+    assert died.returncode != 0
+    blocks = sorted(path.name for path in (tmp_path / "two" / ".train.blocks").glob("*.npy"))
+    assert blocks == ["000000000.npy", "000000021.npy"]  # each process got through one of its three
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "rank 0 encoded 42" in done.stdout  # 14 + 7 images, plain and mirrored
+    assert "rank 1 encoded 34" in done.stdout  # 12 + 5
+    assert done.stdout.count("images x 2 views") == 2  # one process tells of each split
+    for split in ("train", "test"):
+        for name in ("codes.bin", "labels.bin", "manifest.json"):
+            assert (tmp_path / "two" / split / name).read_bytes() == (one / split / name).read_bytes()
+    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == ["test", "train"]
+
+
+def test_workers_are_what_the_machine_can_give(pictures, monkeypatch):
+    images = open_images(pictures, "test")
+    recipe = EncodeRecipe("t", "o")
+    for cores, processes, wanted in ((2, 1, 0), (4, 1, 0), (6, 1, 5), (64, 1, 8), (64, 8, 7), (16, 8, 0)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: range(cores), raising=False)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+        assert encode_module._workers(recipe, images) == wanted
+    assert encode_module._workers(EncodeRecipe("t", "o", num_workers=3), images) == 3
+    with pytest.raises(ValueError, match="num_workers=-1"):
+        EncodeRecipe("t", "o", num_workers=-1)
 
 
 def test_broken_images_are_found_before_training_and_encoding(trained, tmp_path, pictures, monkeypatch):

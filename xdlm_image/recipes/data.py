@@ -48,7 +48,8 @@ class EncodeRecipe:
         splits: Which splits.
         flip: Store the mirrored view too.
         batch_size: Images encoded at once.
-        num_workers: Data loading processes.
+        num_workers: Data loading processes; None is up to 8 for a folder of images where there are more than 4 cores,
+            else 0.
         device: torch device; None picks the best there is.
         overwrite: Replace the caches that are there. Without it, those of this very recipe are kept, and any other is
             an error.
@@ -62,7 +63,7 @@ class EncodeRecipe:
     )
     flip: bool = True
     batch_size: int = 250
-    num_workers: int = 0
+    num_workers: int | None = None
     device: str | None = None
     overwrite: bool = False
 
@@ -74,4 +75,6 @@ class EncodeRecipe:
             "name each split once",
         )
         require(self.batch_size >= 1, "batch_size", self.batch_size, "must be at least 1")
-        require(self.num_workers >= 0, "num_workers", self.num_workers, "must be at least 0")
+        require(
+            self.num_workers is None or self.num_workers >= 0, "num_workers", self.num_workers, "must be at least 0"
+        )

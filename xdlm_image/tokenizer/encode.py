@@ -1,11 +1,13 @@
 """The verb `encode`: images through a tokenizer into code caches, one a split.
 
-This file owns the pass over the images. The format on disk is `data.code_cache`'s, the call into the network `codes`'.
+This file owns the pass over the images and its sharing over processes. The format on disk is `data.code_cache`'s, what
+a killed run leaves `data.code_blocks`', the call into the network `codes`'.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from diffusers import VQModel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from xdlm_image.data.code_blocks import CodeBlocks
 from xdlm_image.data.code_cache import (
     MANIFEST,
     CodeCache,
@@ -27,15 +30,19 @@ from xdlm_image.data.code_cache import (
 from xdlm_image.data.image_check import check_images
 from xdlm_image.data.images import ImageSet, open_images
 from xdlm_image.devices import best_device
+from xdlm_image.processes import process_state
 from xdlm_image.recipes import EncodeRecipe
 from xdlm_image.tokenizer.codes import encode_images, grid_of, load_tokenizer, tokenizer_hash, tokenizer_info
+
+BLOCK = 1_024  # images, about, that a killed run loses on each process
 
 
 def encode(recipe: EncodeRecipe) -> Path:
     """Encode the splits of an image set; returns output_dir, which then has a `CodeCache` a split.
 
     Called again, it keeps the caches that it finds whole and of this very recipe, so a killed run goes on with the
-    split it was at.
+    block of images it was at. Several processes (`accelerate launch`, torchrun) share the images of a split, each on
+    its own device; batches are the same however many there are.
 
     Raises:
         ValueError: The tokenizer was trained for other sizes or channels; random crop; an image that cannot be read.
@@ -49,11 +56,14 @@ def encode(recipe: EncodeRecipe) -> Path:
     for split in recipe.splits:
         if recipe.overwrite or not (output / split / MANIFEST).is_file():
             refuse_existing(output / split, recipe.overwrite)
-    vqvae = load_tokenizer(recipe.tokenizer, best_device(recipe.device))
+    processes = process_state()
+    is_main = processes is None or processes.is_main_process
+    device = processes.device if processes is not None and recipe.device is None else best_device(recipe.device)
+    vqvae = load_tokenizer(recipe.tokenizer, device)
     if vqvae.config.in_channels != data.channels:
         raise ValueError(f"data.channels={data.channels}: {recipe.tokenizer} takes {vqvae.config.in_channels}")
     trained = tokenizer_info(recipe.tokenizer)
-    if trained is not None and trained.get("image_size", data.image_size) != data.image_size:
+    if is_main and trained is not None and trained.get("image_size", data.image_size) != data.image_size:
         tqdm.write(f"note: {recipe.tokenizer} was trained at image_size={trained['image_size']}, not {data.image_size}")
     grid = grid_of(vqvae, data.image_size)
     to_encode: list[tuple[ImageSet, Manifest]] = []
@@ -77,21 +87,65 @@ def encode(recipe: EncodeRecipe) -> Path:
             tokenizer=str(recipe.tokenizer),
         )
         if not recipe.overwrite and _is_encoded(output / split, manifest):
-            tqdm.write(f"{output / split}: already encoded from these images by this tokenizer; kept")
+            if is_main:
+                tqdm.write(f"{output / split}: already encoded from these images by this tokenizer; kept")
         else:
             to_encode.append((images, manifest))
     for images, _ in to_encode:
-        check_images(images, recipe.num_workers)
+        check_images(images, _workers(recipe, images))
 
     for images, manifest in to_encode:
-        path = write_code_cache(output / images.split, manifest, _encoded(vqvae, images, recipe), recipe.overwrite)
+        blocks = CodeBlocks(
+            output / images.split,
+            manifest,
+            size=recipe.batch_size * max(1, BLOCK // recipe.batch_size),
+            batch_size=recipe.batch_size,
+            touched=images.touched,
+        )
+        for block, codes in _encoded(vqvae, images, recipe, _share(blocks)):
+            blocks.write(block, codes)
+        if processes is not None:
+            processes.wait_for_everyone()
+        if not is_main:
+            continue
+        labelled = ((codes, images.labels[block.start : block.stop]) for block, codes in blocks.read())
+        path = write_code_cache(output / images.split, manifest, labelled, recipe.overwrite)
+        blocks.remove()
         usage = usage_of_cache(CodeCache.open(path))
         tqdm.write(
             f"{path}: {len(images)} images x {manifest.num_views} views x {grid[0]}x{grid[1]} codes; "
             f"{usage['codes_used']} of {manifest.num_codes} codes used ({usage['codes_used_percent']:.1f} %), "
             f"perplexity {usage['perplexity']:.0f}"
         )
+    if processes is not None:
+        processes.wait_for_everyone()
     return output
+
+
+def _share(blocks: CodeBlocks) -> list[range]:
+    """The missing blocks that fall to this process: neighbours, as many as to the others."""
+    processes = process_state()
+    if processes is None:
+        blocks.begin()
+        return blocks.missing()
+    from accelerate.utils import broadcast_object_list
+
+    missing: list = [None]
+    if processes.is_main_process:
+        blocks.begin()
+        missing = [blocks.missing()]  # told to all: who looks later already misses fewer
+    [of_all] = broadcast_object_list(missing)
+    rank, world = processes.process_index, processes.num_processes
+    return of_all[len(of_all) * rank // world : len(of_all) * (rank + 1) // world]
+
+
+def _workers(recipe: EncodeRecipe, images: ImageSet) -> int:
+    """Data loading processes: as told, or what each process on this machine can have of its cores."""
+    if recipe.num_workers is not None:
+        return recipe.num_workers
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = usable // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return min(8, cores - 1) if images.paths and cores > 4 else 0
 
 
 def _is_encoded(path: Path, wanted: Manifest) -> bool:
@@ -111,12 +165,30 @@ def _is_encoded(path: Path, wanted: Manifest) -> bool:
     return True
 
 
-def _encoded(vqvae: VQModel, images: ImageSet, recipe: EncodeRecipe) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(codes (b, views, h*w), labels (b,)) in the order of the images."""
-    loader = DataLoader(images, recipe.batch_size, num_workers=recipe.num_workers)
-    with tqdm(total=len(images), desc=f"encoding {images.split}", unit="image", mininterval=1) as bar:
-        for batch, labels in loader:
-            views = [batch, batch.flip(-1)] if recipe.flip else [batch]
-            codes = [encode_images(vqvae, view).flatten(1).cpu() for view in views]  # each (b, h*w)
-            yield torch.stack(codes, 1).numpy(), labels.numpy()
-            bar.update(len(labels))
+def _encoded(
+    vqvae: VQModel, images: ImageSet, recipe: EncodeRecipe, blocks: list[range]
+) -> Iterator[tuple[range, np.ndarray]]:
+    """Each of the blocks with its codes (b, views, h*w)."""
+    size = recipe.batch_size
+    batches = ([*block[i : i + size]] for block in blocks for i in range(0, len(block), size))
+    loader = iter(DataLoader(images, batch_sampler=batches, num_workers=_workers(recipe, images)))
+    processes = process_state()
+    label = f"encoding {images.split}"
+    if processes is not None:
+        label += f", process 1 of {processes.num_processes}"
+    with tqdm(
+        total=sum(map(len, blocks)),
+        desc=label,
+        unit="image",
+        mininterval=1,
+        disable=processes is not None and not processes.is_main_process,
+    ) as bar:
+        for block in blocks:
+            parts = []
+            for _ in range(0, len(block), size):
+                batch, _labels = next(loader)
+                views = [batch, batch.flip(-1)] if recipe.flip else [batch]
+                codes = [encode_images(vqvae, view).flatten(1).cpu() for view in views]  # each (b, h*w)
+                parts.append(torch.stack(codes, 1).numpy())
+                bar.update(len(batch))
+            yield block, np.concatenate(parts)
