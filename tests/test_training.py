@@ -103,6 +103,22 @@ def test_pipelines_while_training_are_the_averages_of_their_steps(world: Path) -
     assert not all(torch.equal(saved[name], last[name]) for name in last)
 
 
+def test_gradient_checkpointing_computes_each_block_again_and_changes_no_number(world: Path) -> None:
+    """With dropout, whose draws must be those of the first time."""
+    model = TransformerOptions(num_layers=2, num_attention_heads=2, attention_head_dim=8, dropout=0.1)
+    runs = [TrainingRun(recipe_in(world, gradient_checkpointing=again, model=model)) for again in (False, True)]
+    calls = [[], []]
+    for run, seen in zip(runs, calls):
+        for block in run.transformer.transformer_blocks:
+            forward = block.forward
+            block.forward = lambda *a, seen=seen, forward=forward: (seen.append(1), forward(*a))[1]
+        losses = [run.train_step().item() for _ in range(4)]
+        assert len(set(losses)) == 4
+    assert [len(seen) for seen in calls] == [4 * 2 * 2, 2 * 4 * 2 * 2]  # steps, batches, blocks
+    plain, again = (run.transformer.state_dict() for run in runs)
+    assert all(torch.equal(plain[name], again[name]) for name in plain)
+
+
 def test_muon_turns_the_maps_between_features_and_adamw_the_rest(world: Path) -> None:
     """Muon's step is an orthogonal matrix times the learning rate: all its singular values are about equal."""
     run = TrainingRun(recipe_in(world, optimizer="muon", warmup_steps=0, weight_decay=0.0))

@@ -96,6 +96,8 @@ class TrainRecipe:
             is PyTorch's choice. For bf16 on a CPU take `_native_math`: the backward of PyTorch's own is slow there.
         compile: Train through torch.compile: the first step takes about a minute longer, and on a CPU a C++ compiler
             is needed. Validation and sample grids stay uncompiled. See benchmarks/compiled_training.py.
+        gradient_checkpointing: Keep only what enters each block for the backward pass, and compute the rest again: less
+            memory, one more forward pass through the blocks, the same numbers.
         log_every: Steps between log lines.
         validate_every: Steps between validations; 0 only at the end.
         validation_samples: Largest number of images a validation.
@@ -134,6 +136,7 @@ class TrainRecipe:
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
     attention_backend: str | None = None
     compile: bool = False
+    gradient_checkpointing: bool = False
     log_every: int = 20
     validate_every: int = 500
     validation_samples: int = 2000

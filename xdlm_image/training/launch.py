@@ -28,7 +28,7 @@ def refuse_sharding() -> None:
     for flag, name in SHARDING.items():
         if parse_flag_from_env(flag):
             raise ValueError(
-                f"{flag}={os.environ[flag]}: {name} cuts parameters into pieces, train holds them whole on each device: "
+                f"{flag}={os.environ[flag]}: {name} cuts parameters into pieces, each device must hold them whole: "
                 "launch it with `accelerate launch --multi_gpu` or torchrun"
             )
 

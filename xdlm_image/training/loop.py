@@ -143,6 +143,8 @@ class TrainingRun:
                 transformer.set_attention_backend(recipe.attention_backend)
             except (ValueError, RuntimeError, ImportError) as error:
                 raise ValueError(f"attention_backend={recipe.attention_backend!r}: {error}") from error
+        if recipe.gradient_checkpointing:
+            transformer.enable_gradient_checkpointing()
         optimizer = create_optimizer_v2(
             transformer,
             opt=TIMM_OPTIMIZERS[recipe.optimizer],
