@@ -7,7 +7,7 @@ from dataclasses import fields
 
 import pytest
 
-from xdlm_image.cli import VERBS, main, nearest_option, parse, shipped_recipes
+from xdlm_image.cli import SHARING, VERBS, main, nearest_option, parse, shipped_recipes
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -18,7 +18,7 @@ def test_help_explains_every_option(verb: str, capsys) -> None:
     assert stop.value.code == 0
     for option in fields(VERBS[verb][0]):
         assert re.search(rf"--{option.name}[. ]", text), option.name
-    explained = re.findall(r"\((?:required, )?type: ", text)
+    explained = re.findall(r"\((?:required,\s+)?type:\s", text)
     assert len(explained) >= len(fields(VERBS[verb][0])) - 3 and "default: " in text
 
 
@@ -100,6 +100,25 @@ def test_wrong_input_is_explained(arguments: list[str], words: list[str], capsys
     assert status == 2 and "Traceback" not in error
     for word in words:
         assert word in error
+
+
+def test_verbs_that_cannot_share_their_work_refuse_several_processes(monkeypatch, capsys, tmp_path) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert set(SHARING) < set(VERBS)
+    required = {
+        "train-extractor": ["--output_dir=o"], "sample": ["--pipeline=p", "--output=o.png"], "demo": [],
+        "reference": ["--output_dir=o", "--extractor=e"], "neighbours": ["--pipeline=p"],
+    }  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    for verb, options in required.items():
+        assert main([verb, *options]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"xdlm-image {verb}: error: WORLD_SIZE=2") and error.count("\n") == 1
+        assert "start it without torchrun" in error
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.delenv("WORLD_SIZE")
+    assert main(["sample", "--pipeline=p", "--output=o.png"]) == 2
+    assert "WORLD_SIZE" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

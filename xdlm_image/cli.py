@@ -96,6 +96,8 @@ VERBS: dict[str, tuple[type, str, str]] = {
     ),
 }
 
+SHARING = ("train-tokenizer", "encode", "train", "evaluate", "nelbo")  # verbs that share their work over processes
+
 
 class RecipeParser(ArgumentParser):
     """jsonargparse, with errors of two lines: what is wrong, and the nearest name that would be right."""
@@ -251,6 +253,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"xdlm-image: error: no verb {verb!r}{hint}\nVerbs: {', '.join(VERBS)}", file=sys.stderr)
         return 2
     recipe = parse(verb, arguments[1:])
+    if verb not in SHARING and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        print(
+            f"xdlm-image {verb}: error: WORLD_SIZE={os.environ['WORLD_SIZE']}: this verb runs in one process, and "
+            f"several would do its work over and write the same files; start it without torchrun or accelerate launch "
+            f"(several share {', '.join(SHARING)})",
+            file=sys.stderr,
+        )
+        return 2
     module, _, function = VERBS[verb][1].partition(":")
     try:
         result = getattr(importlib.import_module(module), function)(recipe)
