@@ -11,9 +11,11 @@ import hashlib
 import itertools
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from fractions import Fraction
+from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +45,9 @@ from xdlm_image.recipes import DataOptions
 SPLITS = ("train", "validation", "test")
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 FASHION_MNIST_VALIDATION = 5_000  # the last images of the training file
+VALIDATION_FRACTION = DataOptions().validation_fraction
+TEST_FRACTION = 0.05  # of a folder that has no test images of its own
+ONE_CLASS = "images"  # name of the class of images that lie in no class folder
 
 Transform = Callable[[torch.Tensor], torch.Tensor]
 
@@ -203,7 +208,8 @@ def open_images(data: DataOptions, split: str, transform: Transform | None = Non
 
     Folder: `root/train`, `root/val` (or `validation`), `root/test` where they exist. With `val` but no `test`, as in
     ImageNet, `val` *is* the test split. A split that has no folder is cut from `train` (or from a flat folder of class
-    folders) by the hash of class and file name: 5 % each.
+    folders) by the hash of class and file name: `data.validation_fraction`, and 5 % for test. A line says how many
+    images the split holds, and why.
 
     Args:
         data: Which images.
@@ -211,7 +217,8 @@ def open_images(data: DataOptions, split: str, transform: Transform | None = Non
         transform: Applied to each normalised float image.
 
     Raises:
-        ValueError, FileNotFoundError: Unknown split; missing root; a class folder without images; an empty split.
+        ValueError, FileNotFoundError: Unknown split; missing root; a class folder without images; an empty split, or
+            one that validation_fraction = 0 does away with.
     """
     if split not in SPLITS:
         raise ValueError(f"split={split!r}: must be one of {', '.join(SPLITS)}")
@@ -326,23 +333,39 @@ def _open_folder(data: DataOptions, split: str, transform: Transform | None) -> 
         own = {"validation": None, "test": None}
     elif own["test"] is None and own["validation"] is not None:
         own = {"validation": None, "test": own["validation"]}
+    cut = {} if own["validation"] is not None else {"validation": data.validation_fraction}
+    if own["test"] is None:
+        cut["test"] = TEST_FRACTION
+    if data.validation_fraction != VALIDATION_FRACTION and "validation" not in cut:
+        raise ValueError(
+            f"data.validation_fraction={data.validation_fraction}: {root} has folders for validation and test, so "
+            "nothing is cut off; leave it out"
+        )
+    if cut.get(split) == 0:
+        raise ValueError(
+            f"data.validation_fraction=0: there is no {split} split of {root}, all of its training images train; leave "
+            "the split out, or set a fraction"
+        )
 
     names, samples = _list_folder(train)
-    if split != "train" and own[split] is not None:
-        folder = own[split]
-        assert folder is not None
+    folder = train
+    why = str(train)
+    if split != "train" and split not in cut:
+        folder = own[split] or train
+        why = str(folder)
         own_names, samples = _list_folder(folder)
         if own_names != names:
             odd = sorted(set(names) ^ set(own_names))
             raise ValueError(f"data.root={data.root!r}: {folder.name} and {train.name} differ in the classes {odd[:5]}")
-    else:
-        folder = train
-        cut = [name for name in ("validation", "test") if own[name] is None]
+    elif any(cut.values()):
+        all_of_train = len(samples)
         samples = [s for s in samples if _hashed_split(os.path.relpath(s[0], train), cut) == split]
+        shares = " and ".join(f"{100 * share:.3g} % for {name}" for name, share in cut.items() if share)
+        why = f"{all_of_train:,} in {train}, cut by file name: {shares} (data.validation_fraction)"
     if not samples:
         raise ValueError(
-            f"data.root={data.root!r}: the split {split!r} is empty; 5 % of so few images is none: add images, or make "
-            "the folders train, val and test yourself"
+            f"data.root={data.root!r}: the split {split!r} is empty, {100 * cut.get(split, 1):.3g} % of so few "
+            "images is none: add images, or make the folders train, val and test yourself"
         )
     digest = hashlib.sha256(f"folder {split}\n".encode())
     slow = len(samples) > 100_000
@@ -352,6 +375,7 @@ def _open_folder(data: DataOptions, split: str, transform: Transform | None) -> 
         digest.update(f"{relative}\0{size}\n".encode(errors="surrogateescape"))
     labels = np.array([label for _, label in samples], dtype=np.int64)
     paths = [path for path, _ in samples]
+    _say_once(f"{split}: {len(samples):,} images of {why}")
     return ImageSet(data, split, labels, names, digest.hexdigest(), paths=paths, transform=transform)
 
 
@@ -360,16 +384,42 @@ def _first_folder(root: Path, *names: str) -> Path | None:
 
 
 def _list_folder(folder: Path) -> tuple[list[str], list[tuple[str, int]]]:
-    """Class names and (path, label) of a folder of class folders, by torchvision's rule (sorted names)."""
+    """Class names and (path, label) of a folder of class folders, by torchvision's rule (sorted names).
+
+    Images that lie in the folder itself, beside no other folder, are one class.
+    """
+    entries = sorted(folder.iterdir())
+    if not any(path.is_dir() for path in entries):
+        pictures = [(str(path), 0) for path in entries if path.suffix.lower() in IMG_EXTENSIONS]
+        if pictures:
+            return [ONE_CLASS], pictures
     try:
         found = ImageFolder(str(folder))
     except FileNotFoundError as error:  # no class folder, or one without images
-        raise ValueError(f"data.root: {folder} is no folder of class folders with images ({error})") from error
+        raise ValueError(
+            f"data.root: {folder} is no folder of class folders with images ({error}); put the images of each class "
+            "into a folder of its name there (for Fashion-MNIST set data.name: fashion-mnist)"
+        ) from error
     return found.classes, found.samples
 
 
-def _hashed_split(name: str, cut: list[str]) -> str:
-    """The split of a file: each split in `cut` gets 5 %, by a hash of class folder and file name; the rest trains."""
+def _hashed_split(name: str, cut: dict[str, float]) -> str:
+    """The split of a file, by a hash of class folder and file name: a split in `cut` gets its share, the rest trains.
+
+    Places in [0, 1): test has [0.05, 0.1) whatever validation has; validation has its share downwards from 0.05, and
+    further from 1, so that a larger share holds a smaller one.
+    """
     digest = hashlib.sha256(Path(name).as_posix().encode(errors="surrogateescape")).digest()
-    twentieth = int.from_bytes(digest[:8], "big") * 20 >> 64  # uniform over 0..19
-    return cut[twentieth] if twentieth < len(cut) else "train"
+    place = int.from_bytes(digest[:8], "big")  # uniform over [0, 2^64)
+    twentieth = -(-(2**64) // 20)
+    if "test" in cut and twentieth <= place < -(-(2**64) // 10):
+        return "test"
+    is_validation = (twentieth - 1 - place) % 2**64 < round(Fraction(str(cut.get("validation", 0))) * 2**64)
+    return "validation" if is_validation else "train"
+
+
+@cache
+def _say_once(text: str) -> None:
+    """One line, from one process, however often images are opened."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        tqdm.write(text, file=sys.stderr)

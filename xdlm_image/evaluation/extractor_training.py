@@ -25,7 +25,7 @@ from xdlm_image.evaluation.batches import Uint8Images, real_batches
 from xdlm_image.evaluation.extractor import load_extractor
 from xdlm_image.evaluation.small_classifier import ExtractorConfig, SmallClassifier, read_extractor_config
 from xdlm_image.files import refuse_unwritable, sha256_of_file, write_atomic, write_json
-from xdlm_image.recipes import ExtractorRecipe
+from xdlm_image.recipes import WHERE_IMAGES_ARE, ExtractorRecipe
 
 EVALUATION_BATCH = 500
 
@@ -70,10 +70,16 @@ def train_extractor(recipe: ExtractorRecipe) -> Path:
 
     Raises:
         OSError: Nothing can be written to `output_dir`; before training.
-        ValueError: `output_dir` holds an extractor of another recipe: FIDs measured with it could not be repeated.
+        ValueError: `output_dir` holds an extractor of another recipe: FIDs measured with it could not be repeated; or
+            the images are of one class.
     """
     output = Path(recipe.output_dir)
     train, test = open_images(recipe.data, "train"), open_images(recipe.data, "test")
+    if len(train.class_names) < 2:
+        raise ValueError(
+            f"data.root={recipe.data.root!r}: one class, {train.class_names[0]!r}, teaches a classifier nothing; put "
+            "the images of each class into a folder of its name, or judge with another extractor"
+        )
     if _is_trained(output, recipe, train.fingerprint):
         print(f"{output}: this extractor is already trained; delete the folder to train it again")
         return output
@@ -130,7 +136,7 @@ def _recipe_key(recipe: ExtractorRecipe) -> dict[str, Any]:
     key = asdict(recipe)
     for name in ("output_dir", "num_workers"):
         del key[name]
-    return {**key, "data": {k: v for k, v in key["data"].items() if k not in ("root", "download")}}
+    return {**key, "data": {k: v for k, v in key["data"].items() if k not in WHERE_IMAGES_ARE}}
 
 
 def _is_trained(output: Path, recipe: ExtractorRecipe, fingerprint: str) -> bool:

@@ -6,7 +6,7 @@ the rooms (`data`, `tokenizer`, `training`, `evaluation`, `cli`) read them.
 """
 
 from .conversion import ConversionRecipe, ConvertXDLMRecipe
-from .data import DataOptions, EncodeRecipe
+from .data import WHERE_IMAGES_ARE, DataOptions, EncodeRecipe
 from .nelbo import NelboRecipe
 from .publishing import ExportRecipe
 from .sampling import DemoRecipe, EvaluateRecipe, NeighboursRecipe, ReferenceRecipe, SampleRecipe
@@ -14,6 +14,7 @@ from .tokenizer import ExtractorRecipe, TokenizerModelOptions, TokenizerRecipe
 from .training import ProcessOptions, TrainRecipe, TransformerOptions
 
 __all__ = [
+    "WHERE_IMAGES_ARE",
     "ConversionRecipe",
     "ConvertXDLMRecipe",
     "DataOptions",

@@ -7,6 +7,9 @@ from typing import Literal
 
 from .checks import require
 
+# Options that decide nothing of what is trained on images whose fingerprint is known.
+WHERE_IMAGES_ARE = ("root", "download", "validation_fraction")
+
 
 @dataclass
 class DataOptions:
@@ -14,12 +17,16 @@ class DataOptions:
 
     Attributes:
         name: `fashion-mnist` (28x28 grey, 10 classes) or `folder` (a folder of class folders; `root/train` and
-            `root/val` where they exist). None: `folder` if root is given, else `fashion-mnist`.
+            `root/val` where they exist; images without class folders are one class). None: `folder` if root is given,
+            else `fashion-mnist`.
         root: Folder of your images; with the name `fashion-mnist`, where its files are or are downloaded to. None:
             Debian's package `dataset-fashion-mnist` if installed, else `~/.cache/xdlm_image`.
         image_size: Side of the square image in pixels after resize and crop.
         channels: 1 (grey) or 3 (RGB).
         crop: `center` (shorter side resized, middle cut out), or `random` (training of tokenizers only).
+        validation_fraction: Share of the training images that is cut off for validation, by file name, where a folder
+            has no validation images of its own (`root/val` without `root/test` is the test split). 0: all train, and
+            there is no validation split. Tell every verb the same.
         download: Fetch Fashion-MNIST through torchvision when no local copy is found.
     """
 
@@ -28,6 +35,7 @@ class DataOptions:
     image_size: int = 28
     channels: Literal[1, 3] = 1
     crop: Literal["center", "random"] = "center"
+    validation_fraction: float = 0.05
     download: bool = True
 
     def __post_init__(self) -> None:
@@ -35,6 +43,18 @@ class DataOptions:
             self.name = "fashion-mnist" if self.root is None else "folder"
         require(self.name != "folder" or self.root is not None, "data.root", self.root, "name the image folder")
         require(self.image_size >= 8, "data.image_size", self.image_size, "must be at least 8 pixels")
+        require(
+            0 <= self.validation_fraction <= 0.5,
+            "data.validation_fraction",
+            self.validation_fraction,
+            "must lie in [0, 0.5]",
+        )
+        require(
+            self.name == "folder" or self.validation_fraction == 0.05,
+            "data.validation_fraction",
+            self.validation_fraction,
+            "does nothing for fashion-mnist, whose last 5,000 training images are for validation; leave it out",
+        )
 
 
 @dataclass
