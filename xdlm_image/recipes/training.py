@@ -65,13 +65,13 @@ class TrainRecipe:
 
     Attributes:
         codes: Code cache of the training images (from `encode`).
-        output_dir: Run folder: `checkpoints/`, TensorBoard logs, `metrics.jsonl`, `pipeline/`.
+        output_dir: Run folder: `checkpoints/`, `tensorboard/`, `metrics.jsonl`, `pipeline/`.
         tokenizer: Tokenizer folder; goes into the saved pipeline and must be the one that made the codes.
         validation_codes: Code cache for validation NELBO; None leaves validation out.
-        init_from: Begin at the weights of a trained network: a saved pipeline, its `transformer` folder, or a run folder
-            with `pipeline/` in it. For training longer, with another k, or on own classes (each then begins as the null
-            class, and this is said). Sizes and codes must be its own; steps, average and optimizer begin anew. None:
-            random weights. Where a checkpoint is resumed, its weights win.
+        init_from: Begin at the weights of a trained network: a saved pipeline, its `transformer` folder, or a run
+            folder with `pipeline/` in it. For training longer, with another k, or on own classes (each then begins as
+            the null class, and this is said). Sizes and codes must be its own; steps, average and optimizer begin anew.
+            None: random weights. Where a checkpoint is resumed, its weights win.
         process: The noise process.
         model: The network's sizes.
         seed: Seeds weights, order, noise and dropout.
@@ -98,6 +98,8 @@ class TrainRecipe:
             is needed. Validation and sample grids stay uncompiled. See benchmarks/compiled_training.py.
         gradient_checkpointing: Keep only what enters each block for the backward pass, and compute the rest again: less
             memory, one more forward pass through the blocks, the same numbers.
+        log_with: `tensorboard`, `wandb` (Weights & Biases; its package must be installed), a list of both, or `none`.
+            `metrics.jsonl` and `samples/` are written in any case.
         log_every: Steps between log lines.
         validate_every: Steps between validations; 0 only at the end.
         validation_samples: Largest number of images a validation.
@@ -105,8 +107,8 @@ class TrainRecipe:
         sample_steps: Sampling steps of those grids.
         checkpoint_every: Steps between checkpoints; 0 only at the end.
         keep_checkpoints: Newest checkpoints that are kept.
-        pipeline_every: Steps between pipelines of the averaged weights, `output_dir/pipelines/step-N`, all of which stay;
-            for FID over training. 0 only at the end, `output_dir/pipeline`.
+        pipeline_every: Steps between pipelines of the averaged weights, `output_dir/pipelines/step-N`, all of which
+            stay; for FID over training. 0 only at the end, `output_dir/pipeline`.
         resume: Go on from the newest whole checkpoint in output_dir; docs/training.md tells what may change then.
         stop_after: Stop (with a checkpoint) at this step although max_steps is not reached; for queues. None: never.
     """
@@ -137,6 +139,7 @@ class TrainRecipe:
     attention_backend: str | None = None
     compile: bool = False
     gradient_checkpointing: bool = False
+    log_with: Literal["tensorboard", "wandb", "none"] | list[Literal["tensorboard", "wandb"]] = "tensorboard"
     log_every: int = 20
     validate_every: int = 500
     validation_samples: int = 2000
@@ -173,3 +176,9 @@ class TrainRecipe:
             self.warmup_steps,
             f"must lie in [0, max_steps={self.max_steps})",
         )
+
+    @property
+    def trackers(self) -> list[str]:
+        """`log_with` as a list, each name once."""
+        names = [self.log_with] if isinstance(self.log_with, str) else self.log_with
+        return [name for name in dict.fromkeys(names) if name != "none"]

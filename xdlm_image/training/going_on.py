@@ -19,7 +19,7 @@ FREE = {
     # nothing that the weights depend on
     "output_dir", "tokenizer", "codes", "validation_codes", "log_every", "validate_every", "validation_samples",
     "sample_every", "sample_steps", "checkpoint_every", "keep_checkpoints", "pipeline_every", "resume", "stop_after",
-    "gradient_checkpointing",  # computes the same again
+    "log_with", "gradient_checkpointing",  # computes the same again
     "init_from",  # a checkpoint's weights win, and the folder need no longer be there
 }  # fmt: skip
 SAME_BUT_ROUNDED = ("attention_backend", "compile", "mixed_precision")

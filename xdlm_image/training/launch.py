@@ -45,8 +45,6 @@ def make_accelerator(recipe: TrainRecipe) -> Accelerator:
     accelerator = Accelerator(
         mixed_precision=recipe.mixed_precision,
         gradient_accumulation_steps=recipe.gradient_accumulation_steps,
-        log_with="tensorboard",
-        project_dir=recipe.output_dir,
         kwargs_handlers=[process_group_timeout()],
     )
     if accelerator.mixed_precision == "bf16":

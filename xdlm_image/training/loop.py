@@ -41,6 +41,7 @@ from .checkpoints import Checkpoint, CheckpointFolder, MetricLines
 from .going_on import changes_of, what_binds
 from .launch import make_accelerator, refuse_sharding
 from .meters import LossMeter
+from .trackers import log_picture, refuse_missing, start_trackers
 from .validation import validation_nelbo
 
 SAMPLE_CLASSES, SAMPLES_PER_CLASS = 10, 8  # of the sample grids drawn while training
@@ -108,6 +109,7 @@ class TrainingRun:
 
     def __init__(self, recipe: TrainRecipe) -> None:
         refuse_sharding()
+        refuse_missing(recipe.trackers)
         self.recipe = recipe
         self.output_dir = Path(recipe.output_dir)
         self.checkpoints = CheckpointFolder(self.output_dir / "checkpoints", recipe.keep_checkpoints)
@@ -171,7 +173,6 @@ class TrainingRun:
         self.began: float | None = None  # when the clock was started; None while it stands still
         self.loss = torch.zeros(())  # of the last step, on this process
         self.gradient_norm: torch.Tensor | None = None  # before clipping; None where nothing is clipped
-        self._trackers_started = False
 
     def _open_cache(self, path: str) -> CodeCache:
         cache = CodeCache.open(path)
@@ -253,7 +254,7 @@ class TrainingRun:
     # -- now and then -------------------------------------------------------------------------------------------------
 
     def log_training(self) -> None:
-        """Means since the last log line, to TensorBoard and `metrics.jsonl`."""
+        """Means since the last log line, to the trackers and `metrics.jsonl`."""
         self._stop_clock()
         self._refuse_divergence()
         values = {f"train/{name}": value for name, value in self.meter.take(self.accelerator).items()}
@@ -309,19 +310,13 @@ class TrainingRun:
                 settings=SamplerSettings(num_steps=self.recipe.sample_steps),
                 batch_size=len(names) * SAMPLES_PER_CLASS,
             )
-        save_grid(self.output_dir / "samples" / f"step-{self.step:08d}.png", images, row_names=names)
+        path = save_grid(self.output_dir / "samples" / f"step-{self.step:08d}.png", images, row_names=names)
+        log_picture(self.accelerator, "samples", path, self.step)
 
     def _log(self, values: dict[str, float]) -> None:
-        self._start_trackers()
         self.accelerator.log(values, step=self.step)
         if self.accelerator.is_main_process:
             self.metrics.append({"step": self.step, **values})
-
-    def _start_trackers(self) -> None:
-        if not self._trackers_started:
-            # what a killed run logged after its last checkpoint is logged anew: leave it out of the curves
-            self.accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": self.step}})
-            self._trackers_started = True
 
     # -- state --------------------------------------------------------------------------------------------------------
 
@@ -363,18 +358,20 @@ class TrainingRun:
         self.accelerator.wait_for_everyone()
 
     def resume(self) -> None:
-        """Go on from the newest checkpoint, if there is one; write the recipe in either case.
+        """Go on from the newest checkpoint, if there is one; in either case write the recipe and start the trackers.
 
         Raises:
-            ValueError: If the checkpoint is damaged, or the recipe changes what may not change (`going_on.py`).
+            ValueError: If the checkpoint is damaged, or the recipe changes what may not change (`going_on.py`), or a
+                tracker cannot begin.
         """
         newest = self.checkpoints.load_newest()
         if newest is not None:
             self._go_on(newest)
+        resolved = dataclasses.asdict(self.recipe)
+        resolved |= {"init_from": self.init_from, "mixed_precision": self.accelerator.mixed_precision}
+        start_trackers(self.accelerator, self.recipe.trackers, self.output_dir, self.step, resolved)
         if self.accelerator.is_main_process:
             self.metrics.forget_after(self.step)
-            resolved = dataclasses.asdict(self.recipe)
-            resolved |= {"init_from": self.init_from, "mixed_precision": self.accelerator.mixed_precision}
             write_text(self.output_dir / "recipe.yaml", yaml.safe_dump(resolved, sort_keys=False))
 
     def _go_on(self, newest: Checkpoint) -> None:
