@@ -30,6 +30,7 @@ from xdlm_image.recipes import (
     TokenizerModelOptions,
 )
 from xdlm_image.tokenizer import measure as measure_module
+from xdlm_image.tokenizer import train as train_module
 from xdlm_image.tokenizer.codebook import draw_badly_served, kmeans, nearest, usage_of
 from xdlm_image.tokenizer.codes import decode_codes, encode_images, grid_of, load_tokenizer, tokenizer_hash
 from xdlm_image.tokenizer.measure import measure_tokenizer
@@ -183,6 +184,36 @@ def test_killed_and_resumed_is_bitwise_the_same(tmp_path, trained, pictures, mon
     assert torch.equal(*codes)
 
 
+def test_a_trained_tokenizer_is_whole_before_it_is_measured_by_any_number_of_processes(
+    tmp_path, trained, pictures, monkeypatch
+):
+    recipe = tiny_recipe(tmp_path / "tokenizer", pictures)
+    output = tmp_path / "tokenizer"
+
+    def dies(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train_module, "measure_tokenizer", dies)
+        train_tokenizer(recipe)
+    assert tokenizer_hash(load_tokenizer(output)) == tokenizer_hash(load_tokenizer(trained))
+    assert json.loads((output / "tokenizer.json").read_text())["num_codes"] == 16
+    assert not (output / "report.json").exists()
+
+    state = output / "checkpoints" / f"step-{STEPS:08d}" / "state.json"
+    content = json.loads(state.read_text())
+    content["bound"]["number of processes"] = 8
+    state.write_text(json.dumps(content))
+    train_tokenizer(recipe)
+    report = json.loads((output / "report.json").read_text())
+    assert report["training"]["images_seen"] == STEPS * 4 * 8
+    assert report["psnr"] == json.loads((trained / "report.json").read_text())["psnr"]
+
+    state.write_text(json.dumps({**content, "step": STEPS - 1}))  # on the way it matters who trains
+    with pytest.raises(ValueError, match="number of processes=1, but the run .* began with 8"):
+        train_tokenizer(recipe)
+
+
 TWO_PROCESSES = """
 import json, sys, torch
 torch.set_num_threads(1)
@@ -200,6 +231,7 @@ assert again.resume() and tokenizer_hash(again.vqvae) == tokenizer_hash(training
 hashes = [None, None]
 torch.distributed.all_gather_object(hashes, tokenizer_hash(training.vqvae))
 assert hashes[0] == hashes[1], hashes
+training.finish()
 torch.distributed.destroy_process_group()
 """
 
@@ -219,6 +251,10 @@ def test_two_processes_take_the_steps_of_one(tmp_path, pictures):
     # gradients are averaged over the same eight images; revival, which draws from one process's latents, comes later
     norms = [[line[3] for line in losses(tmp_path / name)][:7] for name in ("one", "two")]
     assert norms[1] == pytest.approx(norms[0], rel=1e-3)
+    report = json.loads((tmp_path / "two" / "report.json").read_text())
+    alone = measure_tokenizer(load_tokenizer(tmp_path / "two"), open_images(pictures, "test"), 5)
+    assert alone.pop("split") == report["split"]
+    assert {name: report[name] for name in alone} == pytest.approx(alone, rel=1e-5)
 
 
 def test_another_recipe_is_not_resumed(trained, pictures, tmp_path):

@@ -5,12 +5,12 @@ This file owns the measuring of a finished tokenizer. It never trains, and compu
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import VQModel
-from torch.utils.data import DataLoader
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
@@ -24,46 +24,60 @@ if TYPE_CHECKING:
 
 
 def measure_tokenizer(
-    vqvae: VQModel, images: ImageSet, batch_size: int, extractor: FeatureExtractor | None = None
+    vqvae: VQModel,
+    images: ImageSet,
+    batch_size: int,
+    extractor: FeatureExtractor | None = None,
+    num_workers: int = 0,
 ) -> dict[str, Any]:
-    """Measure on a whole split.
+    """Measure on a whole split, whose images the ranks of `torch.distributed` share.
 
     Args:
         vqvae: Tokenizer in evaluation mode.
         images: The split.
         batch_size: Images at once.
         extractor: From `evaluation.extractor.load_extractor`, for rFID; None leaves rFID out.
+        num_workers: Data loading processes.
 
-    Returns:
+    Returns, on every rank:
         `psnr` (dB, mean over images of 10 log10(255^2 / MSE), on uint8 pixels), `psnr_of_mean_error` (of the mean
         MSE), `l1` (mean |error| in uint8 steps), `codes_used`, `codes_used_percent`, `perplexity`, and with an
         extractor `rfid` (one a feature layer) and `rfid_extractor`.
     """
-    from xdlm_image.evaluation.batches import Uint8Images
+    from xdlm_image.evaluation.batches import blocks_of_rank, real_batches
     from xdlm_image.evaluation.fid import fid_from_statistics, new_statistics, update_statistics
+    from xdlm_image.evaluation.statistics import rank_and_world, reduce_over_ranks
 
+    rank, world = rank_and_world()
     counts = torch.zeros(vqvae.config.num_vq_embeddings, dtype=torch.int64)
-    squared, absolute = [], []
+    sums = torch.zeros(3, dtype=torch.float64)  # over images: PSNR, squared error, absolute error
     real, again = ({}, {}) if extractor is None else (new_statistics(extractor), new_statistics(extractor))
-    batches = DataLoader(Uint8Images(images), batch_size)
-    for raw, _ in tqdm(batches, desc="measuring the tokenizer", unit="batch"):  # raw: uint8 (B, C, S, S)
+    batches = real_batches(images, batch_size, num_workers=num_workers)
+    number = len([*blocks_of_rank(len(images), batch_size)])
+    for batch in tqdm(batches, "measuring the tokenizer", number, unit="batch", disable=rank != 0):
+        raw = batch.images  # uint8 (B, C, S, S)
         codes = encode_images(vqvae, normalise(raw))
         reconstructed = to_uint8(decode_codes(vqvae, codes)).cpu()
         error = reconstructed.float() - raw.float()
-        squared.append(error.square().mean((1, 2, 3)))
-        absolute.append(error.abs().mean((1, 2, 3)))
+        squared = error.square().mean((1, 2, 3)).double()  # (B,)
+        # an image that comes back exactly would have infinite PSNR; the floor on its error says 78 dB
+        psnr = 10 * torch.log10(255**2 / squared.clamp(min=1e-3))
+        sums += torch.stack([psnr.sum(), squared.sum(), error.abs().mean((1, 2, 3)).double().sum()])
         counts += torch.bincount(codes.flatten().cpu(), minlength=len(counts))
         if extractor is not None:
             update_statistics(real, extractor(raw))
             update_statistics(again, extractor(reconstructed))
-    mse = torch.cat(squared).double()  # (N,)
+    if world > 1:
+        sums, counts = (reduce_over_ranks(values.to(vqvae.device)).cpu() for values in (sums, counts))
+    for statistics in (*real.values(), *again.values()):
+        statistics.all_reduce(vqvae.device)
+    psnr, mse, l1 = (sums / len(images)).tolist()
     report: dict[str, Any] = {
         "split": images.split,
         "images": len(images),
-        # an image that comes back exactly would have infinite PSNR; the floor on its error says 78 dB
-        "psnr": float((10 * torch.log10(255**2 / mse.clamp(min=1e-3))).mean()),
-        "psnr_of_mean_error": float(10 * torch.log10(255**2 / mse.mean().clamp(min=1e-3))),
-        "l1": float(torch.cat(absolute).double().mean()),
+        "psnr": psnr,
+        "psnr_of_mean_error": 10 * math.log10(255**2 / max(mse, 1e-3)),
+        "l1": l1,
         "num_codes": len(counts),
         **usage_of(counts),
     }

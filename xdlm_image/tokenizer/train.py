@@ -25,7 +25,7 @@ from xdlm_image.data.image_check import check_images
 from xdlm_image.data.images import ImageSet, normalise, open_images
 from xdlm_image.devices import process_group_timeout, uncompiled, warn_if_slow
 from xdlm_image.files import share_permissions, write_json
-from xdlm_image.recipes import TokenizerRecipe
+from xdlm_image.recipes import WHERE_IMAGES_ARE, TokenizerRecipe
 from xdlm_image.tokenizer.codebook import draw_badly_served, kmeans, nearest
 from xdlm_image.tokenizer.codes import INFO_FILE, grid_of, tokenizer_hash
 from xdlm_image.tokenizer.losses import PerceptualLoss, reconstruction_loss
@@ -33,6 +33,7 @@ from xdlm_image.tokenizer.measure import measure_tokenizer, save_reconstructions
 from xdlm_image.training.batches import batch_indices, step_seed
 from xdlm_image.training.checkpoints import Checkpoint, CheckpointFolder, MetricLines, refuse_other_recipe
 
+REPORT_FILE = "report.json"
 LATENTS_PER_CODE = 40  # for k-means
 FREE_TO_CHANGE = ("output_dir", "num_workers", "log_every", "checkpoint_every", "resume", "extractor")
 
@@ -146,6 +147,7 @@ class TokenizerTraining:
             mixed_precision=recipe.mixed_precision, kwargs_handlers=[process_group_timeout()]
         )
         self.device = self.accelerator.device
+        self.processes = self.accelerator.num_processes  # that train; any number may measure
         if recipe.mixed_precision == "bf16":
             warn_if_slow(self.device, torch.bfloat16, "mixed_precision='bf16'")
         self.extractor = None
@@ -264,12 +266,14 @@ class TokenizerTraining:
         """Load the newest checkpoint, if there is one; True if there was.
 
         Raises:
-            ValueError: It is damaged, or was written by another recipe, on other images, or by another number of
-                processes.
+            ValueError: It is damaged, or was written by another recipe, on other images, or on the way by another
+                number of processes.
         """
         newest = self.checkpoints.load_newest()
         if newest is None:
             return False
+        if newest.step == self.recipe.max_steps:  # only measuring is left
+            self.processes = newest.state["bound"]["number of processes"]
         refuse_other_recipe(newest.state["bound"], self._bound(), self.output)
         self.vqvae.load_state_dict(newest.tensors["model"])
         self.last_use.copy_(newest.tensors["use"]["last_use"])
@@ -285,11 +289,11 @@ class TokenizerTraining:
     def _bound(self) -> dict:
         """What must not change between checkpoint and resume."""
         options = {k: v for k, v in dataclasses.asdict(self.recipe).items() if k not in FREE_TO_CHANGE}
-        options["data"] = {k: v for k, v in options["data"].items() if k not in ("root", "download")}
+        options["data"] = {k: v for k, v in options["data"].items() if k not in WHERE_IMAGES_ARE}
         return options | {
             "images": self.images.fingerprint,
             "perceptual": None if self.perceptual is None else self.perceptual.weights_hash,
-            "number of processes": self.accelerator.num_processes,
+            "number of processes": self.processes,
         }
 
     # ------------------------------------------------------------------------------------------ the run
@@ -352,48 +356,53 @@ class TokenizerTraining:
         return {"loss": f"{values['loss']:.4f}", "psnr": f"{psnr:.2f}", "codes": str(used)}
 
     def finish(self) -> None:
-        """Save the averaged weights as the tokenizer, with `tokenizer.json`, `report.json` and the picture."""
-        if not self.accelerator.is_main_process:
-            return
-        recipe = self.recipe
+        """Save the averaged weights as the tokenizer, with `tokenizer.json`; then `report.json` and the picture.
+
+        The processes share the measuring. Where it is killed, the same command, on any number of them, does it again.
+        """
+        recipe, main = self.recipe, self.accelerator.is_main_process
         vqvae = build_vqvae(recipe).to(self.device)
         self.ema.copy_to(vqvae.parameters())
         vqvae.eval().requires_grad_(False)
-        (self.output / INFO_FILE).unlink(missing_ok=True)  # written last: a tokenizer with it is whole
-        vqvae.save_pretrained(self.output)
-        share_permissions(self.output)
+        if main:
+            (self.output / REPORT_FILE).unlink(missing_ok=True)  # of a tokenizer that was here
+            (self.output / INFO_FILE).unlink(missing_ok=True)  # written last: a tokenizer with it is whole
+            vqvae.save_pretrained(self.output)
+            share_permissions(self.output)
+            write_json(
+                self.output / INFO_FILE,
+                {
+                    "image_size": recipe.data.image_size,
+                    "channels": recipe.data.channels,
+                    "grid": list(self.grid),
+                    "num_codes": recipe.model.num_vq_embeddings,
+                    "tokenizer_hash": tokenizer_hash(vqvae),
+                    "data_fingerprint": self.images.fingerprint,
+                    "data": dataclasses.asdict(recipe.data),
+                },
+            )
+        report = measure_tokenizer(vqvae, self.test_images, recipe.batch_size, self.extractor, recipe.num_workers)
+        if not main:
+            return
         save_reconstructions(vqvae, self.test_images, self.output / "reconstructions.png")
-        report = measure_tokenizer(vqvae, self.test_images, recipe.batch_size, self.extractor)
-        images_seen = self.step * recipe.batch_size * self.accelerator.num_processes
         report |= {
             "training": {
                 "steps": self.step,
-                "images_seen": images_seen,
+                "images_seen": self.step * recipe.batch_size * self.processes,
                 "seconds": round(self.seconds, 1),
                 "device": str(self.device),
                 "parameters": sum(p.numel() for p in vqvae.parameters()),
             },
             "recipe": dataclasses.asdict(recipe),
         }
-        write_json(self.output / "report.json", report)
-        write_json(
-            self.output / INFO_FILE,
-            {
-                "image_size": recipe.data.image_size,
-                "channels": recipe.data.channels,
-                "grid": list(self.grid),
-                "num_codes": recipe.model.num_vq_embeddings,
-                "tokenizer_hash": tokenizer_hash(vqvae),
-                "data_fingerprint": self.images.fingerprint,
-                "data": dataclasses.asdict(recipe.data),
-            },
-        )
+        write_json(self.output / REPORT_FILE, report)
 
 
 def train_tokenizer(recipe: TokenizerRecipe) -> Path:
     """Train a tokenizer; returns its folder: a saved `VQModel`, `tokenizer.json`, `report.json`, a picture.
 
-    Called again after a kill it goes on from the newest checkpoint and computes the very same losses.
+    Called again after a kill it goes on from the newest checkpoint and computes the very same losses. A tokenizer that
+    is trained but not measured can be measured by any number of processes.
 
     Raises:
         ValueError, FileNotFoundError: Options or files that cannot work; before any training.
