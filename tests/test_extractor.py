@@ -59,6 +59,35 @@ def test_training_is_reproducible_and_never_replaces_another_extractor(data, fol
         train_extractor(extractor_recipe(data, folder, seed=1))
 
 
+def test_killed_and_resumed_is_bitwise_the_same(data, folder, tmp_path, monkeypatch):
+    """Killed in the third of four epochs, and once more while accuracy is measured."""
+    recipe = extractor_recipe(data, tmp_path / "killed")
+    step, steps = torch.optim.AdamW.step, []
+    per_epoch = 3 * 40 // 16
+
+    def dies(*arguments):
+        raise KeyboardInterrupt
+
+    def dies_in_the_third_epoch(*arguments, **named):
+        steps.append(1)
+        return dies() if len(steps) == 2 * per_epoch + 3 else step(*arguments, **named)
+
+    for owner, name, death in ((torch.optim.AdamW, "step", dies_in_the_third_epoch),
+                              (extractor_training, "measure_accuracy", dies)):  # fmt: skip
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(owner, name, death)
+            train_extractor(recipe)
+    assert [path.name for path in (tmp_path / "killed" / "checkpoints").iterdir()] == ["step-00000004"]
+    with pytest.raises(ValueError, match="learning_rate=0.02, but the run in .* began with 0.01"):
+        train_extractor(dataclasses.replace(recipe, learning_rate=2e-2))
+    monkeypatch.setattr(torch.optim.AdamW, "step", dies)  # only the end is left
+    train_extractor(recipe)
+    assert (tmp_path / "killed" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    reports = [json.loads((path / "report.json").read_text()) for path in (tmp_path / "killed", folder)]
+    assert reports[0]["loss_curve"] == reports[1]["loss_curve"]
+    assert not (tmp_path / "killed" / "checkpoints").exists()
+
+
 def test_layers_belong_together_and_to_the_classifier(folder, images):
     extractor = load_extractor(folder, "cpu")
     features = extractor(images)

@@ -1,12 +1,13 @@
 """Train the small classifier whose features judge images.
 
-This file owns the training loop of the extractor and the files it leaves; the network is in `small_classifier`, the
-images come from `data.images`. It never computes FID.
+This file owns the training loop of the extractor, its checkpoints and the files it leaves; the network is in
+`small_classifier`, the images come from `data.images`. It never computes FID.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -26,6 +27,7 @@ from xdlm_image.evaluation.extractor import load_extractor
 from xdlm_image.evaluation.small_classifier import ExtractorConfig, SmallClassifier, read_extractor_config
 from xdlm_image.files import refuse_unwritable, sha256_of_file, write_atomic, write_json
 from xdlm_image.recipes import WHERE_IMAGES_ARE, ExtractorRecipe
+from xdlm_image.training.checkpoints import Checkpoint, CheckpointFolder, refuse_other_recipe
 
 EVALUATION_BATCH = 500
 
@@ -94,9 +96,8 @@ def train_extractor(recipe: ExtractorRecipe) -> Path:
             recipe.data.image_size, recipe.data.channels, len(train.class_names), recipe.width, recipe.feature_dim
         )
     classifier = classifier.to(device).to(memory_format=torch.channels_last)
-    started = time.perf_counter()
-    curve = _fit(classifier, train, recipe, device)
-    seconds = time.perf_counter() - started
+    checkpoints = CheckpointFolder(output / "checkpoints", keep=1)
+    curve, seconds = _fit(classifier, train, recipe, device, checkpoints)
     accuracy = measure_accuracy(classifier, test, device, recipe.num_workers)
 
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in classifier.state_dict().items()}
@@ -127,6 +128,7 @@ def train_extractor(recipe: ExtractorRecipe) -> Path:
         output / "config.json", {**config.to_dict(), "recipe": _recipe_key(recipe)}
     )  # last: it makes the folder whole
     load_extractor(output, device)
+    shutil.rmtree(checkpoints.folder)
     print(f"{output}: test accuracy {accuracy:.4f} after {seconds:.0f} s")
     return output
 
@@ -155,9 +157,17 @@ def _is_trained(output: Path, recipe: ExtractorRecipe, fingerprint: str) -> bool
 
 
 def _fit(
-    classifier: SmallClassifier, train: ImageSet, recipe: ExtractorRecipe, device: torch.device
-) -> list[dict[str, Any]]:
-    """One-cycle AdamW on the cross-entropy; returns the loss curve, one point every 50 steps and the last."""
+    classifier: SmallClassifier,
+    train: ImageSet,
+    recipe: ExtractorRecipe,
+    device: torch.device,
+    checkpoints: CheckpointFolder,
+) -> tuple[list[dict[str, Any]], float]:
+    """One-cycle AdamW on the cross-entropy, with a checkpoint after each epoch.
+
+    Returns:
+        The loss curve, one point every 50 steps and the last; and the seconds of training, over all starts.
+    """
     generator = torch.Generator().manual_seed(recipe.seed)
     loader = DataLoader(
         Uint8Images(train),
@@ -175,9 +185,21 @@ def _fit(
     shift = max(1, recipe.data.image_size // 28)
     curve: list[dict[str, Any]] = []
     recent: list[float] = []
+    done, earlier = 0, 0.0
+    bound = {**_recipe_key(recipe), "images": train.fingerprint, "device": device.type}
+    newest = checkpoints.load_newest()
+    if newest is not None:
+        refuse_other_recipe(newest.state["bound"], bound, checkpoints.folder.parent)
+        classifier.load_state_dict(newest.tensors["model"])
+        optimizer.load_state_dict(newest.optimizer["optimizer"])
+        schedule.load_state_dict(newest.optimizer["schedule"])
+        generator.set_state(newest.optimizer["generator"])
+        done, earlier = newest.step, newest.state["seconds"]
+        curve, recent = newest.state["curve"], newest.state["recent"]
+    started = time.perf_counter() - earlier
     classifier.train()
-    with tqdm(total=total_steps, desc="extractor", unit="step") as progress:
-        for _ in range(recipe.epochs):
+    with tqdm(total=total_steps, initial=done * len(loader), desc="extractor", unit="step") as progress:
+        for epoch in range(done, recipe.epochs):
             for images, labels in loader:
                 images = images.to(device).float().div(127.5).sub(1)  # (B, C, S, S) in [-1, 1]
                 images = augment(images, shift, generator).contiguous(memory_format=torch.channels_last)
@@ -193,4 +215,11 @@ def _fit(
                     curve.append({"step": progress.n, "loss": round(mean, 5)})
                     progress.set_postfix(loss=f"{mean:.3f}")
                     recent.clear()
-    return curve
+            states = {
+                "optimizer": optimizer.state_dict(),
+                "schedule": schedule.state_dict(),
+                "generator": generator.get_state(),  # order and augmentation
+            }
+            state = {"bound": bound, "seconds": time.perf_counter() - started, "curve": curve, "recent": recent}
+            checkpoints.save(Checkpoint(epoch + 1, {"model": classifier.state_dict()}, states, state))
+    return curve, time.perf_counter() - started
