@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 
@@ -32,18 +33,48 @@ def test_help_lists_the_verbs_and_needs_no_torch() -> None:
 def test_every_shipped_recipe_parses() -> None:
     verbs = {"tokenizer": "train-tokenizer", "extractor": "train-extractor", "encode": "encode", "evaluate": "evaluate"}
     verbs |= {"reproduce_table12": "evaluate", "nelbo": "nelbo"}
-    assert len(shipped_recipes()) >= 9
+    assert len(shipped_recipes()) >= 14
     for name in shipped_recipes():
         parse(verbs.get(name.split("/")[-1], "train"), ["--config", name])
 
 
-def test_siblings_differ_in_k_and_folder_only() -> None:
+@pytest.mark.parametrize("data", ["fashion_mnist", "imagenet"])
+def test_siblings_differ_in_k_and_folder_only(data: str) -> None:
     from dataclasses import asdict
 
-    mdlm, xdlm, udlm = (asdict(parse("train", ["--config", f"fashion_mnist/{n}"])) for n in ("mdlm", "xdlm", "udlm"))
+    mdlm, xdlm, udlm = (asdict(parse("train", ["--config", f"{data}/{n}"])) for n in ("mdlm", "xdlm", "udlm"))
     assert [r["process"].pop("k") for r in (mdlm, xdlm, udlm)] == [0.0, 0.1, 1.0]
     assert len({r.pop("output_dir") for r in (mdlm, xdlm, udlm)}) == 3
     assert mdlm == xdlm == udlm
+
+
+@pytest.mark.parametrize("name", ["mdlm", "xdlm", "udlm"])
+def test_imagenet_networks_are_as_large_as_their_recipes_say(name: str) -> None:
+    from dataclasses import asdict
+
+    import torch
+
+    from xdlm_image.models import XDLMTransformer2DModel
+    from xdlm_image.models.transformer_xdlm import SIZES
+    from xdlm_image.schedulers import XDLMProcess
+
+    recipe = parse("train", ["--config", f"imagenet/{name}"])
+    assert recipe.process.definition == "B" and recipe.batch_size * 8 == 512
+    process = XDLMProcess(recipe.process.k, 16_384, "B", vocab_size=16_385, mask_id=16_384)
+    with torch.device("meta"):
+        network = XDLMTransformer2DModel(
+            sample_size=[16, 16],
+            num_embeds=process.num_ids,
+            out_channels=process.logits_width,
+            num_classes=1000,
+            **asdict(recipe.model),
+        )
+    assert {key: value for key, value in asdict(recipe.model).items() if key in SIZES["xdlm-official"]} == SIZES[
+        "xdlm-official"
+    ]
+    text = Path(__file__).parents[1].joinpath("configs", "imagenet", f"{name}.yaml").read_text()
+    told = re.search(r"([\d,]+) parameters", text)
+    assert told and int(told[1].replace(",", "")) == sum(p.numel() for p in network.parameters())
 
 
 @pytest.mark.parametrize(
@@ -165,7 +196,8 @@ def test_names_of_recipes_are_offered_where_they_fit(tmp_path, capsys):
         main(["train", "--help"])
     shown = " ".join(capsys.readouterr().out.split())
     assert (
-        "fashion_mnist/mdlm, fashion_mnist/udlm, fashion_mnist/xdlm." in shown and "fashion_mnist/encode" not in shown
+        "fashion_mnist/mdlm, fashion_mnist/udlm, fashion_mnist/xdlm, imagenet/mdlm" in shown
+        and "fashion_mnist/encode" not in shown
     )
     twice = tmp_path / "twice.yaml"
     twice.write_text("max_steps: 3\nmax_steps: 4\n")
