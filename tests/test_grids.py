@@ -160,6 +160,16 @@ def test_wrong_requests_are_refused(pipeline, tmp_path):
     assert not (tmp_path / "x.png").exists()
 
 
+def test_of_many_classes_the_first_ten_are_drawn_and_this_is_said(tmp_path, capsys):
+    for count, rows in ((20, 20), (21, 10)):
+        pipeline = save_pipeline(tmp_path / str(count), num_classes=count)
+        output = sample(_recipe(pipeline, tmp_path / f"{count}.png", images_per_class=1, num_steps=1))
+        assert Image.open(output).height == GAP + rows * (64 + GAP)
+        assert ("the first 10 of 21 classes; name others" in capsys.readouterr().out) == (count == 21)
+    named = class_ids(open_pipeline(pipeline, torch.device("cpu")), [*range(15)])
+    assert len(named) == 15  # what is named is drawn
+
+
 def test_a_pipeline_without_names_gets_numbers(pipeline, tmp_path):
     shutil.copytree(pipeline, tmp_path / "p")
     index = json.loads((tmp_path / "p" / "model_index.json").read_text())

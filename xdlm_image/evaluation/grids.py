@@ -23,6 +23,7 @@ from xdlm_image.pipelines import XDLMImg2ImgPipeline, XDLMPipeline
 from xdlm_image.recipes import SampleRecipe
 
 GAP = 2  # white pixels between images
+MOST_ROWS, ROWS_OF_MANY = 20, 10  # with more classes than the first, a grid for which none is named has the second
 SMALLEST_SIDE = 56  # smaller images are enlarged by a whole factor, each pixel a square
 
 
@@ -81,13 +82,19 @@ def save_grid(
 
 
 def class_ids(pipeline: XDLMPipeline, class_labels: Sequence[str | int] | str | int | None) -> list[int]:
-    """Ids of the grid's rows: labels as the pipeline takes them, None for all classes; [0] for an unconditional one.
+    """Ids of the grid's rows: labels as the pipeline takes them; [0] for an unconditional one.
+
+    None is all classes, or the first ten where there are more than 20, which is printed: a picture of a row for each of
+    ImageNet's would be 258,000 pixels high.
 
     Raises:
         ValueError: A label that the pipeline refuses.
     """
     num_classes = pipeline.transformer.config.num_classes
     if class_labels is None:
+        if num_classes is not None and num_classes > MOST_ROWS:
+            print(f"class_labels=None: the first {ROWS_OF_MANY} of {num_classes} classes; name others to see them")
+            return list(range(ROWS_OF_MANY))
         return list(range(num_classes or 1))
     return pipeline.get_label_ids(class_labels)
 
