@@ -106,7 +106,7 @@ class _XDLMHeadNelbo(torch.autograd.Function):
             matrix = weight.to(dtype)
             offset = None if bias is None else bias.to(dtype)
             stride = _row_stride(len(weight), dtype)
-            blocks = _blocks(len(features), stride * dtype.itemsize)
+            blocks = row_blocks(len(features), stride * dtype.itemsize)
             buffer = features.new_empty(blocks[0].stop if blocks else 0, stride, dtype=dtype)[:, : len(weight)]
             for block in blocks:
                 h = features[block].to(dtype)  # (r, D)
@@ -175,7 +175,8 @@ def _row_stride(width: int, dtype: torch.dtype) -> int:
     return -(-width * dtype.itemsize // ROW_BYTES) * ROW_BYTES // dtype.itemsize
 
 
-def _blocks(count: int, row_bytes: int) -> list[slice]:
+def row_blocks(count: int, row_bytes: int) -> list[slice]:
+    """Slices of `BLOCK_BYTES` of logits that together are `count` rows."""
     step = max(1, BLOCK_BYTES // row_bytes)
     if step > 16:
         step -= step % 16  # blocks begin alike: Triton compiles anew for rows that do not begin at 16 bytes

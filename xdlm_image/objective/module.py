@@ -11,7 +11,7 @@ from torch import nn
 
 from ..models import XDLMTransformer2DModel
 from ..schedulers import XDLMProcess
-from .head import XDLMLossOutput, xdlm_head_nelbo
+from .head import XDLMLossOutput, row_blocks, xdlm_head_nelbo
 from .nelbo import xdlm_nelbo
 
 
@@ -45,21 +45,60 @@ class XDLMLoss(nn.Module):
         Raises:
             ValueError: If t is of a shorter type: FSDP's mixed precision casts what comes in unless told not to.
         """
+        head, output = self._run(z, t, class_labels)
+        return self._loss(head, output, z, x, t)
+
+    @torch.no_grad()
+    def loss_and_guesses(
+        self,
+        z: torch.Tensor,
+        x: torch.Tensor,
+        t: torch.Tensor,
+        class_labels: torch.Tensor | None,
+        where: torch.Tensor,
+    ) -> tuple[XDLMLossOutput, torch.Tensor]:
+        """The loss without gradients, and the likeliest code of p at some places, from one pass of the network.
+
+        Args:
+            z, x, t, class_labels: As of `forward`.
+            where: (B, L) bool, the places.
+
+        Returns:
+            What `forward` returns, and (places,) int64 in raster order; never the mask. Logits of few rows at a time.
+        """
+        head, output = self._run(z, t, class_labels)
+        rows = output[where]  # (places, D or V)
+        guesses = torch.empty(len(rows), dtype=torch.int64, device=rows.device)
+        for block in row_blocks(len(rows), self.process.logits_width * rows.element_size()):
+            logits = rows[block] if head is None else head(rows[block])  # (r, V)
+            if self.process.mask < logits.shape[1]:
+                logits = logits.index_fill(1, torch.tensor([self.process.mask], device=logits.device), -torch.inf)
+            guesses[block] = logits.argmax(1)
+        return self._loss(head, output, z, x, t), guesses
+
+    def _run(
+        self, z: torch.Tensor, t: torch.Tensor, class_labels: torch.Tensor | None
+    ) -> tuple[nn.Linear | None, torch.Tensor]:
+        """The output projection and what it reads (B, L, D); or None and the logits (B, L, V)."""
         if t.dtype not in (torch.float32, torch.float64):
             raise ValueError(
                 f"t: dtype {t.dtype}, in which times of a batch fall together; give float32 (with FSDP's mixed "
                 "precision: cast_forward_inputs=False)"
             )
-        alpha, beta = self.process.alpha_beta(t)
         inputs = {"timestep": t.float(), "class_labels": class_labels}
         head = _plain_head(self.transformer)
         if head is None:
-            logits = self.transformer(z, **inputs).sample  # (B, L, V)
-            loss = xdlm_nelbo(logits, z, x, self.process, alpha, beta)
+            return None, self.transformer(z, **inputs).sample
+        return head, self.transformer(z, **inputs, project=False).sample
+
+    def _loss(
+        self, head: nn.Linear | None, output: torch.Tensor, z: torch.Tensor, x: torch.Tensor, t: torch.Tensor
+    ) -> XDLMLossOutput:
+        alpha, beta = self.process.alpha_beta(t)
+        if head is None:
+            loss = xdlm_nelbo(output, z, x, self.process, alpha, beta)
             return XDLMLossOutput(loss.mean(), loss.detach())
-        features = self.transformer(z, **inputs, project=False).sample  # (B, L, D)
-        weights = (head.weight, head.bias)
-        return xdlm_head_nelbo(features, *weights, z, x, self.process, alpha, beta)
+        return xdlm_head_nelbo(output, head.weight, head.bias, z, x, self.process, alpha, beta)
 
 
 def _plain_head(transformer: nn.Module) -> nn.Linear | None:

@@ -289,9 +289,10 @@ class TrainingRun:
                 self.recipe.batch_size,
             )
         self._log({f"validation/{name}": value for name, value in values.items()})
+        accuracy = f", {100 * values['accuracy']:.2f} % of hidden codes guessed" if "accuracy" in values else ""
         self.accelerator.print(
             f"step {self.step}: validation NELBO {values['bits_per_token']:.4f} bits per token "
-            f"(+- {values['bits_per_token_stderr']:.4f})"
+            f"(+- {values['bits_per_token_stderr']:.4f}){accuracy}"
         )
 
     def draw_samples(self) -> None:
