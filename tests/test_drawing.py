@@ -99,3 +99,12 @@ def test_pipelines_with_other_samplers_have_other_hashes(tmp_path):
     again.scheduler = XDLMScheduler.from_config(again.scheduler.config)
     again.save_pretrained(tmp_path / "ancestral")
     assert drawing.pipeline_hash(open_pipeline(tmp_path / "ancestral", torch.device("cpu"))) == hashes[0]
+
+
+def test_the_id_of_a_repository_is_told_how_it_becomes_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    for name, is_id in (("somebody/xdlm", True), ("runs/xdlm", False), ("xdlm", False), (tmp_path / "a", False)):
+        with pytest.raises(FileNotFoundError, match="no saved pipeline there") as told:
+            open_pipeline(name, torch.device("cpu"))
+        assert ("`hf download somebody/xdlm --local-dir DIR`" in str(told.value)) == is_id

@@ -26,6 +26,7 @@ from xdlm_image.evaluation.foreign_pipelines import ForeignPipeline, is_foreign
 from xdlm_image.evaluation.measuring import sum_over_ranks
 from xdlm_image.evaluation.seeds import image_generators
 from xdlm_image.evaluation.statistics import rank_and_world
+from xdlm_image.hub.ids import fetch_hint
 from xdlm_image.pipelines import XDLMPipeline
 from xdlm_image.pipelines.schedules import Interval, InTime, guidance_at
 from xdlm_image.schedulers import XDLMOrderedScheduler, XDLMScheduler
@@ -79,6 +80,7 @@ def open_pipeline(
                 if (path / "pipeline" / "model_index.json").is_file()
                 else "train one with `xdlm-image train`, or check the path"
             )
+            + fetch_hint(folder)
         )
     warn_if_slow(device, dtype, f"dtype={str(dtype).removeprefix('torch.')!r}")
     try:

@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from diffusers import VQModel
 
+from xdlm_image.hub.ids import fetch_hint
+
 INFO_FILE = "tokenizer.json"
 
 
@@ -92,7 +94,9 @@ def load_tokenizer(path: str | Path, device: str | torch.device | None = None) -
     """
     folder = Path(path)
     if not folder.is_dir():
-        raise FileNotFoundError(f"tokenizer={str(path)!r}: no such folder; train one with train-tokenizer")
+        raise FileNotFoundError(
+            f"tokenizer={str(path)!r}: no such folder; train one with train-tokenizer{fetch_hint(path)}"
+        )
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"tokenizer={str(path)!r}: has no config.json; it is no saved VQModel (unfinished?)")
     if not any(folder.glob("diffusion_pytorch_model*.safetensors")):
