@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from tokenizer_parts import home, pictures_fixture, tiny_recipe, trained_fixture  # noqa: F401
 
 from xdlm_image.data.code_cache import CodeCache
@@ -18,6 +21,7 @@ from xdlm_image.recipes import EncodeRecipe
 from xdlm_image.tokenizer import encode as encode_module
 from xdlm_image.tokenizer.codes import encode_images, load_tokenizer
 from xdlm_image.tokenizer.encode import encode
+from xdlm_image.tokenizer.measure import measure_tokenizer
 from xdlm_image.tokenizer.train import build_vqvae, train_tokenizer
 
 
@@ -47,6 +51,36 @@ def test_encode_writes_caches_that_know_what_they_hold(trained, tmp_path, pictur
         test.check(tokenizer=other)
     encode(dataclasses.replace(recipe, overwrite=True, flip=False, splits=["test"]))
     assert CodeCache.open(output / "test").codes.shape == (12, 1, 16)
+
+
+def test_a_cache_shows_what_its_codes_decode_to(trained, tmp_path, pictures, capsys):
+    data = dataclasses.replace(pictures, crop="center")
+    recipe = EncodeRecipe(str(trained), str(tmp_path / "codes"), data, splits=["test"], flip=False)
+    cache = encode(recipe) / "test"
+    report = json.loads((cache / "report.json").read_text())
+    measured = measure_tokenizer(load_tokenizer(trained), open_images(data, "test"), batch_size=5)
+    assert report["images"] == report["psnr_of_images"] == 12  # all, as they are so few
+    for name in ("psnr", "codes_used", "perplexity"):
+        assert report[name] == pytest.approx(measured[name], rel=1e-5)
+    assert f"12 images have PSNR {report['psnr']:.1f} dB" in capsys.readouterr().out
+    picture = (cache / "reconstructions.png").read_bytes()
+    trained_on = Path(trained) / "reconstructions.png"
+    assert Image.open(cache / "reconstructions.png").size == Image.open(trained_on).size
+
+    (cache / "report.json").unlink()
+    (cache / "reconstructions.png").unlink()
+    encode(recipe)  # kept, and told again
+    assert json.loads((cache / "report.json").read_text()) == report
+    assert (cache / "reconstructions.png").read_bytes() == picture
+
+    def wrong(vqvae, images):  # codes of other images: what is shown comes from the cache
+        return encode_images(vqvae, images).roll(1, 0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encode_module, "encode_images", wrong)
+        encode(dataclasses.replace(recipe, overwrite=True))
+    assert json.loads((cache / "report.json").read_text())["psnr"] != report["psnr"]
+    assert (cache / "reconstructions.png").read_bytes() != picture
 
 
 def test_encode_goes_on_and_refuses_caches_of_something_else(trained, tmp_path, pictures, monkeypatch, capfd):

@@ -59,7 +59,7 @@ class DataOptions:
 
 @dataclass
 class EncodeRecipe:
-    """Encode images to a memory-mapped code cache, plain and mirrored, with a manifest.
+    """Encode images to a memory-mapped code cache, plain and mirrored, with a manifest, a report and a picture.
 
     Attributes:
         tokenizer: Folder of the tokenizer (a saved diffusers `VQModel`).

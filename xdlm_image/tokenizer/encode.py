@@ -30,15 +30,21 @@ from xdlm_image.data.code_cache import (
 from xdlm_image.data.image_check import check_images
 from xdlm_image.data.images import ImageSet, open_images
 from xdlm_image.devices import best_device
+from xdlm_image.files import write_json
 from xdlm_image.processes import process_state
 from xdlm_image.recipes import EncodeRecipe
 from xdlm_image.tokenizer.codes import encode_images, grid_of, load_tokenizer, tokenizer_hash, tokenizer_info
+from xdlm_image.tokenizer.measure import save_reconstructions
 
+REPORT = "report.json"  # beside the manifest
 BLOCK = 1_024  # images, about, that a killed run loses on each process
 
 
 def encode(recipe: EncodeRecipe) -> Path:
     """Encode the splits of an image set; returns output_dir, which then has a `CodeCache` a split.
+
+    Beside each cache's manifest lie `report.json` (use of the codebook, PSNR) and `reconstructions.png`: 64 images
+    above what their codes in the cache decode to.
 
     Called again, it keeps the caches that it finds whole and of this very recipe, so a killed run goes on with the
     block of images it was at. Several processes (`accelerate launch`, torchrun) share the images of a split, each on
@@ -89,6 +95,7 @@ def encode(recipe: EncodeRecipe) -> Path:
         if not recipe.overwrite and _is_encoded(output / split, manifest):
             if is_main:
                 tqdm.write(f"{output / split}: already encoded from these images by this tokenizer; kept")
+                _report(vqvae, images, output / split)
         else:
             to_encode.append((images, manifest))
     for images, _ in to_encode:
@@ -111,15 +118,27 @@ def encode(recipe: EncodeRecipe) -> Path:
         labelled = ((codes, images.labels[block.start : block.stop]) for block, codes in blocks.read())
         path = write_code_cache(output / images.split, manifest, labelled, recipe.overwrite)
         blocks.remove()
-        usage = usage_of_cache(CodeCache.open(path))
-        tqdm.write(
-            f"{path}: {len(images)} images x {manifest.num_views} views x {grid[0]}x{grid[1]} codes; "
-            f"{usage['codes_used']} of {manifest.num_codes} codes used ({usage['codes_used_percent']:.1f} %), "
-            f"perplexity {usage['perplexity']:.0f}"
-        )
+        _report(vqvae, images, path)
     if processes is not None:
         processes.wait_for_everyone()
     return output
+
+
+def _report(vqvae: VQModel, images: ImageSet, path: Path) -> None:
+    """Tell what a cache holds and how its codes look decoded, unless that was done: `report.json` and a picture."""
+    if (path / REPORT).is_file():
+        return
+    cache = CodeCache.open(path)
+    usage = usage_of_cache(cache)
+    shown, psnr = save_reconstructions(vqvae, images, path / "reconstructions.png", cache)
+    report = {"images": len(images), **usage, "psnr": psnr, "psnr_of_images": shown}
+    write_json(path / REPORT, report)
+    held = cache.manifest
+    tqdm.write(
+        f"{path}: {len(images)} images x {held.num_views} views x {held.grid[0]}x{held.grid[1]} codes; "
+        f"{usage['codes_used']} of {held.num_codes} codes used ({usage['codes_used_percent']:.1f} %), perplexity "
+        f"{usage['perplexity']:.0f}; decoded, {shown} images have PSNR {psnr:.1f} dB (reconstructions.png)"
+    )
 
 
 def _share(blocks: CodeBlocks) -> list[range]:

@@ -9,6 +9,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from diffusers import VQModel
 from torchvision.utils import make_grid
@@ -20,7 +21,10 @@ from xdlm_image.tokenizer.codebook import usage_of
 from xdlm_image.tokenizer.codes import decode_codes, encode_images
 
 if TYPE_CHECKING:
+    from xdlm_image.data.code_cache import CodeCache
     from xdlm_image.evaluation.extractor import FeatureExtractor
+
+SHOWN_AT_ONCE = 8  # decoded; their activations at 256x256 take gigabytes
 
 
 def measure_tokenizer(
@@ -60,9 +64,7 @@ def measure_tokenizer(
         reconstructed = to_uint8(decode_codes(vqvae, codes)).cpu()
         error = reconstructed.float() - raw.float()
         squared = error.square().mean((1, 2, 3)).double()  # (B,)
-        # an image that comes back exactly would have infinite PSNR; the floor on its error says 78 dB
-        psnr = 10 * torch.log10(255**2 / squared.clamp(min=1e-3))
-        sums += torch.stack([psnr.sum(), squared.sum(), error.abs().mean((1, 2, 3)).double().sum()])
+        sums += torch.stack([_psnr(squared).sum(), squared.sum(), error.abs().mean((1, 2, 3)).double().sum()])
         counts += torch.bincount(codes.flatten().cpu(), minlength=len(counts))
         if extractor is not None:
             update_statistics(real, extractor(raw))
@@ -87,13 +89,39 @@ def measure_tokenizer(
     return report
 
 
-def save_reconstructions(vqvae: VQModel, images: ImageSet, path: Path, columns: int = 16, rows: int = 4) -> None:
-    """PNG of evenly spread images: each row of originals stands above its row of reconstructions."""
+def _psnr(squared: torch.Tensor) -> torch.Tensor:
+    """dB of each image from its mean squared error on uint8 pixels, (B,) -> (B,).
+
+    An image that comes back exactly would have infinite PSNR; the floor on its error says 78 dB.
+    """
+    return 10 * torch.log10(255**2 / squared.clamp(min=1e-3))
+
+
+def save_reconstructions(
+    vqvae: VQModel, images: ImageSet, path: Path, cache: CodeCache | None = None, columns: int = 16, rows: int = 4
+) -> tuple[int, float]:
+    """PNG of evenly spread images: each row of originals stands above its row of reconstructions.
+
+    Args:
+        vqvae: Tokenizer in evaluation mode.
+        images: The split.
+        path: Of the picture.
+        cache: Codes of the split, which are decoded as they lie there; None encodes the images.
+        columns: Images a row.
+        rows: Rows of originals.
+
+    Returns:
+        How many images are shown, and their PSNR (dB, mean over images).
+    """
     number = min(columns * rows, len(images))
     columns = min(columns, number)
     chosen = [i * len(images) // number for i in range(number // columns * columns)]
     raw = torch.stack([images.raw(i) for i in chosen])  # (n, C, S, S)
-    again = to_uint8(decode_codes(vqvae, encode_images(vqvae, normalise(raw)))).cpu()
+    if cache is None:
+        codes = torch.cat([encode_images(vqvae, normalise(part)) for part in raw.split(SHOWN_AT_ONCE)])
+    else:
+        codes = cache.batch(np.array(chosen))[0].unflatten(1, cache.manifest.grid)  # (n, h, w)
+    again = torch.cat([to_uint8(decode_codes(vqvae, part)).cpu() for part in codes.split(SHOWN_AT_ONCE)])
     pairs = torch.stack([raw.unflatten(0, (-1, columns)), again.unflatten(0, (-1, columns))], 1)  # (r, 2, c, C, S, S)
     scale = max(1, 56 // images.image_size)
     picture = make_grid(pairs.flatten(0, 2), nrow=columns, padding=1, pad_value=255)
@@ -102,3 +130,4 @@ def save_reconstructions(vqvae: VQModel, images: ImageSet, path: Path, columns: 
     from torchvision.transforms.v2.functional import to_pil_image
 
     write_atomic(path, lambda temporary: to_pil_image(picture).save(temporary))
+    return len(raw), float(_psnr((again.float() - raw.float()).square().mean((1, 2, 3))).mean())
