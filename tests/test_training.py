@@ -186,6 +186,28 @@ def test_learns_what_is_there_to_learn(world: Path) -> None:
     assert right > 0.9
 
 
+def test_training_without_classes_learns_the_codes_of_all_of_them(world: Path) -> None:
+    """Four tokens share one of six codes: log2(6) / 4 = 0.65 bits a token."""
+    model = TransformerOptions(num_layers=2, num_attention_heads=2, attention_head_dim=16)
+    changes = {"gradient_accumulation_steps": 1, "batch_size": 32, "validation_samples": 1000, "log_every": 50}
+    recipe = recipe_in(world, max_steps=200, model=model, conditional=False, **changes)
+    assert recipe.class_dropout == 0
+    train(dataclasses.replace(recipe, stop_after=100))
+    train(recipe)
+    assert 0.6 < logged(world / "run", "validation/bits_per_token")[200] < 1.0
+    assert (world / "run" / "samples" / "step-00000200.png").exists()
+    pipeline = XDLMPipeline.from_pretrained(world / "run" / "pipeline")
+    assert pipeline.transformer.config.num_classes is None and not pipeline.id2label
+    assert not [name for name in pipeline.transformer.state_dict() if "class" in name]
+    codes = pipeline(
+        num_images_per_prompt=100, num_steps=32, output_type="latent", generator=torch.Generator().manual_seed(0)
+    ).images.flatten(1)
+    agree = (codes == codes[:, :1]).all(1)
+    assert agree.float().mean() > 0.6 and {0, 1, 4, 5, 8, 9} == set(codes[agree][:, 0].tolist())
+    with pytest.raises(ValueError, match="class_dropout=0.1: with conditional=false"):
+        recipe_in(world, conditional=False, class_dropout=0.1)
+
+
 @pytest.mark.parametrize("k", [0.0, 1.0])
 def test_first_loss_is_that_of_the_uniform_prediction(world: Path, k: float) -> None:
     """The zero-initialised output predicts uniformly: the NELBO is at most log K, and is log K at k = 0."""

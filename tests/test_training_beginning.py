@@ -105,6 +105,17 @@ def test_other_classes_begin_as_the_null_class_and_this_is_said(
     torch.testing.assert_close(own, null)
 
 
+def test_classes_that_only_one_side_has_are_said(trained: Path, world: Path, capsys) -> None:  # noqa: F811
+    run = TrainingRun(recipe_in(world, "without", init_from=str(trained), conditional=False))
+    assert "no classes here, 3 there: the class embedding is not taken" in capsys.readouterr().out
+    run.transformer.save_pretrained(world / "without")
+    other, expected = TrainingRun(recipe_in(world, "with", init_from=str(world / "without"))), weights(trained)
+    assert "3 classes here, no there: the class embedding is not taken" in capsys.readouterr().out
+    for state in (beginning(run), beginning(other)):
+        assert all(torch.equal(state[name], expected[name]) for name in expected if name != CLASS_ROWS)
+    assert CLASS_ROWS in other.transformer.state_dict()
+
+
 def test_what_does_not_fit_is_refused_with_the_remedy(trained: Path, world: Path) -> None:  # noqa: F811
     def refused(message: str, error: type[Exception] = ValueError, **changes) -> None:
         with pytest.raises(error, match=message):

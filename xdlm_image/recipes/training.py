@@ -88,7 +88,8 @@ class TrainRecipe:
         adam_beta2: AdamW second-moment decay.
         gradient_clip: Largest gradient norm; 0 does not clip.
         ema_decay: Decay of the weight average that is validated, sampled and saved.
-        class_dropout: Share of labels replaced by the null class, for guidance.
+        conditional: False trains without classes: the network has no class embedding, the pipeline takes no labels.
+        class_dropout: Share of labels replaced by the null class, for guidance. None: 0.1, and 0 without classes.
         t_min: Training draws t from [t_min, 1]; the loss at t has weight 1/t.
         mixed_precision: accelerate's precision. None: what `accelerate launch` says (its configuration, or
             ACCELERATE_MIXED_PRECISION), else `no`.
@@ -133,7 +134,8 @@ class TrainRecipe:
     adam_beta2: float = 0.99
     gradient_clip: float = 1.0
     ema_decay: float = 0.999
-    class_dropout: float = 0.1
+    conditional: bool = True
+    class_dropout: float | None = None
     t_min: float = 1e-3
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
     attention_backend: str | None = None
@@ -155,7 +157,15 @@ class TrainRecipe:
         for name in ("batch_size", "gradient_accumulation_steps", "max_steps", "keep_checkpoints"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
         require(self.learning_rate > 0, "learning_rate", self.learning_rate, "must be positive")
+        if self.class_dropout is None:
+            self.class_dropout = 0.1 if self.conditional else 0.0
         require(0 <= self.class_dropout < 1, "class_dropout", self.class_dropout, "must lie in [0, 1)")
+        require(
+            self.conditional or self.class_dropout == 0,
+            "class_dropout",
+            self.class_dropout,
+            "with conditional=false there is no class to drop; set 0, or leave it out",
+        )
         require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "must lie in [0, 1)")
         require(0 < self.t_min < 1, "t_min", self.t_min, "must lie in (0, 1)")
         require(self.gradient_clip >= 0, "gradient_clip", self.gradient_clip, "must be positive, or 0 to clip nothing")

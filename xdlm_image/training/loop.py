@@ -128,17 +128,17 @@ class TrainingRun:
         self.accelerator = make_accelerator(recipe)
         manifest = self.cache.manifest
         self.process = XDLMProcess(recipe.process.k, manifest.num_codes, recipe.process.definition, **self._ids())
-        self.num_classes = len(manifest.class_names)
+        self.class_names = manifest.class_names if recipe.conditional else None
         torch.manual_seed(step_seed(recipe.seed, 0))
         transformer = XDLMTransformer2DModel(
             sample_size=list(manifest.grid),
             num_embeds=self.process.num_ids,
             out_channels=self.process.logits_width,
-            num_classes=self.num_classes,
+            num_classes=None if self.class_names is None else len(self.class_names),
             **dataclasses.asdict(recipe.model),
         )
         if recipe.init_from is not None and not self.checkpoints.steps():
-            notes = begin_at(transformer, recipe.init_from, manifest.class_names, manifest.tokenizer_hash)
+            notes = begin_at(transformer, recipe.init_from, self.class_names, manifest.tokenizer_hash)
             self.accelerator.print("\n".join(notes))
         if recipe.attention_backend is not None:
             try:
@@ -204,7 +204,9 @@ class TrainingRun:
         self.model.train()
         losses = []
         for micro_batch in range(recipe.gradient_accumulation_steps):
-            z, x, t, labels = (self._on_device(value) for value in self._draw(micro_batch))
+            *drawn, labels = self._draw(micro_batch)
+            z, x, t = (self._on_device(value) for value in drawn)
+            labels = None if labels is None else self._on_device(labels)
             with self.accelerator.accumulate(self.model):
                 loss = self.model(z, x, t, labels)
                 self.accelerator.backward(loss.mean)
@@ -234,8 +236,8 @@ class TrainingRun:
             self.seconds += time.perf_counter() - self.began
             self.began = None
 
-    def _draw(self, micro_batch: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Noisy codes z, clean codes x (B, L), times (B,), labels with class dropout (B,): all of them on the CPU."""
+    def _draw(self, micro_batch: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Noisy codes z, clean codes x (B, L), times (B,), labels with class dropout (B,) or None: on the CPU."""
         recipe, accelerator = self.recipe, self.accelerator
         size, rank, world = recipe.batch_size, accelerator.process_index, accelerator.num_processes
         seed = step_seed(recipe.seed, self.step + 1, rank, micro_batch)
@@ -248,8 +250,10 @@ class TrainingRun:
         t = stratified_times(size, recipe.t_min, generator, rank, world)
         alpha, beta = self.process.alpha_beta(t)
         z = self.process.noise(x, alpha, beta, generator)
-        dropped = torch.rand(size, generator=generator) < recipe.class_dropout
-        return z, x, t.float(), torch.where(dropped, self.num_classes, labels)
+        if self.class_names is None:
+            return z, x, t.float(), None
+        dropped = torch.rand(size, generator=generator) < (recipe.class_dropout or 0.0)
+        return z, x, t.float(), torch.where(dropped, len(self.class_names), labels)
 
     # -- now and then -------------------------------------------------------------------------------------------------
 
@@ -302,16 +306,17 @@ class TrainingRun:
             return
         pipeline = self._pipeline()
         names = class_names(pipeline)[:SAMPLE_CLASSES]
+        ids = range(len(names)) if names else [0] * SAMPLE_CLASSES  # rows of an unconditional pipeline
         with self.averaged_weights():
             images = class_grid(
                 pipeline,
-                range(len(names)),
+                ids,
                 per_class=SAMPLES_PER_CLASS,
                 seed=0,
                 settings=SamplerSettings(num_steps=self.recipe.sample_steps),
-                batch_size=len(names) * SAMPLES_PER_CLASS,
+                batch_size=len(ids) * SAMPLES_PER_CLASS,
             )
-        path = save_grid(self.output_dir / "samples" / f"step-{self.step:08d}.png", images, row_names=names)
+        path = save_grid(self.output_dir / "samples" / f"step-{self.step:08d}.png", images, row_names=names or None)
         log_picture(self.accelerator, "samples", path, self.step)
 
     def _log(self, values: dict[str, float]) -> None:
@@ -400,8 +405,8 @@ class TrainingRun:
             transformer=self.transformer,
             scheduler=XDLMScheduler.from_process(self.process),
             vqvae=self.vqvae.to(self.accelerator.device),
-            supports_guidance=self.recipe.class_dropout > 0,
-            **labels_of_folders(self.cache.manifest.class_names)._asdict(),
+            supports_guidance=bool(self.recipe.class_dropout),
+            **({} if self.class_names is None else labels_of_folders(self.class_names)._asdict()),
         )
 
     def save_pipeline(self, name: str = "pipeline") -> Path:
