@@ -104,15 +104,30 @@ def test_drawn_images_are_written_where_it_is_asked_for(parts, finished, tmp_pat
             lose(folder / "ant" / "0000003.png")
             evaluate(asking)
             assert written() == everything
+        asking = dataclasses.replace(asking, images_npz=True)
+        for lose in (
+            lambda: None,
+            (folder / "bee, wasp" / "0000004.png").unlink,
+        ):  # whole, and decoded anew
+            lose()
+            evaluate(asking)
+            with np.load(folder / "images.npz") as packed:
+                assert packed["arr_0"].dtype == np.uint8 and packed["arr_0"].shape == (18, 16, 16, 3)
+                for name, pixels in zip(sorted(everything, key=lambda name: name[-11:]), packed["arr_0"]):
+                    assert np.array_equal(np.asarray(Image.open(folder / name)), pixels)
+                assert packed["arr_1"].tolist() == [i % 3 for i in range(18)]
         patch.setattr(sweep, "measure", None)
+        stamp = (folder / "images.npz").stat().st_mtime_ns
         evaluate(asking)  # nothing is missing
+        assert (folder / "images.npz").stat().st_mtime_ns == stamp
     cell = _numbers(tmp_path / "out")[0]
     assert [cell] == _numbers(finished)
-    judged = parts.recipe(tmp_path / "judged", pipelines={}, images={"x": str(folder)})
-    (found,) = json.loads(evaluate(judged).read_text())["image_sets"]
-    assert found["fid"] == pytest.approx(cell["fid"], rel=1e-9, abs=1e-9) and found["num_images"] == 18
-    for name in ("kid", "kid_of_classes", "precision", "recall", "coverage", "class_accuracy"):
-        assert found[name] == cell[name], name
+    images = {"x": str(folder), "npz": str(folder / "images.npz")}
+    judged = parts.recipe(tmp_path / "judged", pipelines={}, images=images)
+    for found in json.loads(evaluate(judged).read_text())["image_sets"]:
+        assert found["fid"] == pytest.approx(cell["fid"], rel=1e-9, abs=1e-9) and found["num_images"] == 18
+        for name in ("kid", "kid_of_classes", "precision", "recall", "coverage", "class_accuracy"):
+            assert found[name] == cell[name], name
     pixels = {path: path.read_bytes() for path in folder.rglob("*.png")}
     with pytest.raises(ValueError, match="images_dir: .*mdlm-steps3-seed1 holds other images than would be written"):
         evaluate(dataclasses.replace(asking, pipelines={"mdlm": parts.pipelines["xdlm-0.1"]}))  # under this name
@@ -122,6 +137,8 @@ def test_drawn_images_are_written_where_it_is_asked_for(parts, finished, tmp_pat
     assert pixels == {path: path.read_bytes() for path in folder.rglob("*.png")}
     with pytest.raises(ValueError, match="images_dir='a': needs pipelines"):
         parts.recipe(tmp_path, pipelines={}, images={"x": "b"}, images_dir="a")
+    with pytest.raises(ValueError, match="images_npz=True: needs images_dir"):
+        parts.recipe(tmp_path, images_npz=True)
 
 
 def test_images_that_were_written_anew_are_measured_anew(parts, tmp_path, monkeypatch, capfd):

@@ -241,6 +241,8 @@ def _cell(
     lacks_pictures = pictures is not None and sum_over_ranks(not pictures.is_whole(), plan.device) > 0
     done = read_cell(path, key, "fid")
     if done is not None and not lacks_pictures:
+        if pictures is not None and recipe.images_npz:
+            pictures.pack()
         return {"pipeline": name, **axes, **{key: value for key, value in done.items() if key != "pipeline"}}
     main = rank_and_world()[0] == 0
     if main:
@@ -258,6 +260,8 @@ def _cell(
     with tqdm(total=-(-recipe.num_samples // world), desc=label, unit="image", leave=False, disable=not main) as bar:
         kept = batches if pictures is None else pictures.keep(batches)
         measured = measure(plan.extractor, kept, num_codes, bar, recipe.num_samples)
+    if pictures is not None and recipe.images_npz:
+        pictures.pack()
     count = measured.statistics[plan.extractor.fid_layers[0]].count
     if count != recipe.num_samples:
         raise RuntimeError(f"{label}: {count} images were measured, num_samples is {recipe.num_samples}")

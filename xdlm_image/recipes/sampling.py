@@ -205,6 +205,7 @@ class EvaluateRecipe:
         batch_size: Images drawn at once.
         images_dir: Also write every drawn image there, as CELL/CLASS/IIIIIII.png, so that a folder CELL can be given to
             `images`; None writes none.
+        images_npz: Also write CELL/images.npz there, for ADM's evaluator and others: `arr_0` uint8 (N, S, S, C).
         device: torch device; None picks the best there is.
     """
 
@@ -230,6 +231,7 @@ class EvaluateRecipe:
     compile: bool = False
     batch_size: int = 250
     images_dir: str | None = None
+    images_npz: bool = False
     device: str | None = None
 
     def __post_init__(self) -> None:
@@ -241,6 +243,7 @@ class EvaluateRecipe:
         )
         both = sorted(set(self.pipelines) & set(self.images))
         require(self.images_dir is None or len(self.pipelines) > 0, "images_dir", self.images_dir, "needs pipelines")
+        require(self.images_dir is not None or not self.images_npz, "images_npz", self.images_npz, "needs images_dir")
         require(not both, "images", self.images, f"the name {both and both[0]!r} stands for a pipeline too")
         axes: dict[str, Sequence[Any]] = {
             "num_steps": self.num_steps,
