@@ -103,6 +103,21 @@ def _one(image: Any, height: int, width: int, channels: int, name: str) -> torch
     """(n, channels, height, width) float32 in [0, 1]; n = 1 but for arrays and tensors of several pictures."""
     if isinstance(image, Image.Image):
         return _fit_picture(to_8_bits(image, channels, name), height, width, name)
+    pixels = to_pixels(image, name)  # (n, c, H, W)
+    if pixels.shape[1] < channels:
+        pixels = pixels.expand(-1, channels, -1, -1)
+    elif pixels.shape[1] > channels:
+        luminance = torch.tensor([0.299, 0.587, 0.114])  # as Pillow's conversion to L
+        pixels = torch.einsum("nchw,c->nhw", pixels, luminance)[:, None]
+    return _fit_tensor(pixels, height, width, name)
+
+
+def to_pixels(image: Any, name: str) -> torch.Tensor:
+    """An array or tensor of one picture or several as (n, c, H, W) float32 in [0, 1], c = 1 or 3, at its full size.
+
+    Raises:
+        ValueError: It is neither, has a wrong shape or dtype, or values out of range.
+    """
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 and not np.issubdtype(image.dtype, np.floating):
             raise ValueError(f"{name} is an array of {image.dtype}: give floats in [0, 1], or uint8")
@@ -128,12 +143,7 @@ def _one(image: Any, height: int, width: int, channels: int, name: str) -> torch
     if pixels.numel() and not (pixels.min() >= 0 and pixels.max() <= 1):  # NaN fails too
         low, high = pixels.min().item(), pixels.max().item()
         raise ValueError(f"{name} holds values from {low:.4g} to {high:.4g}: floats must lie in [0, 1]")
-    if pixels.shape[1] < channels:
-        pixels = pixels.expand(-1, channels, -1, -1)
-    elif pixels.shape[1] > channels:
-        luminance = torch.tensor([0.299, 0.587, 0.114])  # as Pillow's conversion to L
-        pixels = torch.einsum("nchw,c->nhw", pixels, luminance)[:, None]
-    return _fit_tensor(pixels, height, width, name)
+    return pixels
 
 
 def covering(old: tuple[int, int], new: tuple[int, int]) -> tuple[int, int]:

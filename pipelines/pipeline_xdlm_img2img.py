@@ -112,19 +112,10 @@ class XDLMImg2ImgPipeline(XDLMPipeline):
         times = self._times(strength, num_steps, num_inference_steps)
         ids = self._class_ids(class_labels)
         pixels = preprocess(image, *self.image_size, self.vqvae.config.in_channels)  # (B, C, H, W)
-        pairs = len(pixels) if ids is None else max(len(pixels), len(ids))
-        if len(pixels) not in (1, pairs) or (ids is not None and len(ids) not in (1, pairs)):
-            raise ValueError(
-                f"image holds {len(pixels)} pictures, class_labels {len(ids or [])} labels: give as many, or one"
-            )
-        labels: ClassLabels = None if ids is None else [*ids] * (pairs // len(ids))
-        number = pairs * num_images_per_prompt
-        if isinstance(generator, list | tuple) and len(generator) != number:
-            raise ValueError(f"generator is a list of {len(generator)} for {number} images: give one an image, or one")
+        labels, number = self._pair({"pictures": len(pixels)}, ids, num_images_per_prompt, generator)
 
         # 2. Pictures to codes, noised to the first time
-        codes = self._encode(pixels)  # (B, h, w)
-        codes = codes.expand(pairs, -1, -1).repeat_interleave(num_images_per_prompt, dim=0)  # (number, h, w)
+        codes = spread(self._encode(pixels), number, num_images_per_prompt)  # (number, h, w)
         latents = self.scheduler.add_noise(
             codes, torch.tensor(times[0], dtype=torch.float64), generator
         )  # (number, h, w)
@@ -145,6 +136,23 @@ class XDLMImg2ImgPipeline(XDLMPipeline):
             guidance_interval=guidance_interval,
         )
 
+    @staticmethod
+    def _pair(
+        given: dict[str, int], ids: list[int] | None, num_images_per_prompt: int, generator: Generators
+    ) -> tuple[ClassLabels, int]:
+        """A label for each pair of picture and label, and the number of images; `given` counts the pictures."""
+        counts = given if ids is None else {**given, "labels": len(ids)}
+        pairs = max(counts.values())
+        if not all(count in (1, pairs) for count in counts.values()):
+            names = {"pictures": "image holds", "masks": "mask_image", "labels": "class_labels"}
+            said = ", ".join(f"{names[kind]} {count} {kind}" for kind, count in counts.items())
+            raise ValueError(f"{said}: give as many, or one")
+        number = pairs * num_images_per_prompt
+        if isinstance(generator, list | tuple) and len(generator) != number:
+            raise ValueError(f"generator is a list of {len(generator)} for {number} images: give one an image, or one")
+        labels: ClassLabels = None if ids is None else [*ids] * (pairs // len(ids))
+        return labels, number
+
     def _times(self, strength: float, num_steps: int | None, num_inference_steps: int | None) -> list[float]:
         """The times of the steps, falling from `strength`."""
         if isinstance(strength, bool) or not isinstance(strength, Real) or not 0 <= strength <= 1:
@@ -157,3 +165,9 @@ class XDLMImg2ImgPipeline(XDLMPipeline):
         steps = same_steps(num_steps, num_inference_steps, None)
         self.scheduler.set_timesteps(steps, start=float(strength))
         return self.scheduler.timesteps.tolist()
+
+
+def spread(rows: torch.Tensor, number: int, num_images_per_prompt: int) -> torch.Tensor:
+    """Rows (1, ...) or (pairs, ...) as one an image, (number, ...); those of one pair stand together."""
+    pairs = rows.expand(number // num_images_per_prompt, *rows.shape[1:])
+    return pairs.repeat_interleave(num_images_per_prompt, dim=0)

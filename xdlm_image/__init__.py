@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .models import XDLMTransformer2DModel
-    from .pipelines import XDLMImg2ImgPipeline, XDLMPipeline
+    from .pipelines import XDLMImg2ImgPipeline, XDLMInpaintPipeline, XDLMPipeline
     from .schedulers import XDLMOrderedScheduler, XDLMProcess, XDLMScheduler
 
     __version__: str
 
 _HOMES = {
     "XDLMImg2ImgPipeline": "xdlm_image.pipelines",
+    "XDLMInpaintPipeline": "xdlm_image.pipelines",
     "XDLMOrderedScheduler": "xdlm_image.schedulers",
     "XDLMPipeline": "xdlm_image.pipelines",
     "XDLMProcess": "xdlm_image.schedulers",
@@ -26,6 +27,7 @@ _HOMES = {
 
 __all__ = [
     "XDLMImg2ImgPipeline",
+    "XDLMInpaintPipeline",
     "XDLMOrderedScheduler",
     "XDLMPipeline",
     "XDLMProcess",

@@ -44,7 +44,7 @@ class SamplerSettings:
         time_grid: Of `scheduling_xdlm.TIME_GRIDS`; None is the pipeline's own.
         sampler: `ancestral`, or an order of `scheduling_xdlm_ordered.UNMASKING`; None is the pipeline's own scheduler.
         guidance_interval: Times (low, high] that are guided; None is all.
-        start: Further arguments of the call, as `XDLMImg2ImgPipeline` takes them: the picture and the strength.
+        start: Further arguments of a call that begins at a picture: that, its mask, the strength.
     """
 
     num_steps: int
@@ -245,6 +245,10 @@ def draw_images(
     """As `draw_codes`, decoded: uint8 images (B, C, S, S) on the CPU; of any pipeline."""
     if isinstance(pipeline, ForeignPipeline):
         return pipeline.draw(labels, indices, seed, settings)
+    if "mask_image" in settings.start:  # kept pixels, which no codes hold
+        arguments = call_arguments(pipeline, labels, indices, seed, settings)
+        images = with_scheduler(pipeline, settings)(**arguments, output_type="pt").images
+        return to_uint8(2 * images.cpu() - 1)
     return decode(pipeline, draw_codes(pipeline, labels, indices, seed, settings))
 
 

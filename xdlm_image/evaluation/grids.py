@@ -19,7 +19,7 @@ from xdlm_image.evaluation.foreign_pipelines import ForeignPipeline
 from xdlm_image.evaluation.pictures import save_images, save_picture, to_picture
 from xdlm_image.evaluation.trace_pictures import check_trace, write_trace
 from xdlm_image.files import refuse_unwritable
-from xdlm_image.pipelines import XDLMImg2ImgPipeline, XDLMPipeline
+from xdlm_image.pipelines import XDLMImg2ImgPipeline, XDLMInpaintPipeline, XDLMPipeline
 from xdlm_image.recipes import SampleRecipe
 
 GAP = 2  # white pixels between images
@@ -132,10 +132,14 @@ def sample(recipe: SampleRecipe) -> Path:
     ids = class_ids(pipeline, recipe.class_labels)
     start: dict[str, Any] = {}
     if recipe.image is not None:
-        pipeline = XDLMImg2ImgPipeline.from_pipe(pipeline)
+        start = {"image": read_image(recipe.image, pipeline.vqvae.config.in_channels)}
+        if recipe.mask is not None:
+            read_image(recipe.mask, 1)  # refuses files by name
+            start["mask_image"] = Image.open(recipe.mask)
+        if recipe.strength is not None:
+            start["strength"] = recipe.strength
+        pipeline = (XDLMImg2ImgPipeline if recipe.mask is None else XDLMInpaintPipeline).from_pipe(pipeline)
         pipeline.set_progress_bar_config(disable=True)
-        picture = read_image(recipe.image, pipeline.vqvae.config.in_channels)
-        start = {"image": picture, "strength": recipe.strength}
     settings = SamplerSettings(
         recipe.num_steps,
         recipe.guidance_scale,

@@ -40,7 +40,9 @@ class SampleRecipe:
         device: torch device; None picks the best there is.
         image: Picture file that every image begins at, scaled to cover the pipeline's size, the middle kept; None
             begins at noise.
-        strength: How far the picture is noised, above 0 to 1, which keeps nothing of it; all num_steps lead back.
+        mask: Picture file over `image`: what is white in it is painted anew, the rest is kept; None keeps nothing.
+        strength: How far the picture is noised, above 0 to 1, which keeps nothing of it (but for what `mask` keeps);
+            all num_steps lead back. None is 0.6, with `mask` 1.
         trace: Also write beside `output` how images came about, one of these or a list: `strip` (`.trace.png`, every
             state and what changed; also what a bare `--trace` writes), `gif` (`.trace.gif`, the same animated), `codes`
             (`.trace.npz`, for research).
@@ -64,7 +66,8 @@ class SampleRecipe:
     batch_size: int = 100
     device: str | None = None
     image: str | None = None
-    strength: float = 0.6
+    mask: str | None = None
+    strength: float | None = None
     trace: list[TraceKind] | TraceKind | None = field(default=None, metadata={"bare": "strip"})
     trace_images: int = 1
     trace_shows: Literal["states", "predictions"] = "states"
@@ -75,8 +78,10 @@ class SampleRecipe:
         require(self.images_per_class >= 1, "images_per_class", self.images_per_class, "at least 1 image")
         require_in_time("guidance_scale", self.guidance_scale)
         require_in_time("temperature", self.temperature)
-        require(0 < self.strength <= 1, "strength", self.strength, "above 0, at most 1")
-        require(self.image is not None or self.strength == 0.6, "strength", self.strength, "does nothing without image")
+        require(self.strength is None or 0 < self.strength <= 1, "strength", self.strength, "above 0, at most 1")
+        for name in ("mask", "strength"):
+            value = getattr(self, name)
+            require(self.image is not None or value is None, name, value, "does nothing without image")
         require(
             1 <= self.trace_images <= self.images_per_class,
             "trace_images",
