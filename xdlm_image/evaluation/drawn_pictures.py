@@ -67,7 +67,7 @@ class DrawnPictures:
             yield batch
 
     def pack(self) -> None:
-        """Write `images.npz`, unless it is there: `arr_0` uint8 (N, S, S, C) in the order of the set, `arr_1` class ids.
+        """Write `images.npz`, unless it is there: `arr_0` uint8 (N, S, S, C) in the set's order, `arr_1` class ids.
 
         The first rank reads an image at a time; the others wait.
         """
