@@ -53,7 +53,7 @@ def _opaque(mask: Image.Image, name: str) -> np.ndarray:
     """The upright picture as an array, uint8."""
     grey = mask.mode in ("1", "L") and "transparency" not in mask.info
     pixels = np.array(to_8_bits(mask, 1 if grey else 3, name))
-    if not grey and mask.convert("RGBA").getchannel("A").getextrema()[0] < 255:
+    if not grey and np.array(mask.convert("RGBA"))[..., 3].min() < 255:
         raise ValueError(f"{name} is transparent in places: make it black (kept) and white (painted anew)")
     return pixels
 

@@ -6,7 +6,6 @@ the standard library and its siblings, so that it can travel beside the weights.
 """
 
 from collections.abc import Callable, Sequence
-from numbers import Real
 from typing import Any
 
 import torch
@@ -354,7 +353,7 @@ class XDLMPipeline(SelfContainedPipeline):
         if timesteps is not None and latents is None and len(timesteps) and timesteps[0] < 1:
             raise ValueError(f"timesteps begins at {timesteps[0]}: give latents noised to that time, or begin at 1")
         ids = self._class_ids(class_labels)
-        changes = guidance_interval is not None or not isinstance(guidance_scale, Real)
+        changes = guidance_interval is not None or isinstance(guidance_scale, list | tuple)
         self._guidance_scale = guidance_at(guidance_scale, guidance_interval, 1.0)
         self._interrupt = False
 

@@ -5,7 +5,9 @@ are the scheduler's. It imports only the standard library, so that it can travel
 """
 
 from collections.abc import Sequence
+from math import isfinite
 from numbers import Real
+from typing import Any
 
 InTime = float | Sequence[float]  # a number; or (at t = 1, at t = 0), linear between: noise comes first
 Interval = Sequence[float] | None  # (low, high): the times low < t <= high; None is all
@@ -13,10 +15,10 @@ Interval = Sequence[float] | None  # (low, high): the times low < t <= high; Non
 
 def value_at(setting: InTime, t: float) -> float:
     """What a setting is in the step that leaves time t: start t + end (1 - t)."""
-    if isinstance(setting, Real):
-        return float(setting)
-    start, end = setting
-    return start * t + end * (1.0 - t)
+    if isinstance(setting, list | tuple):
+        start, end = setting
+        return float(start * t + end * (1.0 - t))
+    return float(setting)  # type: ignore[arg-type]
 
 
 def guidance_at(scale: InTime, interval: Interval, t: float) -> float:
@@ -27,9 +29,9 @@ def guidance_at(scale: InTime, interval: Interval, t: float) -> float:
 
 def check_setting(name: str, setting: InTime, lowest: float = -float("inf")) -> None:
     """Raise ValueError unless a setting is a finite number, or a pair of them, and none is below `lowest`."""
-    values = [setting] if isinstance(setting, Real) else setting
-    is_one_or_two = isinstance(values, list | tuple) and len(values) == (1 if values is not setting else 2)
-    if not is_one_or_two or not all(_is_number(value) and lowest <= value < float("inf") for value in values):
+    is_pair = isinstance(setting, list | tuple)
+    values: list[Any] = [*setting] if isinstance(setting, list | tuple) else [setting]
+    if len(values) != 1 + is_pair or not all(_is_number(value) and value >= lowest for value in values):
         least = "" if lowest == -float("inf") else f", at least {lowest:g}"
         raise ValueError(f"{name}={setting!r}: must be a finite number{least}, or a pair of them, (at t = 1, at t = 0)")
 
@@ -44,4 +46,4 @@ def check_interval(name: str, interval: Interval) -> None:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and -float("inf") < value < float("inf")
+    return isinstance(value, Real) and not isinstance(value, bool) and isfinite(value)
