@@ -292,8 +292,8 @@ def test_a_sweep_over_settings_has_a_row_for_each(parts, finished, tmp_path, mon
     pipeline.scheduler = XDLMScheduler.from_config(pipeline.scheduler.config, time_grid="cosine")
     call = {"num_steps": 3, "guidance_scale": 2.0, "generator": image_generators(0, range(7)), "output_type": "latent"}
     assert np.array_equal(pipeline([i % 3 for i in range(7)], **call).images.numpy(), stored[:7])
-    with pytest.raises(ValueError, match="temperature=.*must be positive"):
-        parts.recipe(tmp_path, temperature=[1.0, 0.0])
+    with pytest.raises(ValueError, match=r"pipelines\.mdlm=.*temperature=0\.0: must be at least 1e-6"):
+        evaluate(parts.recipe(tmp_path, temperature=[1.0, 0.0]))
     with pytest.raises(ValueError, match="guidance_scale=.*each only once"):
         parts.recipe(tmp_path, guidance_scale=[1.0, 1.0])
 
