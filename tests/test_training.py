@@ -284,6 +284,19 @@ def test_divergence_stops_the_run_and_keeps_the_good_checkpoints(world: Path) ->
     assert run.checkpoints.steps() == [4]
 
 
+def test_weights_that_one_gradient_has_spoilt_push_no_good_ones_out(world: Path) -> None:
+    """The loss before the update was finite."""
+    train(recipe_in(world, stop_after=4))
+    run = TrainingRun(recipe_in(world))
+    run.resume()
+    run.train_step()
+    with torch.no_grad():
+        run.transformer.proj_out.bias[3] = torch.inf
+    with pytest.raises(ValueError, match=r"step 5: model holds NaN or infinity in proj_out.bias.*step 4 stays"):
+        run.save_checkpoint()
+    assert run.checkpoints.steps() == [4] and run.loss.isfinite()
+
+
 def test_meter_counts_every_token() -> None:
     """More tokens than float32 can count one by one."""
     meter = LossMeter(5, torch.device("cpu"))

@@ -59,7 +59,19 @@ class CheckpointFolder:
         return self.folder / f"step-{step:08d}"
 
     def save(self, checkpoint: Checkpoint) -> Path:
-        """Write to a temporary folder, rename it, then drop what is too old."""
+        """Write to a temporary folder, rename it, then drop what is too old.
+
+        Raises:
+            ValueError: A tensor holds NaN or infinity; good checkpoints are not given away for it.
+        """
+        for part, tensors in checkpoint.tensors.items():
+            for name, value in tensors.items():
+                if not bool(torch.isfinite(value).all()):
+                    good = f"that of step {max(self.steps())} stays" if self.steps() else "there is none before it"
+                    raise ValueError(
+                        f"step {checkpoint.step}: {part} holds NaN or infinity in {name}, so no checkpoint is written "
+                        f"({good}); lower the learning rate or the gradient clip and begin again in another folder"
+                    )
         final = self._path(checkpoint.step)
         for left_by_a_killed_run in self.folder.glob(".partial-*"):
             shutil.rmtree(left_by_a_killed_run, ignore_errors=True)
