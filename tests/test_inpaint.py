@@ -274,7 +274,6 @@ def test_white_that_is_cut_off_paints_nothing(pipe):
         ({"output_type": "jpeg"}, "output_type='jpeg'"),
         ({"generator": [seeded(0), seeded(1)]}, "generator is a list of 2 for 1 images"),
     ],
-    ids=str,
 )
 def test_other_arguments_are_refused_before_any_work(pipe, arguments, message):
     pipe.vqvae.forward = pipe.vqvae.encode = None
