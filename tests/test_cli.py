@@ -212,3 +212,11 @@ def test_names_with_a_dot_are_told_where_to_go(capsys) -> None:
     assert "--pipelines '{xdlm-0.1: VALUE}'" in capsys.readouterr().err
     recipe = parse("evaluate", ["--pipelines", "{xdlm-0.1: folder}", "--output_dir", "out"])
     assert recipe.pipelines == {"xdlm-0.1": "folder"}
+
+
+def test_paths_of_the_home_folder_are_found_where_no_shell_expands_them(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "recipe.yaml").write_text("output_dir: ~/out\npipelines: {a: ~/a}\n")
+    recipe = parse("evaluate", ["--config", str(tmp_path / "recipe.yaml"), "--extractor=~/eyes"])
+    found = (recipe.output_dir, recipe.pipelines["a"], recipe.extractor)
+    assert found == tuple(f"{tmp_path}/{name}" for name in ("out", "a", "eyes"))

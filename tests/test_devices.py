@@ -13,6 +13,7 @@ from test_training import recipe_in, world  # noqa: F401
 
 from xdlm_image.devices import LONGEST_WAIT, fast_dtype, process_group_timeout, warn_if_slow, why_not_compiled
 from xdlm_image.evaluation.drawing import open_pipeline
+from xdlm_image.processes import on_cpu
 from xdlm_image.training.loop import TrainingRun
 
 CPU = torch.device("cpu")
@@ -68,3 +69,24 @@ def test_processes_wait_longer_for_one_another_than_by_default():
     """Through accelerate to torch: only what differs from its defaults is handed on."""
     assert process_group_timeout().to_kwargs() == {"timeout": LONGEST_WAIT}
     assert LONGEST_WAIT.total_seconds() > 1800  # the longer default of torch's, that of gloo
+
+
+@pytest.mark.parametrize(
+    ("processes", "flag", "device", "wanted"),
+    [
+        ("1", None, None, False),  # alone: accelerate finds what there is
+        ("1", "true", None, True),
+        ("2", None, None, True),  # each would take itself for the only one
+        ("2", None, "mps", True),
+        ("2", None, "cuda", False),
+        ("2", "true", "cuda", True),
+    ],
+)
+def test_several_processes_without_a_gpu_each_run_on_cpus(monkeypatch, processes, flag, device, wanted):
+    monkeypatch.setenv("WORLD_SIZE", processes)
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    if flag is not None:
+        monkeypatch.setenv("ACCELERATE_USE_CPU", flag)
+    there = None if device is None else torch.device(device)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: there)
+    assert on_cpu() is wanted

@@ -109,6 +109,11 @@ def test_pairs_are_values_of_a_sweep_like_numbers():
         temperature=[0.6, (1.0, 0.3)],
         guidance_interval=(0.1, 0.7),
     )
-    assert len(recipe.variants) == 4 and (0.1, 0.7) in recipe.variants[0]
+    assert len(recipe.variants) == 4
+    assert [variant[4] for variant in recipe.variants] == [None, None, (0.1, 0.7), (0.1, 0.7)]  # of no guidance none
+    baselines = EvaluateRecipe("here", {"a": "b"}, guidance_scale=[1.0, 2.0], guidance_interval=[None, (0.1, 0.7)])
+    assert [(v[0], v[4]) for v in baselines.variants] == [(1.0, None), (2.0, None), (2.0, (0.1, 0.7))]
+    with pytest.raises(ValueError, match="guidance_interval=.*does nothing"):
+        EvaluateRecipe("here", {"a": "b"}, guidance_interval=(0.1, 0.7))
     with pytest.raises(ValueError, match="temperature"):
         EvaluateRecipe(output_dir="here", pipelines={"a": "b"}, temperature=[(1.0, float("nan"))])

@@ -57,7 +57,7 @@ def test_two_processes_killed_on_the_way_give_what_one_gives(tmp_path, monkeypat
     ]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = [*launch, "-m", "xdlm_image.cli", "evaluate", *options]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, start_new_session=True)
     deadline = time.time() + 300
     while process.poll() is None and time.time() < deadline and not list((tmp_path / "two" / "cells").glob("*.json")):

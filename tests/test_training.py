@@ -204,6 +204,8 @@ def test_training_without_classes_learns_the_codes_of_all_of_them(world: Path) -
     ).images.flatten(1)
     agree = (codes == codes[:, :1]).all(1)
     assert agree.float().mean() > 0.6 and {0, 1, 4, 5, 8, 9} == set(codes[agree][:, 0].tolist())
+    with pytest.raises(ValueError, match="conditional=True, but the run in .* began with False"):
+        train(recipe_in(world, max_steps=200, model=model, **changes))
     with pytest.raises(ValueError, match="class_dropout=0.1: with conditional=false"):
         recipe_in(world, conditional=False, class_dropout=0.1)
 
@@ -312,7 +314,7 @@ def test_run_goes_on_only_with_its_recipe_and_its_data(world: Path) -> None:
     for changes, name in (
         ({"learning_rate": 1e-4}, "learning_rate"),
         ({"process": ProcessOptions(k=0.2)}, "process.k"),
-        ({"codes": str(world / "codes/validation")}, "codes"),
+        ({"codes": str(world / "codes/validation"), "validation_codes": None}, "the codes are not those"),
     ):
         with pytest.raises(ValueError, match=name):
             train(recipe_in(world, **changes))
@@ -374,7 +376,7 @@ def test_two_processes_share_a_run(world: Path) -> None:
     for stop in ("6", "12"):
         subprocess.run(
             [*launch, "train", f"--config={world / 'two.yaml'}", f"--stop_after={stop}", "--pipeline_every=5"],
-            env=os.environ | {"ACCELERATE_USE_CPU": "true"},
+            env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
             check=True,
         )
     losses = logged(world / "two", "train/loss")

@@ -119,7 +119,7 @@ def test_a_run_of_one_process_goes_on_in_two_and_back(world: Path) -> None:  # n
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     subprocess.run(
         [*launch, "-m", "xdlm_image.cli", "train", f"--config={world / 'two.yaml'}"],
-        env=os.environ | {"ACCELERATE_USE_CPU": "true"},
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
         check=True,
     )
     train(dataclasses.replace(recipe, max_steps=12))

@@ -151,9 +151,18 @@ def parse(verb: str, arguments: Sequence[str]) -> Any:
         groups = {field.name for field in fields(recipe_class) if is_dataclass(field.default_factory)}
         settings = parser.parse_args([*_with_values([*_spelled(arguments, free, groups)], bare)])
         recipe = parser.instantiate(settings)
-        return recipe_class(**{key: value for key, value in vars(recipe).items() if key != "config"})
+        return recipe_class(**{key: _from_home(value) for key, value in vars(recipe).items() if key != "config"})
     except ValueError as error:
         parser.error(str(error))
+
+
+def _from_home(value: Any) -> Any:
+    """Paths `~/...` from the home folder: in YAML and in `--output=~/...` no shell has expanded them."""
+    if isinstance(value, str):
+        return os.path.expanduser(value) if value.startswith("~/") else value
+    if isinstance(value, list):
+        return [_from_home(item) for item in value]
+    return {key: _from_home(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def _may_be_bare(field: Field) -> bool:

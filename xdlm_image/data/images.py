@@ -326,7 +326,7 @@ def _open_folder(data: DataOptions, split: str, transform: Transform | None) -> 
     assert data.root is not None  # DataOptions checked
     root = Path(data.root).expanduser()
     if not root.is_dir():
-        raise FileNotFoundError(f"data.root={data.root!r}: no such folder; name a folder of class folders")
+        raise FileNotFoundError(f"data.root={data.root!r}: no such folder; name one of class folders, or of images")
     train = root / "train" if (root / "train").is_dir() else root
     own = {"validation": _first_folder(root, "val", "validation"), "test": _first_folder(root, "test")}
     if train == root:  # flat: nothing but class folders, whatever they are called
@@ -364,8 +364,9 @@ def _open_folder(data: DataOptions, split: str, transform: Transform | None) -> 
         why = f"{all_of_train:,} in {train}, cut by file name: {shares} (data.validation_fraction)"
     if not samples:
         raise ValueError(
-            f"data.root={data.root!r}: the split {split!r} is empty, {100 * cut.get(split, 1):.3g} % of so few "
-            "images is none: add images, or make the folders train, val and test yourself"
+            f"data.root={data.root!r}: the split {split!r} is empty: cut by file name, {100 * cut.get(split, 1):.3g} % "
+            "of so few images came to none; add images, make the folders train, val and test yourself, raise "
+            "data.validation_fraction (alike in every verb), or leave the split out where splits are named"
         )
     digest = hashlib.sha256(f"folder {split}\n".encode())
     slow = len(samples) > 100_000
@@ -398,8 +399,11 @@ def _list_folder(folder: Path) -> tuple[list[str], list[tuple[str, int]]]:
     except FileNotFoundError as error:  # no class folder, or one without images
         raise ValueError(
             f"data.root: {folder} is no folder of class folders with images ({error}); put the images of each class "
-            "into a folder of its name there (for Fashion-MNIST set data.name: fashion-mnist)"
+            "into a folder of its name there, or loose ones of one class (for Fashion-MNIST set data.name: "
+            "fashion-mnist)"
         ) from error
+    if loose := sum(path.suffix.lower() in IMG_EXTENSIONS for path in entries if path.is_file()):
+        _say_once(f"note: {loose:,} images beside the class folders of {folder} are of no class and not taken")
     return found.classes, found.samples
 
 

@@ -40,6 +40,7 @@ from xdlm_image.evaluation.references import Reference, make_reference
 from xdlm_image.evaluation.report import write_html, write_report
 from xdlm_image.evaluation.seeds import SEED_RULE
 from xdlm_image.evaluation.statistics import rank_and_world
+from xdlm_image.evaluation.tables import SETTINGS, text
 from xdlm_image.files import refuse_unwritable, write_json
 from xdlm_image.pipelines import XDLMPipeline
 from xdlm_image.processes import process_state
@@ -313,7 +314,9 @@ def _pictures(plan: Plan, pipeline: Any, name: str, output: Path) -> None:
     conditional = plan.pipelines[name]["conditional"]
     images = class_grid(pipeline, ids, GRID_IMAGES, seed, settings, recipe.batch_size)
     row_names = [names[i].partition(",")[0] for i in ids] if conditional else None
-    save_grid(output / f"grid_{name}.png", images, row_names, title=f"{name}, {steps} steps, seed {seed}")
+    chosen = {setting: getattr(settings, setting) for setting in SETTINGS}
+    said = "".join(f", {SETTINGS[key]} {text(value)}" for key, value in chosen.items() if value not in (None, 1))
+    save_grid(output / f"grid_{name}.png", images, row_names, title=f"{name}, {steps} steps{said}, seed {seed}")
     strips = [
         draw_all(pipeline, ids, seed, replace(settings, num_steps=num_steps), recipe.batch_size)
         for num_steps in sorted(recipe.num_steps)
@@ -322,5 +325,5 @@ def _pictures(plan: Plan, pipeline: Any, name: str, output: Path) -> None:
         output / f"strip_{name}.png",
         torch.stack(strips),
         [f"{num_steps} steps" if num_steps > 1 else "1 step" for num_steps in sorted(recipe.num_steps)],
-        title=f"{name}, seed {seed}: the same random numbers at every step count",
+        title=f"{name}{said}, seed {seed}: the same random numbers at every step count",
     )

@@ -93,7 +93,9 @@ def rows(content: Content) -> dict[str, list[Content]]:
         for values in itertools.product(*(sampler[name] for name in axes)):
             wanted = {"pipeline": pipeline, **dict(zip(axes, values))}
             label = ", ".join([pipeline, *(f"{SETTINGS[name]} {text(value)}" for name, value in zip(axes, values))])
-            found[label] = [c for c in content["cells"] if all(c[name] == value for name, value in wanted.items())]
+            cells = [c for c in content["cells"] if all(c[name] == value for name, value in wanted.items())]
+            if cells or not axes:  # no guidance has no guided interval
+                found[label] = cells
     return found
 
 

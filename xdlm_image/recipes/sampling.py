@@ -279,6 +279,12 @@ class EvaluateRecipe:
         known = isinstance(self.feature_metrics, list) and set(self.feature_metrics) <= set(FEATURE_METRICS)
         require(known, "feature_metrics", self.feature_metrics, f"a list of some of {', '.join(FEATURE_METRICS)}")
         require(self.batch_size >= 1, "batch_size", self.batch_size, "must be at least 1")
+        require(
+            self.guidance_intervals == [None] or self.guidance_scales != [1],
+            "guidance_interval",
+            self.guidance_interval,
+            "does nothing with guidance_scale=1; leave it out",
+        )
         for name, scales in (("guidance_scale", self.guidance_scales), ("temperature", self.temperatures)):
             for scale in scales:
                 require_in_time(name, scale)
@@ -310,9 +316,12 @@ class EvaluateRecipe:
 
     @property
     def variants(self) -> list[tuple[Any, ...]]:
-        """Guidance scale, temperature, time grid, sampler and guided interval of every setting but the step count."""
+        """Guidance scale, temperature, time grid, sampler and guided interval of every setting but the step count.
+
+        Without guidance there is no interval, and one such setting.
+        """
         axes = (self.guidance_scales, self.temperatures, self.time_grids, self.samplers, self.guidance_intervals)
-        return [*product(*axes)]
+        return [*dict.fromkeys((*axes, None if axes[0] == 1 else interval) for *axes, interval in product(*axes))]
 
 
 @dataclass

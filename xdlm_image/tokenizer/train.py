@@ -25,6 +25,7 @@ from xdlm_image.data.image_check import check_images
 from xdlm_image.data.images import ImageSet, normalise, open_images
 from xdlm_image.devices import process_group_timeout, uncompiled, warn_if_slow
 from xdlm_image.files import share_permissions, write_json
+from xdlm_image.processes import on_cpu
 from xdlm_image.recipes import WHERE_IMAGES_ARE, TokenizerRecipe
 from xdlm_image.tokenizer.codebook import draw_badly_served, kmeans, nearest
 from xdlm_image.tokenizer.codes import INFO_FILE, grid_of, tokenizer_hash
@@ -144,7 +145,7 @@ class TokenizerTraining:
         self.test_images = open_images(recipe.data, "test")
 
         self.accelerator = Accelerator(
-            mixed_precision=recipe.mixed_precision, kwargs_handlers=[process_group_timeout()]
+            cpu=on_cpu(), mixed_precision=recipe.mixed_precision, kwargs_handlers=[process_group_timeout()]
         )
         self.device = self.accelerator.device
         self.processes = self.accelerator.num_processes  # that train; any number may measure

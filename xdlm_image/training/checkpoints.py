@@ -20,6 +20,13 @@ from safetensors.torch import load_file, save_file
 
 from xdlm_image.files import replace_folder, write_text
 
+CONTENTS = {  # of which a run keeps hashes
+    "images": "the images",
+    "data": "the images of the codes",
+    "codes": "the codes",
+    "tokenizer": "the weights of the tokenizer",
+}
+
 
 @dataclass
 class Checkpoint:
@@ -136,6 +143,11 @@ class MetricLines:
 def refuse_other_recipe(saved: Mapping[str, Any], now: Mapping[str, Any], folder: str | Path) -> None:
     """Raise ValueError naming the first option in which a run would go on differently than it began."""
     for name in sorted({*saved, *now}):
+        if saved.get(name) != now.get(name) and name in CONTENTS:
+            raise ValueError(
+                f"{CONTENTS[name]} are not those that the run in {folder} began with: give it those, or name another "
+                "output_dir"
+            )
         if saved.get(name) != now.get(name):
             raise ValueError(
                 f"{name}={now.get(name)!r}, but the run in {folder} began with {saved.get(name)!r}: "

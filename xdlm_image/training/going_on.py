@@ -89,6 +89,8 @@ def changes_of(saved: Mapping[str, Any], now: Mapping[str, Any], step: int, fold
                 f"{c} = {a * b * c}, by which it knows the images it has seen: choose them so that the product stays"
             )
         notes.append(f"{what} is now {x} x {y} x {z}, it was {a} x {b} x {c}: the same images a step; {NOT_THE_SAME}")
+    if saved["conditional"] != now["conditional"]:  # before what follows from it
+        refuse_other_recipe({"conditional": saved["conditional"]}, {"conditional": now["conditional"]}, folder)
     may_change = {"max_steps", "init_from", *SAME_BUT_ROUNDED, *IMAGES_A_STEP}
     old, new = ({name: value for name, value in values.items() if name not in may_change} for values in (saved, now))
     refuse_other_recipe(old, new, folder)

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import parse_flag_from_env
 
 from ..devices import process_group_timeout, warn_if_slow
+from ..processes import on_cpu
 from ..recipes import TrainRecipe
 
 PRECISION = "ACCELERATE_MIXED_PRECISION"
@@ -43,6 +44,7 @@ def make_accelerator(recipe: TrainRecipe) -> Accelerator:
     if recipe.mixed_precision is None and launched not in (None, "no", "fp16", "bf16"):
         raise ValueError(f"{PRECISION}={launched}: train takes no, fp16 or bf16; name one as mixed_precision")
     accelerator = Accelerator(
+        cpu=on_cpu(),
         mixed_precision=recipe.mixed_precision,
         gradient_accumulation_steps=recipe.gradient_accumulation_steps,
         kwargs_handlers=[process_group_timeout()],
