@@ -220,3 +220,18 @@ def test_paths_of_the_home_folder_are_found_where_no_shell_expands_them(monkeypa
     recipe = parse("evaluate", ["--config", str(tmp_path / "recipe.yaml"), "--extractor=~/eyes"])
     found = (recipe.output_dir, recipe.pipelines["a"], recipe.extractor)
     assert found == tuple(f"{tmp_path}/{name}" for name in ("out", "a", "eyes"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["sample", "--guidance_scale", "1,4"], "guidance_scale=1,4: must be one of float, [float, float]; lists"),
+        (["sample", "--guidance_interval", "0.5"], "guidance_interval=0.5: must be one of [float, float], null"),
+        (["sample", "--guidance_scale", "[1, 2, 3]"], "guidance_scale=[1, 2, 3]: must be one of float, [float, float]"),
+        (["train", "--log_with", "foo"], "log_with=foo: must be one of ['tensorboard', 'wandb', 'none'], list["),
+    ],
+)
+def test_values_of_no_type_that_fits_are_told_what_would(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        parse(arguments[0], arguments[1:])
+    assert message in capsys.readouterr().err

@@ -110,6 +110,13 @@ class RecipeParser(ArgumentParser):
                 near = nearest_option(".".join(found.groups()), list(self._options()))
                 message += f"; did you mean {near!r}?" if near else ""
                 break
+        if union := re.search(
+            r'key "([\w.]+)":\s+Does not validate.*Subtypes: \[(.+?)\]\n.*Given value: (.*)', message, re.S
+        ):
+            name, kinds, value = union.groups()
+            for jargon, plain in ((r"<class '(\w+)'>", r"\1"), ("typing.Literal|tuple", ""), ("NoneType", "null")):
+                kinds = re.sub(jargon, plain, kinds)
+            message = f"{name}={value}: must be one of {kinds}; lists stand in brackets"
         print(f"{self.prog}: error: {message}\nAll options: {self.prog} --help", file=sys.stderr)
         sys.exit(2)
 
