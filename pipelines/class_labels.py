@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 NEAREST = 5  # names that an error suggests
+FEW = 20  # names that an error lists whole
 SYNSET = re.compile(r"[a-z]\d{8}")  # WordNet: part of speech and offset, n01443537
 
 ClassLabels = int | str | list[int | str] | tuple[int | str, ...] | torch.Tensor | None
@@ -156,7 +157,12 @@ class _Names:
         if not near:
             written = {name.casefold(): name for name in self.exact}
             near = [written[name] for name in difflib.get_close_matches(text, written, n=NEAREST, cutoff=0.5)]
-        return f"the nearest are {near[:NEAREST]}" if near else f"pipe.id2label has {len(self.id2label)} names"
+        if near:
+            return f"the nearest are {near[:NEAREST]}"
+        few = len(self.id2label) <= FEW
+        return (
+            f"its classes are {[*self.id2label.values()]}" if few else f"pipe.id2label has {len(self.id2label)} names"
+        )
 
 
 def _flatten(labels: Any) -> list[Any]:

@@ -80,6 +80,10 @@ def test_label_errors_list_what_could_be_meant(pipe):
         pipe.get_label_ids("crane")
     with pytest.raises(ValueError, match="goldfsh.*nearest.*'goldfish'"):
         pipe.get_label_ids("goldfsh")
+    with pytest.raises(
+        ValueError, match="'spaceship'.*its classes are .'goldfish, Carassius auratus', 'crane', 'crane'"
+    ):
+        pipe.get_label_ids("spaceship")
     with pytest.raises(ValueError, match="no id2label"):
         make_pipe(id2label=None).get_label_ids("goldfish")
     with pytest.raises(ValueError, match=r"id2label names classes \[7\]"):
