@@ -326,7 +326,9 @@ def _open_folder(data: DataOptions, split: str, transform: Transform | None) -> 
     assert data.root is not None  # DataOptions checked
     root = Path(data.root).expanduser()
     if not root.is_dir():
-        raise FileNotFoundError(f"data.root={data.root!r}: no such folder; name one of class folders, or of images")
+        raise FileNotFoundError(
+            f"data.root={data.root!r}: no such folder; name a folder of class folders, or of images"
+        )
     train = root / "train" if (root / "train").is_dir() else root
     own = {"validation": _first_folder(root, "val", "validation"), "test": _first_folder(root, "test")}
     if train == root:  # flat: nothing but class folders, whatever they are called
