@@ -99,7 +99,9 @@ def candidates_at(width: int, features: int, rows: int, arguments) -> dict:
 
 def main() -> None:
     parser = parser_of(__file__, __doc__)
-    parser.add_argument("--shapes", nargs="+", default=["512x128", "1024x256", "16384x768"], help="V x D each")
+    parser.add_argument(
+        "--shapes", nargs="+", default=["512x128", "1024x256", "16384x768", "16387x768"], help="V x D each"
+    )
     parser.add_argument("--compile", action="store_true", help="measure compiled code, too")
     arguments = parser.parse_args()
     prepare(arguments)
