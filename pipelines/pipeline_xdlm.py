@@ -176,16 +176,17 @@ class XDLMPipeline(SelfContainedPipeline):
             raise ValueError(f"num_images_per_prompt={num_images_per_prompt!r}: must be a whole number, at least 1")
         check_setting("guidance_scale", guidance_scale)
         check_interval("guidance_interval", guidance_interval)
-        if guidance_scale != 1 and config.num_classes is None:
+        is_guided = {value_at(guidance_scale, t) for t in (0.0, 1.0)} != {1.0}
+        if is_guided and config.num_classes is None:
             raise ValueError(f"guidance_scale={guidance_scale}: an unconditional model takes 1 only")
-        if guidance_scale != 1 and not self.config.supports_guidance:
+        if is_guided and not self.config.supports_guidance:
             raise ValueError(
                 f"guidance_scale={guidance_scale}: this model was trained without its null class "
                 "(class dropout 0), which guidance needs; use 1"
             )
-        if guidance_scale == 1 and guidance_interval is not None:
+        if not is_guided and guidance_interval is not None:
             raise ValueError(
-                f"guidance_interval={guidance_interval!r}: does nothing with guidance_scale=1; leave it out"
+                f"guidance_interval={guidance_interval!r}: does nothing at guidance_scale={guidance_scale}; leave it out"
             )
         check_setting("temperature", temperature, lowest=0.0)
         if value_at(temperature, 1.0) < 1e-6:

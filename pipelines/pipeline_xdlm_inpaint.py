@@ -127,6 +127,6 @@ class XDLMInpaintPipeline(XDLMImg2ImgPipeline):
         # 4. Own pixels over the result
         if lays_over:
             white, pixels = (spread(rows, number, num_images_per_prompt).to(images.device) for rows in (white, pixels))
-            images = torch.where(white, images, (pixels + 1) / 2)  # (number, C, H, W)
+            images = torch.where(white, images, self.image_processor.denormalize(pixels))  # (number, C, H, W)
             images = self.image_processor.postprocess(images, output_type, do_denormalize=[False] * number)
         return ImagePipelineOutput(images=images) if return_dict else (images,)

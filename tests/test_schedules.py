@@ -80,6 +80,7 @@ def test_a_pair_of_equals_is_the_number_and_a_schedule_changes_what_is_drawn():
         {"guidance_scale": 2.0, "guidance_interval": (0.5, 1.1)},
         {"guidance_scale": 2.0, "guidance_interval": 0.5},
         {"guidance_interval": (0.1, 0.5)},  # of nothing
+        {"guidance_scale": (1.0, 1.0), "guidance_interval": (0.1, 0.5)},
         {"temperature": (0.0, 1.0)},
         {"temperature": (1.0, -0.1)},
         {"temperature": 0.0},
@@ -99,6 +100,7 @@ def test_a_model_without_guidance_takes_no_schedule_of_it():
         labels = None if pipe.transformer.config.num_classes is None else [0]
         with pytest.raises(ValueError, match="guidance_scale="):
             pipe(labels, guidance_scale=(1.0, 2.0))
+        draw(pipe, labels, num_steps=1, guidance_scale=(1.0, 1.0))  # which is none
 
 
 def test_pairs_are_values_of_a_sweep_like_numbers():
