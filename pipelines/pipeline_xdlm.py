@@ -185,9 +185,8 @@ class XDLMPipeline(SelfContainedPipeline):
                 "(class dropout 0), which guidance needs; use 1"
             )
         if not is_guided and guidance_interval is not None:
-            raise ValueError(
-                f"guidance_interval={guidance_interval!r}: does nothing at guidance_scale={guidance_scale}; leave it out"
-            )
+            no_guidance = f"does nothing with guidance_scale={guidance_scale}; leave it out"
+            raise ValueError(f"guidance_interval={guidance_interval!r}: {no_guidance}")
         check_setting("temperature", temperature, lowest=0.0)
         if value_at(temperature, 1.0) < 1e-6:
             raise ValueError(
