@@ -16,7 +16,7 @@ CARD = "README.md"
 PICTURE = "samples.png"
 CLASSES = {
     "transformer": ("XDLMTransformer2DModel",),
-    "scheduler": ("XDLMScheduler", "XDLMOrderedScheduler"),
+    "scheduler": ("XDLMScheduler", "XDLMOrderedScheduler", "XDLMPsiScheduler"),
     "vqvae": ("VQModel",),
 }
 

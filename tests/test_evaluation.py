@@ -27,7 +27,7 @@ from xdlm_image.evaluation.report import markdown
 from xdlm_image.evaluation.seeds import image_generators
 from xdlm_image.evaluation.sweep import evaluate
 from xdlm_image.evaluation.tables import mean_and_spread
-from xdlm_image.schedulers import XDLMOrderedScheduler, XDLMScheduler
+from xdlm_image.schedulers import XDLMOrderedScheduler, XDLMPsiScheduler, XDLMScheduler
 from xdlm_image.tokenizer.codes import encode_images
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*images are few for the.*:UserWarning")
@@ -320,21 +320,21 @@ def test_samplers_are_an_axis_and_cells_from_before_it_stay_good(parts, finished
     assert list(_numbers(tmp_path)[0]) == list(_numbers(finished)[0])  # columns in their order, too
     assert "time grid as saved, sampler as saved" in (tmp_path / "fid.md").read_text()
 
-    recipe = dataclasses.replace(recipe, sampler=["ancestral", "confidence", "halton"], time_grid="cosine")
+    recipe = dataclasses.replace(recipe, sampler=["ancestral", "confidence", "halton", "psi"], time_grid="cosine")
     for _ in range(2):  # the second time all cells are found again
         evaluate(recipe)
-        assert measured == [("ancestral", 3), ("confidence", 3), ("halton", 3)]
+        assert measured == [("ancestral", 3), ("confidence", 3), ("halton", 3), ("psi", 3)]
     content = json.loads((tmp_path / "fid.json").read_text())
     assert content["schema_version"] == 7
-    assert content["protocol"]["sampler"]["sampler"] == ["ancestral", "confidence", "halton"]
+    assert content["protocol"]["sampler"]["sampler"] == ["ancestral", "confidence", "halton", "psi"]
     cells = {cell["sampler"]: cell for cell in content["cells"]}
-    assert len({cell["fid"]["pooled"] for cell in cells.values()}) == 3 and {c["nfe"] for c in cells.values()} == {3}
+    assert len({cell["fid"]["pooled"] for cell in cells.values()}) == 4 and {c["nfe"] for c in cells.values()} == {3}
     with (tmp_path / "fid.csv").open() as file:
         assert [line["sampler"] for line in csv.DictReader(file)] == list(cells)
     page = (tmp_path / "fid.md").read_text()
     for sampler in cells:
         assert re.search(rf"\| xdlm-0.1, sampler {sampler} \| \d", page)
-    assert "time grid cosine, sampler ancestral, confidence, halton" in page
+    assert "time grid cosine, sampler ancestral, confidence, halton, psi" in page
     # the codes that the sweep kept are those of the pipeline with the scheduler exchanged by hand
     pipeline = open_pipeline(parts.pipelines["xdlm-0.1"], torch.device("cpu"))
     config = pipeline.scheduler.config
@@ -342,6 +342,7 @@ def test_samplers_are_an_axis_and_cells_from_before_it_stay_good(parts, finished
         ("ancestral", XDLMScheduler.from_config(config, time_grid="cosine")),
         ("confidence", XDLMOrderedScheduler.from_config(config, time_grid="cosine")),
         ("halton", XDLMOrderedScheduler.from_config(config, time_grid="cosine", unmasking="halton")),
+        ("psi", XDLMPsiScheduler.from_config(config, time_grid="cosine")),
     ):
         pipeline.scheduler = scheduler
         folder = next((tmp_path / "codes").glob(f"xdlm-0.1-steps3-cosine-{sampler}-seed0-*"))
@@ -353,16 +354,18 @@ def test_samplers_are_an_axis_and_cells_from_before_it_stay_good(parts, finished
 
 def test_a_sampler_is_chosen_whatever_the_pipeline_was_saved_with(parts, tmp_path):
     pipeline = open_pipeline(parts.pipelines["xdlm-0.1"], torch.device("cpu"))
+    pipeline.scheduler = XDLMPsiScheduler.from_config(pipeline.scheduler.config, kappa=0.3)
     pipeline.scheduler = XDLMOrderedScheduler.from_config(pipeline.scheduler.config, choice_temperature=0.5)
     pipeline.save_pretrained(tmp_path)
     saved = open_pipeline(tmp_path, torch.device("cpu"))
     kept = drawing.with_scheduler(saved, SamplerSettings(1, time_grid="arccos")).scheduler
     assert kept.choice_temperature == 0.5 and kept.config.time_grid == "arccos"
-    samplers = ("ancestral", "confidence", "halton")
+    samplers = ("ancestral", "confidence", "halton", "psi")
     chosen = {name: drawing.with_scheduler(saved, SamplerSettings(1, sampler=name)) for name in samplers}
     assert type(chosen["ancestral"].scheduler) is XDLMScheduler
     assert chosen["confidence"].scheduler.choice_temperature == 4.5
     assert chosen["halton"].scheduler.config.unmasking == "halton"
+    assert type(chosen["psi"].scheduler) is XDLMPsiScheduler and chosen["psi"].scheduler.config.kappa == 0.9
     assert all(other.transformer is saved.transformer for other in chosen.values())
     assert drawing.with_scheduler(saved, SamplerSettings(1)) is saved and saved.scheduler.choice_temperature == 0.5
 

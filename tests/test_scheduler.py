@@ -1,5 +1,7 @@
 """The process and the reverse step against exact distributions: chi-square in every branch, and the closed forms."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from xdlm_image.objective import posterior
 from xdlm_image.schedulers import (
     XDLMOrderedScheduler,
     XDLMProcess,
+    XDLMPsiScheduler,
     XDLMScheduler,
     process_xdlm,
     row_draw,
@@ -252,14 +255,18 @@ def test_no_image_needs_no_generator() -> None:
     assert z.shape == scheduler.step(torch.zeros(0, 49, 16), scheduler.timesteps[0], z, []).prev_sample.shape == (0, 49)
 
 
-STEPS = [(k, None) for k in (0.0, 0.1, 1.0)] + [(k, order) for k in (0.0, 0.1) for order in ("confidence", "halton")]
+SAMPLERS = {
+    "ancestral": XDLMScheduler,
+    "psi": XDLMPsiScheduler,
+    "confidence": XDLMOrderedScheduler,
+    "halton": partial(XDLMOrderedScheduler, unmasking="halton"),
+}
+STEPS = [(k, sampler) for k in (0.0, 0.1, 1.0) for sampler in SAMPLERS if k < 1 or sampler in ("ancestral", "psi")]
 
 
-@pytest.mark.parametrize(("k", "unmasking"), STEPS)
+@pytest.mark.parametrize(("k", "sampler"), STEPS)
 @pytest.mark.parametrize("definition", ["A", "B"])
-def test_no_step_but_the_last_waits_for_the_device(
-    definition: str, k: float, unmasking: str | None, monkeypatch
-) -> None:
+def test_no_step_but_the_last_waits_for_the_device(definition: str, k: float, sampler: str, monkeypatch) -> None:
     """Tensors of the device "meta" hold nothing: whatever asked them for a number would fail."""
 
     def kernel(logits, wanted, z, v, *_):
@@ -267,10 +274,7 @@ def test_no_step_but_the_last_waits_for_the_device(
 
     monkeypatch.setattr(row_draw, "FAST", {"meta": kernel})
     process = process_of(k, 16, definition)
-    if unmasking is None:
-        scheduler = XDLMScheduler.from_process(process)
-    else:
-        scheduler = XDLMOrderedScheduler.from_process(process, unmasking=unmasking)
+    scheduler = SAMPLERS[sampler](**vars(process))
     scheduler.set_timesteps(3)
     z = scheduler.prior((2, 9), torch.Generator(), device="meta")
     numbers = scheduler.draw_ahead([torch.Generator(), torch.Generator()], (2, 9), "meta")

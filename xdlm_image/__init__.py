@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .models import XDLMTransformer2DModel
     from .pipelines import XDLMImg2ImgPipeline, XDLMInpaintPipeline, XDLMPipeline
-    from .schedulers import XDLMOrderedScheduler, XDLMProcess, XDLMScheduler
+    from .schedulers import XDLMOrderedScheduler, XDLMProcess, XDLMPsiScheduler, XDLMScheduler
 
     __version__: str
 
@@ -21,6 +21,7 @@ _HOMES = {
     "XDLMOrderedScheduler": "xdlm_image.schedulers",
     "XDLMPipeline": "xdlm_image.pipelines",
     "XDLMProcess": "xdlm_image.schedulers",
+    "XDLMPsiScheduler": "xdlm_image.schedulers",
     "XDLMScheduler": "xdlm_image.schedulers",
     "XDLMTransformer2DModel": "xdlm_image.models",
 }
@@ -31,6 +32,7 @@ __all__ = [
     "XDLMOrderedScheduler",
     "XDLMPipeline",
     "XDLMProcess",
+    "XDLMPsiScheduler",
     "XDLMScheduler",
     "XDLMTransformer2DModel",
     "__version__",

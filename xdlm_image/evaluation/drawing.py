@@ -29,7 +29,8 @@ from xdlm_image.evaluation.statistics import rank_and_world
 from xdlm_image.hub.ids import fetch_hint
 from xdlm_image.pipelines import XDLMPipeline
 from xdlm_image.pipelines.schedules import Interval, InTime, guidance_at
-from xdlm_image.schedulers import XDLMOrderedScheduler, XDLMScheduler
+from xdlm_image.schedulers import XDLMOrderedScheduler, XDLMPsiScheduler, XDLMScheduler
+from xdlm_image.schedulers.scheduling_xdlm_psi import KAPPA
 from xdlm_image.tokenizer.codes import tokenizer_hash
 
 
@@ -42,7 +43,7 @@ class SamplerSettings:
         guidance_scale: 1 is no guidance; a pair runs from its first at t = 1 to its second at t = 0.
         temperature: Divides the logits; a pair as for guidance.
         time_grid: Of `scheduling_xdlm.TIME_GRIDS`; None is the pipeline's own.
-        sampler: `ancestral`, or an order of `scheduling_xdlm_ordered.UNMASKING`; None is the pipeline's own scheduler.
+        sampler: `ancestral`, `psi`, or an order of `scheduling_xdlm_ordered.UNMASKING`; None is the pipeline's own.
         guidance_interval: Times (low, high] that are guided; None is all.
         start: Further arguments of a call that begins at a picture: that, its mask, the strength.
     """
@@ -166,6 +167,8 @@ def with_scheduler(pipeline: XDLMPipeline, settings: SamplerSettings) -> XDLMPip
         scheduler = type(own).from_config(own.config, **changes)
     elif settings.sampler == "ancestral":
         scheduler = XDLMScheduler.from_config(own.config, **changes)
+    elif settings.sampler == "psi":
+        scheduler = XDLMPsiScheduler.from_config(own.config, kappa=KAPPA, correct_within=None, **changes)
     else:
         changes |= {"unmasking": settings.sampler, "choice_temperature": None}
         try:
