@@ -1,12 +1,12 @@
-"""Does what few steps cost depend on the sampler? Ancestral, annealed, confidence and Halton, tuned alike, per model.
+"""Does what few steps cost depend on the sampler? Ancestral, annealed, orders and correctors, tuned alike, per model.
 
     torchrun --nproc-per-node 2 benchmarks/samplers.py [--models shipped/fashion_mnist] [--folder runs/samplers]
 
 Every sampler of every model gets six trials of its one number (temperature; for annealed, which is ancestral, what the
-temperature falls to from 1 as t goes to 0; for confidence the choice temperature): on 1,000 images of a seed of their
-own, against the validation images. The lowest sum of pooled FID over the step counts wins, one number for all of them,
-and is measured on 5,000 images of three other seeds, against the test images. Killed, the same command goes on; without
-torchrun it runs on one process.
+temperature falls to from 1 as t goes to 0; for confidence the choice temperature; for psi kappa; for psi-annealed, with
+kappa = 0, what annealed has): on 1,000 images of a seed of their own, against the validation images. The lowest sum of
+pooled FID over the step counts wins, one number for all of them, and is measured on 5,000 images of three other seeds,
+against the test images. Killed, the same command goes on; without torchrun it runs on one process.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from few_steps import interval
 
-from xdlm_image import XDLMOrderedScheduler, XDLMPipeline
+from xdlm_image import XDLMOrderedScheduler, XDLMPipeline, XDLMPsiScheduler
 from xdlm_image.devices import best_device, fast_dtype
 from xdlm_image.evaluation.statistics import rank_and_world
 from xdlm_image.evaluation.sweep import evaluate
@@ -28,17 +28,29 @@ TEMPERATURES, CHOICE_TEMPERATURES = [0.4, 0.5, 0.6, 0.7, 0.8, 1.0], [0.25, 0.5, 
 ENDS = [0.0, 0.1, 0.2, 0.3, 0.4, 0.6]
 TRIAL = {"num_samples": 1000, "seeds": [100], "feature_metrics": [], "reference_split": "validation"}
 SEEDS = [0, 1, 2]
-SAMPLERS = ("ancestral", "annealed", "halton", "confidence")
+KAPPAS = [0.0, 0.2, 0.4, 0.6, 0.8, 0.9]
+VALUES = {
+    "ancestral": TEMPERATURES,
+    "annealed": ENDS,
+    "halton": TEMPERATURES,
+    "confidence": CHOICE_TEMPERATURES,
+    "psi": KAPPAS,
+    "psi-annealed": ENDS,
+}
+SAVED = {"confidence": "ct", "psi": "kappa"}  # whose number is the scheduler's own, saved with a pipeline -> its sign
 METRICS = ("precision", "recall", "coverage", "class_accuracy")
 
 
-def confident(arguments: argparse.Namespace, model: str, choice_temperature: float) -> str:
-    """Folder of the model with confidence order, which keeps its choice temperature in its scheduler's settings."""
-    folder = arguments.folder / "pipelines" / f"{model}-ct{choice_temperature}"
+def saved_with(arguments: argparse.Namespace, model: str, sampler: str, value: float) -> str:
+    """Folder of the model with a sampler that keeps its number in its scheduler's settings."""
+    folder = arguments.folder / "pipelines" / f"{model}-{SAVED[sampler]}{value}"
     if rank_and_world()[0] == 0:
         pipe = XDLMPipeline.from_pretrained(arguments.models / "pipelines" / model)
-        changes = {"unmasking": "confidence", "choice_temperature": choice_temperature}
-        pipe.scheduler = XDLMOrderedScheduler.from_config(pipe.scheduler.config, **changes)
+        own = pipe.scheduler.config
+        if sampler == "psi":
+            pipe.scheduler = XDLMPsiScheduler.from_config(own, kappa=value)
+        else:
+            pipe.scheduler = XDLMOrderedScheduler.from_config(own, unmasking=sampler, choice_temperature=value)
         pipe.save_pretrained(folder)
     if (state := process_state()) is not None:
         state.wait_for_everyone()
@@ -49,14 +61,27 @@ def names_with(arguments: argparse.Namespace, sampler: str) -> list[str]:
     """The models that the sampler can draw from: orders need masks."""
     folders = {name: arguments.models / "pipelines" / name / "scheduler" for name in arguments.names}
     k = {name: json.loads((folder / "scheduler_config.json").read_text())["k"] for name, folder in folders.items()}
-    return [name for name in arguments.names if sampler in ("ancestral", "annealed") or k[name] < 1]
+    return [name for name in arguments.names if sampler not in ("halton", "confidence") or k[name] < 1]
 
 
 def settings_of(sampler: str, values: list[float]) -> dict:
     """Options of a sweep for values of the sampler's number."""
+    if sampler in SAVED:
+        return {}
+    if sampler == "psi-annealed":
+        return {"temperature": [(1.0, end) for end in values]}
     if sampler == "annealed":
         return {"sampler": "ancestral", "temperature": [(1.0, end) for end in values]}
     return {"sampler": sampler, "temperature": values}
+
+
+def folder_of(arguments: argparse.Namespace, model: str, sampler: str, value: float) -> str:
+    """The model's pipeline, as the sampler needs it."""
+    if sampler == "psi-annealed":
+        return saved_with(arguments, model, "psi", 0.0)
+    if sampler in SAVED:
+        return saved_with(arguments, model, sampler, value)
+    return str(arguments.models / "pipelines" / model)
 
 
 def cells(arguments: argparse.Namespace, folder: str, pipelines: dict[str, str], **changes) -> list[dict]:
@@ -74,22 +99,19 @@ def cells(arguments: argparse.Namespace, folder: str, pipelines: dict[str, str],
 
 def trials_of(arguments: argparse.Namespace) -> list[dict]:
     """One entry for each model, sampler and value tried: FID by step count."""
-    found = []
-    for sampler, values in (("ancestral", TEMPERATURES), ("annealed", ENDS), ("halton", TEMPERATURES)):
-        models = {name: str(arguments.models / "pipelines" / name) for name in names_with(arguments, sampler)}
-        for cell in cells(arguments, f"trials/{sampler}", models, **TRIAL, **settings_of(sampler, values)):
-            value = cell["temperature"]
-            found.append(cell | {"sampler": sampler, "temperature": value[1] if sampler == "annealed" else value})
-    named = {f"{m}-ct{c}": (m, c) for m in names_with(arguments, "confidence") for c in CHOICE_TEMPERATURES}
-    folders = {name: confident(arguments, *of) for name, of in named.items()}
-    for cell in cells(arguments, "trials/confidence", folders, **TRIAL):
-        model, value = named[cell["pipeline"]]
-        found.append(cell | {"pipeline": model, "sampler": "confidence", "temperature": value})
     table: dict[tuple, dict] = {}
-    for cell in found:
-        key = (cell["pipeline"], cell["sampler"], cell["temperature"])
-        row = table.setdefault(key, {"model": key[0], "sampler": key[1], "value": key[2], "fid": {}})
-        row["fid"][str(cell["num_steps"])] = cell["fid"]
+    for sampler, values in VALUES.items():
+        names = names_with(arguments, sampler)
+        named: dict[str, tuple[str, float | None]] = {model: (model, None) for model in names}
+        if sampler in SAVED:
+            named = {f"{model}-{SAVED[sampler]}{value}": (model, value) for model in names for value in values}
+        folders = {name: folder_of(arguments, model, sampler, value or 0.0) for name, (model, value) in named.items()}
+        for cell in cells(arguments, f"trials/{sampler}", folders, **TRIAL, **settings_of(sampler, values)):
+            model, value = named[cell["pipeline"]]
+            if value is None:
+                value = cell["temperature"][1] if isinstance(cell["temperature"], list) else cell["temperature"]
+            row: dict = {"model": model, "sampler": sampler, "value": value, "fid": {}}
+            table.setdefault((model, sampler, value), row)["fid"][str(cell["num_steps"])] = cell["fid"]
     return list(table.values())
 
 
@@ -97,12 +119,9 @@ def measured(arguments: argparse.Namespace, model: str, sampler: str, value: flo
     """Results of a model with a tuned sampler, an entry a step count; numbers by seed."""
     reference = str(arguments.models / "reference")
     final = {"num_samples": 5000, "seeds": SEEDS, "classifier": arguments.classifier, "reference": reference}
-    if sampler == "confidence":
-        name, folder = f"{model}-confidence", confident(arguments, model, value)
-    else:
-        name, folder = model, str(arguments.models / "pipelines" / model)
-        final |= settings_of(sampler, [value])
-    found = cells(arguments, f"final/{model}-{sampler}", {name: folder}, **final)
+    name = f"{model}-{sampler}" if sampler in SAVED else model
+    folder = folder_of(arguments, model, sampler, value)
+    found = cells(arguments, f"final/{model}-{sampler}", {name: folder}, **final, **settings_of(sampler, [value]))
     rows = []
     for steps in arguments.num_steps:
         own = [cell for cell in found if cell["num_steps"] == steps]
@@ -132,7 +151,7 @@ def main() -> None:
         parser.error(f"--names {arguments.names[0]}: the baseline comes first and needs masks, k < 1")
     arguments.dtype = arguments.dtype or fast_dtype(best_device())
     trials, results, differences = trials_of(arguments), [], []
-    for sampler in SAMPLERS:
+    for sampler in VALUES:
         drawn = names_with(arguments, sampler)
         for model in drawn:
             tried = [trial for trial in trials if (trial["model"], trial["sampler"]) == (model, sampler)]
@@ -163,10 +182,10 @@ def main() -> None:
         for row in results:
             fids = "  ".join(f"{k} {statistics.mean(v):.2f} ± {statistics.stdev(v):.2f}" for k, v in row["fid"].items())
             others = "  ".join(f"{metric} {statistics.mean(row[metric]):.3f}" for metric in METRICS)
-            print(f"{row['model']:9} {row['sampler']:10} {row['value']:4} {row['num_steps']:3} steps  {fids}  {others}")
+            print(f"{row['model']:9} {row['sampler']:12} {row['value']:4} {row['num_steps']:3} steps  {fids}  {others}")
         for row in differences:
             low, high = row["interval"]
-            place = f"{row['sampler']:10} {row['num_steps']} steps {row['layer']:8}"
+            place = f"{row['sampler']:12} {row['num_steps']} steps {row['layer']:8}"
             print(f"{place} {row['model']} - {arguments.names[0]} {row['mean']:+.3f} [{low:+.3f}, {high:+.3f}]")
         print(arguments.output)
 
