@@ -96,8 +96,11 @@ def test_names_of_pipelines_stay_as_typed() -> None:
     assert recipe.pipelines == {"my-run": "folder"}
 
 
-def test_command_line_wins_over_the_recipe() -> None:
-    recipe = parse("train", ["--config", "fashion_mnist/xdlm", "--process.k=0.5", "--max-steps", "7000"])
+@pytest.mark.parametrize("recipe", [["--config", "fashion_mnist/xdlm"], ["--config=fashion_mnist/xdlm"]])
+@pytest.mark.parametrize("place", [0, 1, 3])
+def test_command_line_wins_over_the_recipe_wherever_it_is_named(recipe: list[str], place: int) -> None:
+    options = ["--process.k=0.5", "--max-steps", "7000"]
+    recipe = parse("train", [*options[:place], *recipe, *options[place:]])
     assert recipe.process.k == 0.5 and recipe.max_steps == 7000 and recipe.codes.endswith("codes/train")
 
 

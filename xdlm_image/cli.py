@@ -156,7 +156,8 @@ def parse(verb: str, arguments: Sequence[str]) -> Any:
         free = {field.name for field in fields(recipe_class) if str(field.type).startswith("dict")}
         bare = {f"--{f.name}": f.metadata.get("bare", "true") for f in fields(recipe_class) if _may_be_bare(f)}
         groups = {field.name for field in fields(recipe_class) if is_dataclass(field.default_factory)}
-        settings = parser.parse_args([*_with_values([*_spelled(arguments, free, groups)], bare)])
+        spelled = _recipe_first([*_spelled(arguments, free, groups)])
+        settings = parser.parse_args([*_with_values(spelled, bare)])
         recipe = parser.instantiate(settings)
         return recipe_class(**{key: _from_home(value) for key, value in vars(recipe).items() if key != "config"})
     except ValueError as error:
@@ -181,6 +182,15 @@ def _with_values(arguments: Sequence[str], bare: dict[str, str]) -> Iterator[str
     for i, argument in enumerate(arguments):
         alone = i + 1 == len(arguments) or arguments[i + 1].startswith("--")
         yield f"{argument}={bare[argument]}" if alone and argument in bare else argument
+
+
+def _recipe_first(arguments: Sequence[str]) -> list[str]:
+    """`--config X` and `--config=X` before the options, which win over it wherever it was typed."""
+    first, rest = [], []
+    for argument in arguments:
+        is_recipe = argument.startswith("--config=") or argument == "--config" or first[-1:] == ["--config"]
+        (first if is_recipe else rest).append(argument)
+    return first + rest
 
 
 def _spelled(arguments: Sequence[str], free: set[str], groups: set[str]) -> Iterator[str]:
