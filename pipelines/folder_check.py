@@ -6,6 +6,7 @@ writes. It imports only the standard library and its sibling, and travels beside
 """
 
 import json
+import re
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ from .travelling_code import VERSIONED
 
 CARD = "README.md"
 PICTURE = "samples.png"
+CODE = rf"{VERSIONED.pattern}\.py"
+FILES = re.compile(rf"model_index\.json|{re.escape(CARD)}|{re.escape(PICTURE)}|{CODE}")  # of a self-contained folder
+PART_FILES = re.compile(rf"\w*config\.json|diffusion_pytorch_model.*\.safetensors(\.index.*\.json)?|{CODE}")
 CLASSES = {
     "transformer": ("XDLMTransformer2DModel",),
     "scheduler": ("XDLMScheduler", "XDLMOrderedScheduler", "XDLMPsiScheduler"),
@@ -91,18 +95,26 @@ def refuse_other_content(folder: Path, overwrite: bool) -> None:
     """Raise FileExistsError if `folder` holds anything but an earlier self-contained folder, unless `overwrite`."""
     if overwrite or not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
-    parts = part_classes(folder)
-    known = {"model_index.json", CARD, PICTURE, *parts}
-    strange = sorted(
-        path.name
-        for path in (folder.iterdir() if parts else [folder])
-        if path.name not in known and not (path.suffix == ".py" and VERSIONED.fullmatch(path.stem))
-    )
+    strange = _not_exported(folder)
     if strange:
         raise FileExistsError(
             f"{str(folder)!r} holds something that no export wrote ({', '.join(strange[:3])}); name another folder, "
             "or say overwrite to replace it"
         )
+
+
+def _not_exported(folder: Path) -> list[str]:
+    """What in a folder, and in its parts' folders, is no file of a self-contained folder; paths from there."""
+    parts, strange = part_classes(folder), []
+    if not parts:
+        return [folder.name]
+    for path in folder.iterdir():
+        if path.name in parts and path.is_dir():
+            other = [file.name for file in path.iterdir() if not (file.is_file() and PART_FILES.fullmatch(file.name))]
+            strange += [f"{path.name}/{name}" for name in other]
+        elif not (path.is_file() and FILES.fullmatch(path.name)):
+            strange.append(path.name)
+    return sorted(strange)
 
 
 def own_file(folder: Path, name: str) -> bool:

@@ -198,6 +198,18 @@ def test_other_peoples_folders_are_not_replaced(saved, exported, tmp_path):
         pipe.save_for_hub(target, card="newer")
     with pytest.raises(FileExistsError, match="no export wrote"):
         pipe.save_for_hub(saved, card="newer")
+    (target / ".git").rmdir()
+    for name in ("transformer/notes.txt", "vqvae/mine/x.bin", "scheduler/mine.py"):  # of somebody, in a part's folder
+        own = target / name
+        own.parent.mkdir(exist_ok=True)
+        own.write_text("mine")
+        with pytest.raises(FileExistsError, match=rf"no export wrote \({'/'.join(name.split('/')[:2])}\)"):
+            pipe.save_for_hub(target, card="newer")
+        assert own.read_text() == "mine"
+        shutil.rmtree(own.parent) if own.parent.name == "mine" else own.unlink()
+    pipe.save_for_hub(target, card="new", variant="fp16", max_shard_size="4KB")
+    pipe.save_for_hub(target, card="new")  # over files of every name that an export gives
+    (target / ".git").mkdir()
     assert (target / "README.md").read_text() == "new" and load(saved)
     pipe.save_for_hub(target, card="newer", overwrite=True)
     assert (target / "README.md").read_text() == "newer" and not (target / ".git").exists()
