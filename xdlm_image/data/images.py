@@ -92,7 +92,8 @@ class ImageSet(Dataset):
         self.fingerprint = fingerprint
         self.transform = transform
         self._array = array  # (N, H, W) uint8
-        self._paths = None if paths is None else np.array(paths, dtype=object)
+        # one array of bytes: a loader's workers share its memory, where counting references would copy each string
+        self._paths = None if paths is None else np.array([os.fsencode(path) for path in paths], dtype=bytes)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -100,7 +101,7 @@ class ImageSet(Dataset):
     @property
     def paths(self) -> list[str]:
         """The images' files, in order; empty where they lie in one array."""
-        return [] if self._paths is None else self._paths.tolist()
+        return [] if self._paths is None else [os.fsdecode(path) for path in self._paths]
 
     @cached_property
     def touched(self) -> str:
@@ -133,7 +134,7 @@ class ImageSet(Dataset):
                 return image.clone()
             return self._resize_and_crop(image, generator, "image")
         assert self._paths is not None
-        path = self._paths[index]
+        path = os.fsdecode(self._paths[index])
         return self._resize_and_crop(read_image(path, self.channels), generator, _named(path))
 
     def _resize_and_crop(
