@@ -19,6 +19,7 @@ from PIL import Image
 
 from xdlm_image.cli import parse
 from xdlm_image.data import images as images_module
+from xdlm_image.data.folders import hashed_split
 from xdlm_image.data.images import DEBIAN_FASHION_MNIST, normalise, open_images, read_image, to_uint8
 from xdlm_image.evaluation.extractor_training import train_extractor
 from xdlm_image.recipes import DataOptions, ExtractorRecipe
@@ -211,7 +212,7 @@ def test_what_is_cut_off_by_default_is_what_it_always_was(tmp_path):
         for cut in (["validation", "test"], ["validation"]):
             fractions = {"validation": 0.05, "test": 0.05}
             wanted = cut[twentieth] if twentieth < len(cut) else "train"
-            assert images_module._hashed_split(f"a/{i}.png", {name: fractions[name] for name in cut}) == wanted
+            assert hashed_split(f"a/{i}.png", {name: fractions[name] for name in cut}) == wanted
 
 
 @pytest.mark.parametrize("flat", [True, False])

@@ -1,7 +1,8 @@
 """Real images as tensors: Fashion-MNIST and any folder of class folders, resized, cropped, in [-1, 1].
 
-This file owns finding, decoding, resizing and splitting image sets, and the fingerprint of what they hold. It never
-batches, never augments colour, and never writes anything but torchvision's own download.
+This file owns decoding and resizing, the files of Fashion-MNIST, and the fingerprint of what they hold; which files of
+a folder are of which split and class, `folders` knows. It never batches, never augments colour, and never writes
+anything but torchvision's own download.
 """
 
 from __future__ import annotations
@@ -11,23 +12,21 @@ import hashlib
 import itertools
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from fractions import Fraction
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
-from torchvision.datasets import FashionMNIST, ImageFolder
+from torchvision.datasets import FashionMNIST
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.datasets.mnist import read_image_file, read_label_file
 from torchvision.transforms.v2 import functional as tv
-from tqdm import tqdm
 
+from xdlm_image.data.folders import find_split
 from xdlm_image.pipelines.init_images import (
     DECODING_ERRORS,
     cannot_be_read,
@@ -45,9 +44,6 @@ from xdlm_image.recipes import DataOptions
 SPLITS = ("train", "validation", "test")
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 FASHION_MNIST_VALIDATION = 5_000  # the last images of the training file
-VALIDATION_FRACTION = DataOptions().validation_fraction
-TEST_FRACTION = 0.05  # of a folder that has no test images of its own
-ONE_CLASS = "images"  # name of the class of images that lie in no class folder
 
 Transform = Callable[[torch.Tensor], torch.Tensor]
 
@@ -225,7 +221,10 @@ def open_images(data: DataOptions, split: str, transform: Transform | None = Non
         raise ValueError(f"split={split!r}: must be one of {', '.join(SPLITS)}")
     if data.name == "fashion-mnist":
         return _open_fashion_mnist(data, split, transform)
-    return _open_folder(data, split, transform)
+    found = find_split(data, split)
+    return ImageSet(
+        data, split, found.labels, found.class_names, found.fingerprint, paths=found.paths, transform=transform
+    )
 
 
 # ---------------------------------------------------------------------------------------------- Fashion-MNIST
@@ -318,115 +317,3 @@ def _read_idx(folder: Path, name: str, reader: Callable[[str], torch.Tensor]) ->
             return reader(plain).numpy()
     except (OSError, EOFError, ValueError, RuntimeError, AssertionError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}): fetch it again") from error
-
-
-# ---------------------------------------------------------------------------------------------- folders
-
-
-def _open_folder(data: DataOptions, split: str, transform: Transform | None) -> ImageSet:
-    assert data.root is not None  # DataOptions checked
-    root = Path(data.root).expanduser()
-    if not root.is_dir():
-        raise FileNotFoundError(
-            f"data.root={data.root!r}: no such folder; name a folder of class folders, or of images"
-        )
-    train = root / "train" if (root / "train").is_dir() else root
-    own = {"validation": _first_folder(root, "val", "validation"), "test": _first_folder(root, "test")}
-    if train == root:  # flat: nothing but class folders, whatever they are called
-        own = {"validation": None, "test": None}
-    elif own["test"] is None and own["validation"] is not None:
-        own = {"validation": None, "test": own["validation"]}
-    cut = {} if own["validation"] is not None else {"validation": data.validation_fraction}
-    if own["test"] is None:
-        cut["test"] = TEST_FRACTION
-    if data.validation_fraction != VALIDATION_FRACTION and "validation" not in cut:
-        raise ValueError(
-            f"data.validation_fraction={data.validation_fraction}: {root} has folders for validation and test, so "
-            "nothing is cut off; leave it out"
-        )
-    if cut.get(split) == 0:
-        raise ValueError(
-            f"data.validation_fraction=0: there is no {split} split of {root}, all of its training images train; leave "
-            "the split out, or set a fraction"
-        )
-
-    names, samples = _list_folder(train)
-    folder = train
-    why = str(train)
-    if split != "train" and split not in cut:
-        folder = own[split] or train
-        why = str(folder)
-        own_names, samples = _list_folder(folder)
-        if own_names != names:
-            odd = sorted(set(names) ^ set(own_names))
-            raise ValueError(f"data.root={data.root!r}: {folder.name} and {train.name} differ in the classes {odd[:5]}")
-    elif any(cut.values()):
-        all_of_train = len(samples)
-        samples = [s for s in samples if _hashed_split(os.path.relpath(s[0], train), cut) == split]
-        shares = " and ".join(f"{100 * share:.3g} % for {name}" for name, share in cut.items() if share)
-        why = f"{all_of_train:,} in {train}, cut by file name: {shares} (data.validation_fraction)"
-    if not samples:
-        raise ValueError(
-            f"data.root={data.root!r}: the split {split!r} is empty: cut by file name, {100 * cut.get(split, 1):.3g} % "
-            "of so few images came to none; add images, make the folders train, val and test yourself, raise "
-            "data.validation_fraction (alike in every verb), or leave the split out where splits are named"
-        )
-    digest = hashlib.sha256(f"folder {split}\n".encode())
-    slow = len(samples) > 100_000
-    for path, _ in tqdm(samples, desc=f"fingerprint of {split}", unit="image", disable=not slow):
-        relative = Path(path).relative_to(folder).as_posix()
-        size = os.path.getsize(path) if os.path.exists(path) else -1  # a dangling link: reading it names the file
-        digest.update(f"{relative}\0{size}\n".encode(errors="surrogateescape"))
-    labels = np.array([label for _, label in samples], dtype=np.int64)
-    paths = [path for path, _ in samples]
-    _say_once(f"{split}: {len(samples):,} images of {why}")
-    return ImageSet(data, split, labels, names, digest.hexdigest(), paths=paths, transform=transform)
-
-
-def _first_folder(root: Path, *names: str) -> Path | None:
-    return next((root / name for name in names if (root / name).is_dir()), None)
-
-
-def _list_folder(folder: Path) -> tuple[list[str], list[tuple[str, int]]]:
-    """Class names and (path, label) of a folder of class folders, by torchvision's rule (sorted names).
-
-    Images that lie in the folder itself, beside no other folder, are one class.
-    """
-    entries = sorted(folder.iterdir())
-    if not any(path.is_dir() for path in entries):
-        pictures = [(str(path), 0) for path in entries if path.suffix.lower() in IMG_EXTENSIONS]
-        if pictures:
-            return [ONE_CLASS], pictures
-    try:
-        found = ImageFolder(str(folder))
-    except FileNotFoundError as error:  # no class folder, or one without images
-        raise ValueError(
-            f"data.root: {folder} is no folder of class folders with images ({error}); put the images of each class "
-            "into a folder of its name there, or loose ones of one class (for Fashion-MNIST set data.name: "
-            "fashion-mnist)"
-        ) from error
-    if loose := sum(path.suffix.lower() in IMG_EXTENSIONS for path in entries if path.is_file()):
-        _say_once(f"note: {loose:,} images beside the class folders of {folder} are of no class and not taken")
-    return found.classes, found.samples
-
-
-def _hashed_split(name: str, cut: dict[str, float]) -> str:
-    """The split of a file, by a hash of class folder and file name: a split in `cut` gets its share, the rest trains.
-
-    Places in [0, 1): test has [0.05, 0.1) whatever validation has; validation has its share downwards from 0.05, and
-    further from 1, so that a larger share holds a smaller one.
-    """
-    digest = hashlib.sha256(Path(name).as_posix().encode(errors="surrogateescape")).digest()
-    place = int.from_bytes(digest[:8], "big")  # uniform over [0, 2^64)
-    twentieth = -(-(2**64) // 20)
-    if "test" in cut and twentieth <= place < -(-(2**64) // 10):
-        return "test"
-    is_validation = (twentieth - 1 - place) % 2**64 < round(Fraction(str(cut.get("validation", 0))) * 2**64)
-    return "validation" if is_validation else "train"
-
-
-@cache
-def _say_once(text: str) -> None:
-    """One line, from one process, however often images are opened."""
-    if int(os.environ.get("RANK", "0")) == 0:
-        tqdm.write(text, file=sys.stderr)

@@ -1,0 +1,157 @@
+"""Which files of a folder of images are of which class and which split.
+
+This file owns the rules of class folders and of splits, and the fingerprint of what a split holds. It never opens an
+image.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from tqdm import tqdm
+
+from xdlm_image.recipes import DataOptions
+
+VALIDATION_FRACTION = DataOptions().validation_fraction
+TEST_FRACTION = 0.05  # of a folder that has no test images of its own
+ONE_CLASS = "images"  # name of the class of images that lie in no class folder
+
+
+@dataclass(frozen=True)
+class FolderSplit:
+    """One split of a folder: N images.
+
+    Attributes:
+        paths: The files.
+        labels: int64 (N,).
+        class_names: Name of each label.
+        fingerprint: sha256 over file names, sizes and the split.
+    """
+
+    paths: list[str]
+    labels: np.ndarray
+    class_names: list[str]
+    fingerprint: str
+
+
+def find_split(data: DataOptions, split: str) -> FolderSplit:
+    """The images of one split, by the rules of `images.open_images`; a line says how many there are, and why.
+
+    Raises:
+        ValueError, FileNotFoundError: As `open_images`.
+    """
+    assert data.root is not None  # DataOptions checked
+    root = Path(data.root).expanduser()
+    if not root.is_dir():
+        raise FileNotFoundError(
+            f"data.root={data.root!r}: no such folder; name a folder of class folders, or of images"
+        )
+    train = root / "train" if (root / "train").is_dir() else root
+    own = {"validation": _first_folder(root, "val", "validation"), "test": _first_folder(root, "test")}
+    if train == root:  # flat: nothing but class folders, whatever they are called
+        own = {"validation": None, "test": None}
+    elif own["test"] is None and own["validation"] is not None:
+        own = {"validation": None, "test": own["validation"]}
+    cut = {} if own["validation"] is not None else {"validation": data.validation_fraction}
+    if own["test"] is None:
+        cut["test"] = TEST_FRACTION
+    if data.validation_fraction != VALIDATION_FRACTION and "validation" not in cut:
+        raise ValueError(
+            f"data.validation_fraction={data.validation_fraction}: {root} has folders for validation and test, so "
+            "nothing is cut off; leave it out"
+        )
+    if cut.get(split) == 0:
+        raise ValueError(
+            f"data.validation_fraction=0: there is no {split} split of {root}, all of its training images train; leave "
+            "the split out, or set a fraction"
+        )
+
+    names, samples = _list_folder(train)
+    folder = train
+    why = str(train)
+    if split != "train" and split not in cut:
+        folder = own[split] or train
+        why = str(folder)
+        own_names, samples = _list_folder(folder)
+        if own_names != names:
+            odd = sorted(set(names) ^ set(own_names))
+            raise ValueError(f"data.root={data.root!r}: {folder.name} and {train.name} differ in the classes {odd[:5]}")
+    elif any(cut.values()):
+        all_of_train = len(samples)
+        samples = [s for s in samples if hashed_split(os.path.relpath(s[0], train), cut) == split]
+        shares = " and ".join(f"{100 * share:.3g} % for {name}" for name, share in cut.items() if share)
+        why = f"{all_of_train:,} in {train}, cut by file name: {shares} (data.validation_fraction)"
+    if not samples:
+        raise ValueError(
+            f"data.root={data.root!r}: the split {split!r} is empty: cut by file name, {100 * cut.get(split, 1):.3g} % "
+            "of so few images came to none; add images, make the folders train, val and test yourself, raise "
+            "data.validation_fraction (alike in every verb), or leave the split out where splits are named"
+        )
+    digest = hashlib.sha256(f"folder {split}\n".encode())
+    slow = len(samples) > 100_000
+    for path, _ in tqdm(samples, desc=f"fingerprint of {split}", unit="image", disable=not slow):
+        relative = Path(path).relative_to(folder).as_posix()
+        size = os.path.getsize(path) if os.path.exists(path) else -1  # a dangling link: reading it names the file
+        digest.update(f"{relative}\0{size}\n".encode(errors="surrogateescape"))
+    labels = np.array([label for _, label in samples], dtype=np.int64)
+    paths = [path for path, _ in samples]
+    _say_once(f"{split}: {len(samples):,} images of {why}")
+    return FolderSplit(paths, labels, names, digest.hexdigest())
+
+
+def _first_folder(root: Path, *names: str) -> Path | None:
+    return next((root / name for name in names if (root / name).is_dir()), None)
+
+
+def _list_folder(folder: Path) -> tuple[list[str], list[tuple[str, int]]]:
+    """Class names and (path, label) of a folder of class folders, by torchvision's rule (sorted names).
+
+    Images that lie in the folder itself, beside no other folder, are one class.
+    """
+    entries = sorted(folder.iterdir())
+    if not any(path.is_dir() for path in entries):
+        pictures = [(str(path), 0) for path in entries if path.suffix.lower() in IMG_EXTENSIONS]
+        if pictures:
+            return [ONE_CLASS], pictures
+    try:
+        found = ImageFolder(str(folder))
+    except FileNotFoundError as error:  # no class folder, or one without images
+        raise ValueError(
+            f"data.root: {folder} is no folder of class folders with images ({error}); put the images of each class "
+            "into a folder of its name there, or loose ones of one class (for Fashion-MNIST set data.name: "
+            "fashion-mnist)"
+        ) from error
+    if loose := sum(path.suffix.lower() in IMG_EXTENSIONS for path in entries if path.is_file()):
+        _say_once(f"note: {loose:,} images beside the class folders of {folder} are of no class and not taken")
+    return found.classes, found.samples
+
+
+def hashed_split(name: str, cut: dict[str, float]) -> str:
+    """The split of a file, by a hash of class folder and file name: a split in `cut` gets its share, the rest trains.
+
+    Places in [0, 1): test has [0.05, 0.1) whatever validation has; validation has its share downwards from 0.05, and
+    further from 1, so that a larger share holds a smaller one.
+    """
+    digest = hashlib.sha256(Path(name).as_posix().encode(errors="surrogateescape")).digest()
+    place = int.from_bytes(digest[:8], "big")  # uniform over [0, 2^64)
+    twentieth = -(-(2**64) // 20)
+    if "test" in cut and twentieth <= place < -(-(2**64) // 10):
+        return "test"
+    is_validation = (twentieth - 1 - place) % 2**64 < round(Fraction(str(cut.get("validation", 0))) * 2**64)
+    return "validation" if is_validation else "train"
+
+
+@cache
+def _say_once(text: str) -> None:
+    """One line, from one process, however often images are opened."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        tqdm.write(text, file=sys.stderr)
