@@ -114,7 +114,7 @@ class SelfContainedPipeline(DiffusionPipeline):
         if TRAVELS:
             add_code(self, Path(save_directory))
         if push_to_hub:
-            repo_id = kwargs.pop("repo_id", Path(save_directory).name)
+            repo_id = kwargs.pop("repo_id", Path(os.path.abspath(save_directory)).name)
             self.push_to_hub(repo_id, safe_serialization=safe_serialization, **options, **kwargs)
 
     def save_for_hub(
@@ -170,7 +170,7 @@ class SelfContainedPipeline(DiffusionPipeline):
         `card`, or anything about it, is given.
 
         Args:
-            repo_id: `OWNER/NAME`, made if it is not there.
+            repo_id: `OWNER/NAME`, made if it is not there; `NAME` alone is the user's own.
             commit_message: None says what was uploaded.
             private: Of a new repository; None is the owner's default.
             token: The user's; None takes the stored one.
@@ -191,9 +191,14 @@ class SelfContainedPipeline(DiffusionPipeline):
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch) / "folder"
             api = HfApi(token=token)
-            keep = card is None and not about and api.file_exists(repo_id, CARD, revision=revision)
-            text, files = (None, {}) if keep else self.make_card(card, repo_id, Path(scratch), about)
+            text: str | None = None
+            files: dict[str, Path] = {}
+            told = card is not None or bool(about)
+            if told:  # and may be refused: before the repository is made
+                text, files = self.make_card(card, repo_id, Path(scratch), about)
             repo_id = open_repository(api, repo_id, private, revision)
+            if not told and not api.file_exists(repo_id, CARD, revision=revision):  # a new branch has main's card
+                text, files = self.make_card(None, repo_id, Path(scratch), {})
             write_folder(self, folder, text, files, {"variant": variant, "max_shard_size": max_shard_size})
             return upload(api, folder, repo_id, commit_message, revision, create_pr)
 

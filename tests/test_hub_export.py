@@ -373,7 +373,7 @@ def hub_calls(monkeypatch, tmp_path) -> dict:
         shutil.copytree(folder_path, tmp_path / "uploaded", dirs_exist_ok=True)
         return type("Info", (), {"oid": "c" * 40})()
 
-    note("create_repo", lambda repo_id, **_: type("Url", (), {"repo_id": repo_id})())
+    note("create_repo", lambda repo_id, **_: type("Url", (), {"repo_id": repo_id.replace("mine", "me/mine")})())
     note("create_branch")
     note("file_exists", lambda **_: calls["has_card"])
     note("upload_folder", keep)
@@ -385,7 +385,7 @@ def test_push_uploads_code_and_card(exported, hub_calls):
     options = {"private": True, "token": "hf_x", "revision": "next", "commit_message": "First", "create_pr": True}
     info = load(exported).push_to_hub("me/tiny", **options)
     assert info.oid == "c" * 40
-    assert hub_calls["order"] == ["file_exists", "create_repo", "create_branch", "upload_folder"]
+    assert hub_calls["order"] == ["create_repo", "create_branch", "file_exists", "upload_folder"]
     assert hub_calls["create_repo"] == {"repo_id": "me/tiny", "private": True, "exist_ok": True, "token": "hf_x"}
     assert hub_calls["create_branch"]["branch"] == "next"
     sent = hub_calls["upload_folder"]
@@ -406,14 +406,22 @@ def test_push_writes_a_card_and_keeps_an_edited_one(saved, hub_calls):
     hub_calls["has_card"] = True
     pipe.push_to_hub("me/tiny")
     assert not (hub_calls["folder"] / "README.md").exists() and list(hub_calls["folder"].glob("pipeline_xdlm_*.py"))
+    hub_calls["order"].clear()
+    pipe.push_to_hub("mine", revision="new")  # an own repository by its name alone, a branch made from main
+    assert hub_calls["order"] == ["create_repo", "create_branch", "file_exists", "upload_folder"]
+    assert (hub_calls["file_exists"]["repo_id"], hub_calls["file_exists"]["revision"]) == ("me/mine", "new")
+    assert not (hub_calls["folder"] / "README.md").exists()
 
 
-def test_save_pretrained_pushes_too(saved, hub_calls, tmp_path):
+def test_save_pretrained_pushes_too(saved, hub_calls, tmp_path, monkeypatch):
     load(saved).save_pretrained(tmp_path / "tiny", push_to_hub=True, repo_id="me/tiny", token="hf_x", card="# Mine")
     assert (hub_calls["folder"] / "README.md").read_text() == "# Mine" and hub_calls["create_repo"]["token"] == "hf_x"
     assert not list((tmp_path / "tiny").rglob("*.py"))
     with pytest.raises(TypeError, match="repo_id are for push_to_hub=True"):
         load(saved).save_pretrained(tmp_path / "tiny", repo_id="me/tiny")
+    monkeypatch.chdir(tmp_path / "tiny")
+    load(saved).save_pretrained(".", push_to_hub=True, card="# Mine")
+    assert hub_calls["create_repo"]["repo_id"] == "tiny"
 
 
 def test_push_refuses_before_anything_is_saved(saved, hub_calls, monkeypatch):
