@@ -243,7 +243,7 @@ class XDLMPipeline(SelfContainedPipeline):
             raise ValueError(
                 f"latents has shape {tuple(latents.shape)} and dtype {latents.dtype}: expected {shape}, int64"
             )
-        lowest, highest = latents.min().item(), latents.max().item()
+        lowest, highest = torch.stack(latents.aminmax()).tolist()
         num_ids = self.scheduler.process.num_ids
         if lowest < 0 or highest >= num_ids:
             raise ValueError(f"latents holds ids from {lowest} to {highest}: they must lie in [0, {num_ids})")
@@ -328,7 +328,8 @@ class XDLMPipeline(SelfContainedPipeline):
                 or `latent` ((B, rows, columns) codes).
             return_dict: False returns the tuple `(images,)`.
             callback_on_step_end: Called after step i as `callback(pipe, i, t, {"latents": ...})`; what it
-                returns under "latents" replaces them.
+                returns under "latents" replaces them, and must be ids too; to be able to tell, such a call waits for
+                the device after each step.
             callback_on_step_end_tensor_inputs: Which of `_callback_tensor_inputs` it is given.
             timesteps: Own falling times in (0, 1] in the place of `num_steps`. Where the first is below 1, `latents`
                 must be codes noised to that time (`scheduler.add_noise`).
@@ -403,10 +404,9 @@ class XDLMPipeline(SelfContainedPipeline):
                         raise ValueError(
                             f"callback_on_step_end returned a {type(returned).__name__}: return the dict it was given"
                         )
-                    changed = returned.pop("latents", latents)
-                    if changed is not latents:
-                        self._check_latents(changed, tuple(latents.shape))
-                    latents = changed.to(device)
+                    if "latents" in returned:  # others than were given, or written to in place
+                        self._check_latents(returned["latents"], tuple(latents.shape))
+                        latents = returned["latents"].to(device)
                 progress_bar.update()
         self.scheduler.check_finite()  # where the last step was not taken
 

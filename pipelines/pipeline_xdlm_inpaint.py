@@ -103,9 +103,9 @@ class XDLMInpaintPipeline(XDLMImg2ImgPipeline):
         # 3. The steps from there; kept codes return to their places after each
         def keep(pipe: XDLMPipeline, i: int, t: torch.Tensor, given: dict[str, Any]) -> dict[str, Any]:
             after = given["latents"]
-            after.copy_(torch.where(painted, after, known))  # in place: nothing new that would have to be checked
+            after.copy_(torch.where(painted, after, known))  # in place
             if callback_on_step_end is None:
-                return given
+                return {}  # latents that were returned would be checked, for which the device would be waited for
             return callback_on_step_end(pipe, i, t, {name: given[name] for name in callback_on_step_end_tensor_inputs})
 
         lays_over = keep_pixels and output_type != "latent"

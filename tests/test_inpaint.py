@@ -172,6 +172,12 @@ def test_what_a_callback_returns_is_taken(pipe):
     assert seen == [set(), set()] and (codes == 4).all()
     with pytest.raises(ValueError, match="callback_on_step_end returned a NoneType"):
         pipe(PIXELS, MASK, 0, callback_on_step_end=lambda *_: None)
+    checks, check = [], pipe._check_latents
+    pipe._check_latents = lambda *given: checks.append(given) or check(*given)
+    draw(pipe, PIXELS, MASK, 0, num_steps=3)
+    assert len(checks) == 1  # what it begins at; after a step nobody is waited for without a callback
+    with pytest.raises(ValueError, match="latents holds ids from 99 to 99"):
+        draw(pipe, PIXELS, MASK, 0, callback_on_step_end=lambda p, i, t, k: k["latents"].fill_(99) is None or k)
 
 
 # --- masks ----------------------------------------------------------------------------------------

@@ -334,6 +334,9 @@ def test_callback_replaces_latents(pipe):
     )
     with pytest.raises(ValueError, match="latents holds ids"):
         draw(pipe, 0, callback_on_step_end=lambda *a: {"latents": torch.full((1, 3, 5), 99)})
+    for code in (-1, 600):
+        with pytest.raises(ValueError, match=f"latents holds ids from {code} to {code}"):
+            draw(pipe, 0, num_steps=1, callback_on_step_end=lambda *a, c=code: a[3]["latents"].fill_(c) is None or a[3])
 
 
 # --- refusals -------------------------------------------------------------------------------------
