@@ -20,6 +20,7 @@ from .schedules import Interval, InTime, check_interval, check_setting, guidance
 from .self_contained import SelfContainedPipeline
 
 DEFAULT_STEPS = 8
+COLDEST = 1e-6  # the least temperature: the argmax
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 Generators = torch.Generator | list[torch.Generator] | None
@@ -188,7 +189,7 @@ class XDLMPipeline(SelfContainedPipeline):
             no_guidance = f"does nothing with guidance_scale={guidance_scale}; leave it out"
             raise ValueError(f"guidance_interval={guidance_interval!r}: {no_guidance}")
         check_setting("temperature", temperature, lowest=0.0)
-        if value_at(temperature, 1.0) < 1e-6:
+        if value_at(temperature, 1.0) < COLDEST:
             raise ValueError(
                 f"temperature={temperature!r}: must be at least 1e-6, the argmax; only a pair's second may be 0"
             )
@@ -319,7 +320,8 @@ class XDLMPipeline(SelfContainedPipeline):
             num_inference_steps: Another name of `num_steps`.
             guidance_scale: s in logits = uncond + s (cond - uncond). 1 is none; any other doubles the batch. A pair
                 runs linearly in time from its first, at t = 1 where noise is, to its second at t = 0.
-            temperature: Divides the logits; at least 1e-6. A pair as for `guidance_scale`, whose second may be 0.
+            temperature: Divides the logits; at least 1e-6, the argmax. A pair as for `guidance_scale`, whose second may
+                be 0; wherever it falls below 1e-6 it is the argmax.
             generator: One `torch.Generator`, or a list of one an image (batch x num_images_per_prompt): an
                 image with its own generator does not depend on what else is in the batch.
             num_images_per_prompt: Images a label; those of one label stand together.
@@ -391,7 +393,7 @@ class XDLMPipeline(SelfContainedPipeline):
                     return_dict=False,
                 )[0]  # (B, L, V), guided (2B, L, V)
                 logits = self.guide(logits)  # (B, L, V)
-                heat = value_at(temperature, float(t))
+                heat = max(value_at(temperature, float(t)), COLDEST)
                 codes = self.scheduler.step(logits, t, codes, generator=generator, temperature=heat, return_dict=False)[
                     0
                 ]  # (B, L)

@@ -53,6 +53,13 @@ def test_every_step_gets_its_temperature_and_only_guided_ones_a_doubled_batch(se
     assert nfe(pipe, cosine) == 7  # times 1, 0.92, 0.71 and 0.38
 
 
+@pytest.mark.parametrize("arguments", [{"num_steps": 16}, {"timesteps": [1, 1e-7]}], ids=str)
+def test_a_temperature_that_falls_to_0_ends_as_the_argmax(seen, arguments):
+    pipe, temperatures, _ = seen
+    draw(pipe, [0], temperature=(1e-5, 0), **arguments)
+    assert temperatures[0] == 1e-5 and temperatures[-1] == 1e-6 == min(temperatures)
+
+
 def test_a_pair_of_equals_is_the_number_and_a_schedule_changes_what_is_drawn():
     pipe = make_pipe()
     generator = lambda: [seeded(i) for i in range(4)]  # noqa: E731
