@@ -220,18 +220,10 @@ class XDLMPipeline(SelfContainedPipeline):
             (B, rows, columns) int64.
 
         Raises:
-            ValueError: If `latents` has the wrong shape, dtype or range, or generators the wrong number.
+            ValueError: If `latents` has the wrong shape, dtype or range, or generators are none or the wrong number.
         """
         shape = (batch_size, *self.transformer.grid)
-        for one in generator if isinstance(generator, list | tuple) else [generator]:
-            if one is not None and not isinstance(one, torch.Generator):
-                raise ValueError(
-                    f"generator holds {one!r}: give torch.Generator().manual_seed(...), one, or a list of one an image"
-                )
-        if isinstance(generator, list | tuple) and len(generator) != batch_size:
-            raise ValueError(
-                f"generator is a list of {len(generator)} for {batch_size} images: give one an image, or one"
-            )
+        self.scheduler.check_generators(generator, batch_size)
         if latents is None:
             return self.scheduler.prior(shape, generator=generator, device=device)  # (B, h, w)
         self._check_latents(latents, shape)

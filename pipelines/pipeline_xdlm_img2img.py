@@ -136,9 +136,8 @@ class XDLMImg2ImgPipeline(XDLMPipeline):
             guidance_interval=guidance_interval,
         )
 
-    @staticmethod
     def _pair(
-        given: dict[str, int], ids: list[int] | None, num_images_per_prompt: int, generator: Generators
+        self, given: dict[str, int], ids: list[int] | None, num_images_per_prompt: int, generator: Generators
     ) -> tuple[ClassLabels, int]:
         """A label for each pair of picture and label, and the number of images; `given` counts the pictures."""
         counts = given if ids is None else {**given, "labels": len(ids)}
@@ -148,8 +147,7 @@ class XDLMImg2ImgPipeline(XDLMPipeline):
             said = ", ".join(f"{names[kind]} {count} {kind}" for kind, count in counts.items())
             raise ValueError(f"{said}: give as many, or one")
         number = pairs * num_images_per_prompt
-        if isinstance(generator, list | tuple) and len(generator) != number:
-            raise ValueError(f"generator is a list of {len(generator)} for {number} images: give one an image, or one")
+        self.scheduler.check_generators(generator, number)
         labels: ClassLabels = None if ids is None else [*ids] * (pairs // len(ids))
         return labels, number
 

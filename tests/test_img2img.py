@@ -128,8 +128,14 @@ def test_pictures_and_labels_pair_up(pipe):
     assert draw(pipe, PIXELS, [0, 3, 4]).shape == (3, 3, 5)
     with pytest.raises(ValueError, match="image holds 2 pictures, class_labels 3 labels"):
         pipe(two, [0, 1, 2])
-    with pytest.raises(ValueError, match="generator is a list of 2 for 4 images"):
-        pipe(two, [0, 1], num_images_per_prompt=2, generator=[seeded(0), seeded(1)])
+    pipe.vqvae.encode = None  # any work would fail
+    for odd, message in (
+        ([seeded(0), seeded(1)], "is a list of 2 for 4 images"),
+        (42, "holds 42: give torch.Generator"),
+        ([seeded(0), 42, seeded(1), seeded(2)], "holds 42: give torch.Generator"),
+    ):
+        with pytest.raises(ValueError, match=f"generator {message}"):
+            pipe(two, [0, 1], num_images_per_prompt=2, generator=odd)
 
 
 def test_an_image_with_its_own_generator_depends_on_nothing_else(pipe):

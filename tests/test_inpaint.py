@@ -279,6 +279,8 @@ def test_white_that_is_cut_off_paints_nothing(pipe):
         ({"class_labels": 9}, "classes are 0 to 4"),
         ({"output_type": "jpeg"}, "output_type='jpeg'"),
         ({"generator": [seeded(0), seeded(1)]}, "generator is a list of 2 for 1 images"),
+        ({"generator": 42}, "generator holds 42"),
+        ({"generator": [42]}, "generator holds 42"),
     ],
 )
 def test_other_arguments_are_refused_before_any_work(pipe, arguments, message):

@@ -22,7 +22,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -64,13 +64,7 @@ class UniformsAhead:
         return numbers
 
     def _draw(self) -> torch.Tensor:  # (calls, *shape, 2)
-        if isinstance(self.generator, torch.Generator):
-            full = (self.calls, *self.shape, 2)
-            numbers = torch.rand(full, generator=self.generator, dtype=torch.float64, device="cpu")
-        else:
-            full = (self.calls, *self.shape[1:], 2)
-            drawn = [torch.rand(full, generator=g, dtype=torch.float64, device="cpu") for g in self.generator]
-            numbers = torch.stack(drawn, dim=1)
+        numbers = _rand(self.generator, self.calls, self.shape, self.device)
         if self.device.type == "cuda":  # a copy from memory that is not pinned would wait for the network
             return numbers.pin_memory().to(self.device, non_blocking=True)
         return _moved(numbers, self.device)
@@ -309,28 +303,50 @@ def draw_uniforms(
         device: Where the results go.
 
     Raises:
-        ValueError: If the list's length is not the number of images, it holds something else than generators of one
-            device, or numbers were drawn ahead for another shape or fewer calls.
+        ValueError: What `check_generators` refuses, or numbers were drawn ahead for another shape or fewer calls.
     """
-    device = torch.device(device) if device is not None else torch.device("cpu")
-    full = (*shape, 2)
+    device = torch.device(device or "cpu")
+    check_generators(generator, shape[0])
     if isinstance(generator, UniformsAhead):
         if generator.shape != tuple(shape):
             raise ValueError(f"generator: numbers were drawn ahead for shape {generator.shape}, not for {tuple(shape)}")
         u = generator.take()
-    elif isinstance(generator, torch.Generator) or generator is None:
-        source = generator.device if generator is not None else device
-        u = torch.rand(full, generator=generator, device=source, dtype=_uniform_dtype(source))
     else:
-        if len(generator) != shape[0]:
-            raise ValueError(f"generator: a list of {len(generator)} for {shape[0]} images; give one per image")
-        kinds = {str(g.device) if isinstance(g, torch.Generator) else repr(g) for g in generator}
-        if len(kinds) > 1 or not all(isinstance(g, torch.Generator) for g in generator):
-            raise ValueError(f"generator: a list of {', '.join(sorted(kinds))}; give torch.Generator of one device")
-        drawn = [torch.rand(full[1:], generator=g, device=g.device, dtype=_uniform_dtype(g.device)) for g in generator]
-        u = torch.stack(drawn) if drawn else torch.empty(full)
+        u = _rand(generator, 1, shape, device)[0]
     u = _moved(u, device)
     return u[..., 0], u[..., 1]
+
+
+def check_generators(generator: Generators, images: int) -> None:
+    """Raise ValueError unless it is None, numbers drawn ahead, one generator, or one for each image, of one device."""
+    if generator is None or isinstance(generator, UniformsAhead):
+        return
+    is_list = isinstance(generator, list | tuple)
+    given: list[Any] = [*generator] if isinstance(generator, list | tuple) else [generator]
+    for one in given:
+        if not isinstance(one, torch.Generator):
+            raise ValueError(
+                f"generator holds {one!r}: give torch.Generator().manual_seed(...), one, or a list of one an image"
+            )
+    if is_list and len(given) != images:
+        raise ValueError(f"generator is a list of {len(given)} for {images} images: give one an image, or one")
+    devices = sorted({str(one.device) for one in given})
+    if len(devices) > 1:
+        raise ValueError(f"generator holds some of {' and '.join(devices)}: give generators of one device")
+
+
+def _rand(
+    generator: torch.Generator | Sequence[torch.Generator] | None,
+    calls: int,
+    shape: Sequence[int],
+    device: torch.device,
+) -> torch.Tensor:
+    """The numbers of so many calls, (calls, *shape, 2), where the generators are; without one on `device`."""
+    if generator is None or isinstance(generator, torch.Generator):
+        source = device if generator is None else generator.device
+        return torch.rand((calls, *shape, 2), generator=generator, device=source, dtype=_uniform_dtype(source))
+    drawn = [_rand(one, calls, shape[1:], device) for one in generator]  # an image's are its own generator's
+    return torch.stack(drawn, dim=1) if drawn else torch.empty(calls, *shape, 2, device=device)
 
 
 def _moved(u: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -19,7 +19,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 
-from .process_xdlm import Generators, XDLMProcess, draw_ahead, draw_uniforms
+from .process_xdlm import Generators, XDLMProcess, check_generators, draw_ahead, draw_uniforms
 from .row_draw import draw_rows
 
 MAX_STEPS = 100_000  # a slip of the keyboard beyond that
@@ -134,6 +134,10 @@ class XDLMScheduler(SchedulerMixin, ConfigMixin):
     ) -> torch.Tensor:
         """Codes at t = 1: int64 of `shape`, images first."""
         return self.process.prior(shape, generator, device)
+
+    def check_generators(self, generator: Generators, images: int) -> None:
+        """Raise ValueError unless steps on so many images can draw from it: None, one, or a list of one an image."""
+        check_generators(generator, images)
 
     def draw_ahead(
         self, generator: Generators, shape: Sequence[int], device: torch.device | str | None = None
