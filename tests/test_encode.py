@@ -23,6 +23,7 @@ from xdlm_image.tokenizer.codes import encode_images, load_tokenizer
 from xdlm_image.tokenizer.encode import encode
 from xdlm_image.tokenizer.measure import measure_tokenizer
 from xdlm_image.tokenizer.train import build_vqvae, train_tokenizer
+from xdlm_image.training.loop import refuse_other_images
 
 
 def test_encode_writes_caches_that_know_what_they_hold(trained, tmp_path, pictures):
@@ -254,6 +255,27 @@ def test_a_cache_does_not_fit_changed_images(trained, tmp_path, pictures):
     (root / "test" / "down" / "05.png").unlink()
     with pytest.raises(ValueError, match="not the ones"):
         CodeCache.open(output / "test").check(data=open_images(data, "test"))
+
+
+def test_splits_that_were_cut_differently_do_not_train_and_validate(trained, tmp_path, pictures, capsys):
+    """Cut alike they have no image in common; caches of before cannot be told apart, and this is said."""
+    data = dataclasses.replace(pictures, root=str(Path(pictures.root) / "train"), crop="center")  # flat
+    info = json.loads((trained / "tokenizer.json").read_text())
+    shutil.copytree(trained, tmp_path / "tokenizer", ignore=shutil.ignore_patterns("checkpoints"))
+    info["data"] |= {"root": data.root, "validation_fraction": 0.0}
+    (tmp_path / "tokenizer" / "tokenizer.json").write_text(json.dumps(info))
+    caches = {}
+    for fraction, split in ((0.0, "train"), (0.4, "train"), (0.4, "validation")):
+        recipe = EncodeRecipe(str(tmp_path / "tokenizer"), str(tmp_path / f"{fraction}"), splits=[split])
+        recipe.data = dataclasses.replace(data, validation_fraction=fraction)
+        caches[fraction, split] = CodeCache.open(encode(recipe) / split)
+        assert ("trained with data.validation_fraction=0.0, not 0.4" in capsys.readouterr().out) == (fraction > 0)
+    validation = caches[0.4, "validation"]
+    with pytest.raises(ValueError, match=r"data.validation_fraction=0.4, codes with 0.0.*encode both"):
+        refuse_other_images(caches[0.0, "train"], validation)
+    assert refuse_other_images(caches[0.4, "train"], validation) == []
+    validation.manifest.cut = None
+    assert "cannot be checked" in refuse_other_images(caches[0.0, "train"], validation)[0]
 
 
 def test_encode_refuses_what_cannot_be_right(trained, tmp_path, pictures):

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from xdlm_image.data.code_cache import Manifest
+from xdlm_image.data.code_cache import BESIDES, Manifest
 from xdlm_image.files import write_atomic, write_json
 
 OF = "of.json"
@@ -39,9 +39,7 @@ class CodeBlocks:
         self.manifest = manifest
         self.size = size
         about = dataclasses.asdict(manifest)
-        self.key = (
-            {name: about[name] for name in about if name not in ("tokenizer", "checksums")} | {"size": size} | key
-        )
+        self.key = {name: about[name] for name in about if name not in BESIDES} | {"size": size} | key
 
     def begin(self) -> None:
         """Make the folder; blocks of anything else go. One process calls it, before the others look."""

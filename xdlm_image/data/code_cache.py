@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 CODES, LABELS = "codes.bin", "labels.bin"
+BESIDES = ("tokenizer", "checksums", "cut")  # fields of a manifest that do not tell which codes these are
 
 
 @dataclass
@@ -51,6 +52,7 @@ class Manifest:
         dtype, label_dtype: numpy names of the element types (little-endian).
         tokenizer: Where the tokenizer was, for people.
         checksums: File name -> sha256.
+        cut: `ImageSet.cut`, for whether training and validation images are others; None in caches of before.
         schema_version: Of this format.
     """
 
@@ -69,6 +71,7 @@ class Manifest:
     label_dtype: str
     tokenizer: str = ""
     checksums: dict[str, str] = field(default_factory=dict)
+    cut: dict[str, Any] | None = None
     schema_version: int = SCHEMA_VERSION
 
 

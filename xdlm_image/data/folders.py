@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torchvision.datasets import ImageFolder
@@ -35,12 +36,15 @@ class FolderSplit:
         labels: int64 (N,).
         class_names: Name of each label.
         fingerprint: sha256 over file names, sizes and the split.
+        cut: Share of each split that was cut off the training images, and as `of` the sha256 of their names, whatever
+            their cut; empty where nothing was cut.
     """
 
     paths: list[str]
     labels: np.ndarray
     class_names: list[str]
     fingerprint: str
+    cut: dict[str, Any]
 
 
 def find_split(data: DataOptions, split: str) -> FolderSplit:
@@ -78,6 +82,7 @@ def find_split(data: DataOptions, split: str) -> FolderSplit:
     names, samples = _list_folder(train)
     folder = train
     why = str(train)
+    how: dict[str, Any] = {}
     if split != "train" and split not in cut:
         folder = own[split] or train
         why = str(folder)
@@ -85,11 +90,13 @@ def find_split(data: DataOptions, split: str) -> FolderSplit:
         if own_names != names:
             odd = sorted(set(names) ^ set(own_names))
             raise ValueError(f"data.root={data.root!r}: {folder.name} and {train.name} differ in the classes {odd[:5]}")
-    elif any(cut.values()):
+    elif cut:
         all_of_train = len(samples)
+        files = "\n".join(os.path.relpath(path, train) for path, _ in samples)
+        how = {"of": hashlib.sha256(files.encode(errors="surrogateescape")).hexdigest()} | cut
         samples = [s for s in samples if hashed_split(os.path.relpath(s[0], train), cut) == split]
-        shares = " and ".join(f"{100 * share:.3g} % for {name}" for name, share in cut.items() if share)
-        why = f"{all_of_train:,} in {train}, cut by file name: {shares} (data.validation_fraction)"
+        if shares := " and ".join(f"{100 * share:.3g} % for {name}" for name, share in cut.items() if share):
+            why = f"{all_of_train:,} in {train}, cut by file name: {shares} (data.validation_fraction)"
     if not samples:
         raise ValueError(
             f"data.root={data.root!r}: the split {split!r} is empty: cut by file name, {100 * cut.get(split, 1):.3g} % "
@@ -105,7 +112,7 @@ def find_split(data: DataOptions, split: str) -> FolderSplit:
     labels = np.array([label for _, label in samples], dtype=np.int64)
     paths = [path for path, _ in samples]
     _say_once(f"{split}: {len(samples):,} images of {why}")
-    return FolderSplit(paths, labels, names, digest.hexdigest())
+    return FolderSplit(paths, labels, names, digest.hexdigest(), how)
 
 
 def _first_folder(root: Path, *names: str) -> Path | None:

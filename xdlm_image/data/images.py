@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,6 +66,7 @@ class ImageSet(Dataset):
         class_names: Name of each label.
         labels: int64 array (N,).
         fingerprint: sha256 over what the images are (array bytes, or file names and sizes) and the split.
+        cut: How the split was cut off a folder's training images (`folders.FolderSplit`); empty where it was not.
         split, image_size, channels, crop: How they were opened; only `train` crops at random.
     """
 
@@ -78,6 +80,7 @@ class ImageSet(Dataset):
         array: np.ndarray | None = None,
         paths: Sequence[str] | None = None,
         transform: Transform | None = None,
+        cut: dict[str, Any] | None = None,
     ):
         self.split = split
         self.image_size = data.image_size
@@ -87,6 +90,7 @@ class ImageSet(Dataset):
         self.class_names = class_names
         self.fingerprint = fingerprint
         self.transform = transform
+        self.cut = cut or {}
         self._array = array  # (N, H, W) uint8
         # one array of bytes: a loader's workers share its memory, where counting references would copy each string
         self._paths = None if paths is None else np.array([os.fsencode(path) for path in paths], dtype=bytes)
@@ -223,7 +227,14 @@ def open_images(data: DataOptions, split: str, transform: Transform | None = Non
         return _open_fashion_mnist(data, split, transform)
     found = find_split(data, split)
     return ImageSet(
-        data, split, found.labels, found.class_names, found.fingerprint, paths=found.paths, transform=transform
+        data,
+        split,
+        found.labels,
+        found.class_names,
+        found.fingerprint,
+        paths=found.paths,
+        transform=transform,
+        cut=found.cut,
     )
 
 

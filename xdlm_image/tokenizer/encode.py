@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from xdlm_image.data.code_blocks import CodeBlocks
 from xdlm_image.data.code_cache import (
+    BESIDES,
     MANIFEST,
     CodeCache,
     Manifest,
@@ -32,7 +33,7 @@ from xdlm_image.data.images import ImageSet, open_images
 from xdlm_image.devices import best_device
 from xdlm_image.files import write_json
 from xdlm_image.processes import process_state
-from xdlm_image.recipes import EncodeRecipe
+from xdlm_image.recipes import DataOptions, EncodeRecipe
 from xdlm_image.tokenizer.codes import encode_images, grid_of, load_tokenizer, tokenizer_hash, tokenizer_info
 from xdlm_image.tokenizer.measure import save_reconstructions
 
@@ -68,9 +69,8 @@ def encode(recipe: EncodeRecipe) -> Path:
     vqvae = load_tokenizer(recipe.tokenizer, device)
     if vqvae.config.in_channels != data.channels:
         raise ValueError(f"data.channels={data.channels}: {recipe.tokenizer} takes {vqvae.config.in_channels}")
-    trained = tokenizer_info(recipe.tokenizer)
-    if is_main and trained is not None and trained.get("image_size", data.image_size) != data.image_size:
-        tqdm.write(f"note: {recipe.tokenizer} was trained at image_size={trained['image_size']}, not {data.image_size}")
+    for note in _trained_otherwise(tokenizer_info(recipe.tokenizer) or {}, data) if is_main else ():
+        tqdm.write(f"note: {recipe.tokenizer} was trained {note}")
     grid = grid_of(vqvae, data.image_size)
     to_encode: list[tuple[ImageSet, Manifest]] = []
     weights = tokenizer_hash(vqvae)
@@ -91,6 +91,7 @@ def encode(recipe: EncodeRecipe) -> Path:
             dtype=code_dtype(vqvae.config.num_vq_embeddings).str,
             label_dtype="<u2" if len(images.class_names) < 65_536 else "<i8",
             tokenizer=str(recipe.tokenizer),
+            cut=images.cut,
         )
         if not recipe.overwrite and _is_encoded(output / split, manifest):
             if is_main:
@@ -122,6 +123,22 @@ def encode(recipe: EncodeRecipe) -> Path:
     if processes is not None:
         processes.wait_for_everyone()
     return output
+
+
+def _trained_otherwise(info: dict, data: DataOptions) -> Iterator[str]:
+    """What of its training does not fit these images, where `tokenizer.json` tells of it."""
+    if info.get("image_size", data.image_size) != data.image_size:
+        yield f"at image_size={info['image_size']}, not {data.image_size}"
+    seen = info.get("data")
+    if not isinstance(seen, dict) or None in (seen.get("root"), data.root):
+        return
+    there, here = (os.path.realpath(os.path.expanduser(str(root))) for root in (seen["root"], data.root))
+    cut = seen.get("validation_fraction", data.validation_fraction)
+    if there == here and cut != data.validation_fraction:
+        yield (
+            f"with data.validation_fraction={cut}, not {data.validation_fraction}: it may have learned images that "
+            "validate here"
+        )
 
 
 def _report(vqvae: VQModel, images: ImageSet, path: Path) -> None:
@@ -179,7 +196,7 @@ def _is_encoded(path: Path, wanted: Manifest) -> bool:
         raise FileExistsError(f"{error}; here: {remedy}") from error
     for name, value in dataclasses.asdict(wanted).items():
         held = getattr(cache.manifest, name)
-        if name not in ("tokenizer", "checksums") and held != value:
+        if name not in BESIDES and held != value:
             raise FileExistsError(f"{path} was encoded with {name}={held!r}, asked for is {value!r}: {remedy}")
     return True
 

@@ -87,17 +87,31 @@ def train(recipe: TrainRecipe) -> Path:
     return pipeline
 
 
-def refuse_other_images(codes: CodeCache, validation: CodeCache) -> None:
-    """Raise ValueError unless both caches hold other images of the same classes on the same grid."""
+def refuse_other_images(codes: CodeCache, validation: CodeCache) -> list[str]:
+    """Raise ValueError unless both caches hold other images of the same classes on the same grid.
+
+    Returns:
+        What cannot be checked, a sentence each.
+    """
+    argument = f"validation_codes={str(validation.path)!r}"
     for name in ("grid", "num_codes", "class_names"):
         ours, theirs = getattr(codes.manifest, name), getattr(validation.manifest, name)
         if ours != theirs:
             raise ValueError(
-                f"validation_codes={str(validation.path)!r}: its {name} is {str(theirs)[:80]}, that of codes is "
+                f"{argument}: its {name} is {str(theirs)[:80]}, that of codes is "
                 f"{str(ours)[:80]}; encode both with one recipe"
             )
     if codes.manifest.data_fingerprint == validation.manifest.data_fingerprint:
-        raise ValueError(f"validation_codes={str(validation.path)!r}: the training images; name another split")
+        raise ValueError(f"{argument}: the training images; name another split")
+    ours, theirs = codes.manifest.cut, validation.manifest.cut
+    if ours is None or theirs is None:
+        return [f"{argument}: of before caches told how images were cut; that none of them trains cannot be checked"]
+    if ours != theirs and ours.get("of") == theirs.get("of"):
+        raise ValueError(
+            f"{argument}: cut off the same images with data.validation_fraction={theirs.get('validation')}, codes "
+            f"with {ours.get('validation')}, so that some train and validate; encode both with one"
+        )
+    return []
 
 
 class TrainingRun:
@@ -122,9 +136,7 @@ class TrainingRun:
         self.vqvae = load_tokenizer(recipe.tokenizer)
         self.cache = self._open_cache(recipe.codes)
         self.validation_cache = self._open_cache(recipe.validation_codes) if recipe.validation_codes else None
-        if self.validation_cache is not None:
-            refuse_other_images(self.cache, self.validation_cache)
-
+        notes = [] if self.validation_cache is None else refuse_other_images(self.cache, self.validation_cache)
         self.accelerator = make_accelerator(recipe)
         manifest = self.cache.manifest
         self.process = XDLMProcess(recipe.process.k, manifest.num_codes, recipe.process.definition, **self._ids())
@@ -138,8 +150,9 @@ class TrainingRun:
             **dataclasses.asdict(recipe.model),
         )
         if recipe.init_from is not None and not self.checkpoints.steps():
-            notes = begin_at(transformer, recipe.init_from, self.class_names, manifest.tokenizer_hash)
-            self.accelerator.print("\n".join(notes))
+            notes += begin_at(transformer, recipe.init_from, self.class_names, manifest.tokenizer_hash)
+        for note in notes:
+            self.accelerator.print(note)
         if recipe.attention_backend is not None:
             try:
                 transformer.set_attention_backend(recipe.attention_backend)
