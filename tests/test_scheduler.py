@@ -194,6 +194,25 @@ def test_scheduler_saves_and_loads(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("kind", "own"),
+    [
+        (XDLMScheduler, {}),
+        (XDLMOrderedScheduler, {"choice_temperature": np.float32(2)}),
+        (XDLMPsiScheduler, {"kappa": np.float32(0.5), "correct_within": (np.float32(0.25), np.float64(0.5))}),
+    ],
+)
+def test_numbers_of_numpy_are_saved_as_plain_ones(kind, own, tmp_path) -> None:
+    scheduler = kind(
+        k=np.float32(0.25), num_codes=np.int64(7), definition="B", vocab_size=np.int32(10), mask_id=8, **own
+    )
+    scheduler.save_pretrained(tmp_path)
+    loaded = kind.from_pretrained(tmp_path)
+    assert loaded.process == scheduler.process == XDLMProcess(0.25, 7, "B", 10, 8)
+    plain = {name: [*value] if isinstance(value, tuple) else value for name, value in own.items()}
+    assert {name: loaded.config[name] for name in own} == plain
+
+
+@pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: XDLMProcess(1.5, 8), r"k=1.5: must lie in \[0, 1\]"),

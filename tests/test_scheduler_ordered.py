@@ -343,6 +343,7 @@ found = {"codes": codes(pipe), "class": type(pipe.scheduler).__name__, "unmaskin
         (dict(choice_temperature=math.inf), "choice_temperature=inf"),
         (dict(choice_temperature=math.nan), "choice_temperature=nan"),
         (dict(choice_temperature="hot"), "choice_temperature='hot'"),
+        (dict(choice_temperature=True), "choice_temperature=True"),
         (dict(unmasking="halton", choice_temperature=4.5), "choice_temperature=4.5: does nothing with 'halton'"),
     ],
 )

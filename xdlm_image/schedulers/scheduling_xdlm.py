@@ -70,6 +70,11 @@ class XDLMScheduler(SchedulerMixin, ConfigMixin):
         if time_grid not in TIME_GRIDS:
             raise ValueError(f"time_grid={time_grid!r}: must be one of {sorted(TIME_GRIDS)}")
         self.process = XDLMProcess(k, num_codes, definition, vocab_size, mask_id)
+        given = {"k": k, "num_codes": num_codes, "vocab_size": vocab_size, "mask_id": mask_id}
+        # as plain numbers: of NumPy's no JSON can be made
+        self.register_to_config(
+            **{name: getattr(self.process, name) for name, value in given.items() if value is not None}
+        )
         self.num_inference_steps: int | None = None
         self.timesteps = torch.empty(0, dtype=torch.float64)
         self._finite: torch.Tensor | None = None  # whether the logits were, since this was last asked

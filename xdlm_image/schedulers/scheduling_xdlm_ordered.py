@@ -71,9 +71,12 @@ class XDLMOrderedScheduler(XDLMScheduler):
         if choice_temperature is not None and unmasking != "confidence":
             raise ValueError(f"choice_temperature={choice_temperature!r}: does nothing with {unmasking!r}; give None")
         temperature = CHOICE_TEMPERATURE if choice_temperature is None else choice_temperature
-        if not isinstance(temperature, Real) or not 0.0 <= temperature < math.inf:
+        is_number = isinstance(temperature, Real) and not isinstance(temperature, bool)
+        if not is_number or not 0.0 <= temperature < math.inf:
             raise ValueError(f"choice_temperature={choice_temperature!r}: must be finite and at least 0 (no noise)")
         self.choice_temperature: float = float(temperature)
+        if choice_temperature is not None:
+            self.register_to_config(choice_temperature=self.choice_temperature)  # plain: JSON knows none of NumPy's
 
     def draw_ahead(
         self, generator: Generators, shape: Sequence[int], device: torch.device | str | None = None

@@ -64,6 +64,8 @@ class XDLMPsiScheduler(XDLMScheduler):
         pair = isinstance(within, list | tuple) and len(within) == 2 and all(isinstance(end, Real) for end in within)
         if not pair or not 0.0 <= within[0] < within[1] <= 1.0:
             raise ValueError(f"correct_within={correct_within!r}: must be two times, 0 <= low < high <= 1")
+        plain = None if correct_within is None else [float(end) for end in within]  # JSON knows none of NumPy's
+        self.register_to_config(kappa=float(kappa), correct_within=plain)
 
     def draw_ahead(
         self, generator: Generators, shape: Sequence[int], device: torch.device | str | None = None
