@@ -404,6 +404,13 @@ def test_damaged_weights_are_refused(pipe, tmp_path, part):
     weights.unlink()
     with pytest.raises(OSError, match=f"diffusion_pytorch_model.safetensors .*{part}"):
         XDLMPipeline.from_pretrained(tmp_path)
+    pipe.save_pretrained(tmp_path / "pickles", safe_serialization=False)
+    weights = tmp_path / "pickles" / part / "diffusion_pytorch_model.bin"
+    torch.save({k: v for k, v in whole.items() if k != lost}, weights)
+    with pytest.raises(ValueError, match=f"{part}: 1 tensors .*{lost}"):
+        XDLMPipeline.from_pretrained(tmp_path / "pickles")
+    torch.save(whole, weights)
+    XDLMPipeline.from_pretrained(tmp_path / "pickles")
 
 
 def test_the_package_is_lazy():
