@@ -22,8 +22,11 @@ def value_at(setting: InTime, t: float) -> float:
 
 
 def guidance_at(scale: InTime, interval: Interval, t: float) -> float:
-    """The guidance scale at time t: 1, which is none, outside of the interval (Kynkäänniemi et al., 2024)."""
-    inside = interval is None or interval[0] < t <= interval[1]
+    """The guidance scale at time t: 1, which is none, outside of the interval (Kynkäänniemi et al., 2024).
+
+    Times of a grid are rounded: one within 1e-9 of an end is that end.
+    """
+    inside = interval is None or interval[0] + 1e-9 < t <= interval[1] + 1e-9
     return value_at(scale, t) if inside else 1.0
 
 

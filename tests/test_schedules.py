@@ -7,6 +7,7 @@ from xdlm_image.pipelines.schedules import guidance_at, value_at
 
 from xdlm_image.evaluation.drawing import SamplerSettings, nfe
 from xdlm_image.recipes import EvaluateRecipe
+from xdlm_image.schedulers import XDLMScheduler
 
 STEPS = 4  # from times 1, 0.75, 0.5 and 0.25
 TIMES = (1.0, 0.75, 0.5, 0.25)
@@ -17,6 +18,11 @@ def test_a_pair_runs_linearly_in_time_and_a_number_stays():
     assert [value_at(2, t) for t in TIMES] == [2.0] * 4
     assert [guidance_at((4, 0), (0.25, 0.75), t) for t in TIMES] == [1.0, 3.0, 2.0, 1.0]  # open below, closed above
     assert [guidance_at(3, (0.5, 1), t) for t in TIMES] == [3.0, 3.0, 1.0, 1.0]
+    scheduler = XDLMScheduler()
+    scheduler.set_timesteps(10)  # among them 0.30000000000000004
+    guided = [t for t in scheduler.timesteps.tolist() if guidance_at(3, (0.3, 0.8), t) == 3]
+    assert guided == pytest.approx([0.8, 0.7, 0.6, 0.5, 0.4])
+    assert guidance_at(3, (0.1, 0.3), 0.1 + 0.2) == 3  # the end that is closed
 
 
 @pytest.fixture
