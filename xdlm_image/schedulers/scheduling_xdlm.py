@@ -102,29 +102,40 @@ class XDLMScheduler(SchedulerMixin, ConfigMixin):
             device: Accepted for diffusers' sake; times are scalars of the host and stay there, so that reading one
                 never waits for the device.
             timesteps: Own times instead: falling strictly, within (0, 1].
-            start: Time of the first step, in (0, 1]; codes noised less than wholly begin below 1. The n steps then
-                divide the part of the time grid that is left, and none is skipped.
+            start: Time of the first of n steps, in (0, 1]; codes noised less than wholly begin below 1. The n steps
+                then divide the part of the time grid that is left, and none is skipped.
 
         Raises:
-            ValueError: If neither or both are given, or the values are out of range.
+            ValueError: If neither or both are given, the values are out of range, or the times do not fall strictly,
+                as rounding has it of very many steps from a very late start.
         """
         if (num_inference_steps is None) == (timesteps is None):
             raise ValueError("set_timesteps: give num_inference_steps or timesteps, one of the two")
         if timesteps is None:
             assert num_inference_steps is not None
-            if num_inference_steps != int(num_inference_steps) or not 1 <= num_inference_steps <= MAX_STEPS:
+            n, grid = num_inference_steps, TIME_GRIDS[self.config.time_grid]
+            if isinstance(n, bool) or n != int(n) or not 1 <= n <= MAX_STEPS:
                 raise ValueError(
                     f"num_inference_steps={num_inference_steps!r}: must be a whole number from 1 to {MAX_STEPS:,}"
                 )
-            n, grid = int(num_inference_steps), TIME_GRIDS[self.config.time_grid]
+            n = int(n)
             if not 1e-6 <= start <= 1.0:  # below, no code of a million is noise, and steps cannot be told apart
                 raise ValueError(f"start={start!r}: must lie in (0, 1], and not below 1e-6")
             first = _progress_at(grid, float(start))
             times = [float(start)] + [grid(first + (1.0 - first) * i / n) for i in range(1, n)]
+            if not _fall(times):
+                raise ValueError(
+                    f"num_inference_steps={n}: from start={start!r} the steps of the {self.config.time_grid} grid are "
+                    "too short to be told apart; take fewer"
+                )
         else:
-            times = [float(t) for t in timesteps]
-            falling = all(a > b for a, b in zip(times, times[1:]))
-            if not times or times[0] > 1.0 or not times[-1] > 0.0 or not falling:
+            if start != 1.0:
+                raise ValueError(f"start={start!r}: is for num_inference_steps; timesteps begin where their first says")
+            try:
+                times = [float(t) for t in timesteps]
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"timesteps={timesteps!r}: give the times in a list") from error
+            if not times or times[0] > 1.0 or not _fall(times):
                 raise ValueError(f"timesteps={times!r}: must fall strictly, from 1 at most and staying above 0")
         self.timesteps = torch.tensor(times, dtype=torch.float64, device="cpu")
         self.num_inference_steps = len(times)
@@ -309,6 +320,11 @@ class XDLMScheduler(SchedulerMixin, ConfigMixin):
         drawn, p_z, finite = draw_rows(logits, wanted, z, v, temperature, excluded)
         self._finite = finite if self._finite is None else self._finite & finite
         return drawn, p_z
+
+
+def _fall(times: Sequence[float]) -> bool:
+    """Whether times fall strictly and stay above 0."""
+    return all(a > b for a, b in zip(times, [*times[1:], 0.0]))
 
 
 def _progress_at(grid: Callable[[float], float], t: float) -> float:
