@@ -41,6 +41,7 @@ from xdlm_image.tokenizer.train import (
     learning_rate_at,
     train_tokenizer,
 )
+from xdlm_image.training import checkpoints as checkpoints_module
 
 # ------------------------------------------------------------------------------------------------ codebook
 
@@ -264,6 +265,15 @@ def test_another_recipe_is_not_resumed(trained, pictures, tmp_path):
         train_tokenizer(tiny_recipe(folder, pictures, learning_rate=1e-2))
     with pytest.raises(ValueError, match="resume=False"):
         train_tokenizer(tiny_recipe(folder, pictures, resume=False))
+
+
+def test_nodes_that_do_not_see_one_folder_are_refused(trained, pictures, tmp_path, monkeypatch):
+    """Each would go on at its own step, with its own weights."""
+    shutil.copytree(trained, tmp_path / "tokenizer")
+    training = TokenizerTraining(tiny_recipe(tmp_path / "tokenizer", pictures))
+    monkeypatch.setattr(checkpoints_module, "gather_object", lambda step: [*step, 0])  # the other has none
+    with pytest.raises(ValueError, match=rf"\({STEPS}, none\).*one folder that all nodes see"):
+        training.resume()
 
 
 def test_zero_means_no_clipping_and_only_at_the_end(tmp_path, pictures):

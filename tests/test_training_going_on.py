@@ -13,6 +13,7 @@ import torch
 import yaml
 from test_training import logged, recipe_in, weights, world  # noqa: F401
 
+from xdlm_image.training import checkpoints as checkpoints_module
 from xdlm_image.training.batches import batch_indices, rank_positions
 from xdlm_image.training.going_on import NOT_THE_SAME
 from xdlm_image.training.loop import TrainingRun, train
@@ -108,6 +109,14 @@ def test_checkpoints_of_before_an_option_was_there_go_on(world: Path) -> None:  
         train(recipe_in(world, optimizer="muon"))
     train(recipe_in(world))
     assert logged(world / "run", "train/loss") == logged(world / "whole", "train/loss")
+
+
+def test_nodes_that_do_not_see_one_run_folder_are_refused(world: Path, monkeypatch) -> None:  # noqa: F811
+    run = TrainingRun(recipe_in(world))
+    monkeypatch.setattr(checkpoints_module, "gather_object", lambda step: [*step, 4])  # the other has gone on
+    with pytest.raises(ValueError, match=r"\(none, 4\).*one folder that all nodes see"):
+        run.resume()
+    assert not (world / "run").exists()
 
 
 @pytest.mark.slow

@@ -32,7 +32,13 @@ from xdlm_image.tokenizer.codes import INFO_FILE, grid_of, tokenizer_hash
 from xdlm_image.tokenizer.losses import PerceptualLoss, reconstruction_loss
 from xdlm_image.tokenizer.measure import measure_tokenizer, save_reconstructions
 from xdlm_image.training.batches import batch_indices, step_seed
-from xdlm_image.training.checkpoints import Checkpoint, CheckpointFolder, MetricLines, refuse_other_recipe
+from xdlm_image.training.checkpoints import (
+    Checkpoint,
+    CheckpointFolder,
+    MetricLines,
+    refuse_other_folders,
+    refuse_other_recipe,
+)
 
 REPORT_FILE = "report.json"
 LATENTS_PER_CODE = 40  # for k-means
@@ -267,9 +273,10 @@ class TokenizerTraining:
         """Load the newest checkpoint, if there is one; True if there was.
 
         Raises:
-            ValueError: It is damaged, or was written by another recipe, on other images, or on the way by another
-                number of processes.
+            ValueError: Processes see different ones; it is damaged, or was written by another recipe, on other images,
+                or on the way by another number of processes.
         """
+        refuse_other_folders(self.checkpoints)
         newest = self.checkpoints.load_newest()
         if newest is None:
             return False

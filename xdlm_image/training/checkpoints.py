@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 
 from xdlm_image.files import replace_folder, write_text
@@ -114,6 +115,18 @@ class CheckpointFolder:
                 f"checkpoint {path} is damaged ({error}); remove that folder to go on from the one before"
             ) from error
         return Checkpoint(state.pop("step"), tensors, optimizer, state)
+
+
+def refuse_other_folders(checkpoints: CheckpointFolder) -> None:
+    """Raise ValueError, on every process, unless all see the same newest checkpoint; before any loads one."""
+    newest = gather_object([max(checkpoints.steps(), default=0)])
+    if len(set(newest)) > 1:
+        told = ", ".join(f"{step or 'none'}" for step in newest)
+        raise ValueError(
+            f"output_dir={str(checkpoints.folder.parent)!r}: the newest checkpoint is that of another step for each "
+            f"process ({told}), which would go on with different weights: output_dir must be one folder that all "
+            "nodes see"
+        )
 
 
 class MetricLines:

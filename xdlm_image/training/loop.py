@@ -37,7 +37,7 @@ from ..schedulers import XDLMProcess, XDLMScheduler
 from ..tokenizer.codes import load_tokenizer
 from .batches import batch_indices, rank_positions, step_seed, stratified_times
 from .beginning import begin_at
-from .checkpoints import Checkpoint, CheckpointFolder, MetricLines
+from .checkpoints import Checkpoint, CheckpointFolder, MetricLines, refuse_other_folders
 from .going_on import changes_of, what_binds
 from .launch import make_accelerator, refuse_sharding
 from .meters import LossMeter
@@ -380,9 +380,10 @@ class TrainingRun:
         """Go on from the newest checkpoint, if there is one; in either case write the recipe and start the trackers.
 
         Raises:
-            ValueError: If the checkpoint is damaged, or the recipe changes what may not change (`going_on.py`), or a
-                tracker cannot begin.
+            ValueError: If processes see different checkpoints, or the newest is damaged, or the recipe changes what
+                may not change (`going_on.py`), or a tracker cannot begin.
         """
+        refuse_other_folders(self.checkpoints)
         newest = self.checkpoints.load_newest()
         if newest is not None:
             self._go_on(newest)
