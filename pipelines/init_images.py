@@ -10,9 +10,19 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers.image_processor import VaeImageProcessor
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
 DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+
+TURNS = {  # EXIF's orientation -> what makes a picture upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 InitImages = (
     Image.Image | np.ndarray | torch.Tensor | Sequence[Image.Image] | Sequence[np.ndarray] | Sequence[torch.Tensor]
@@ -52,8 +62,9 @@ def to_8_bits(image: Image.Image, channels: int, name: str = "image") -> Image.I
     """
     refuse_bomb(image.size, name)
     try:
-        image = ImageOps.exif_transpose(image)
+        turn = TURNS.get(_orientation(image))
         image.load()
+        image = image if turn is None else image.transpose(turn)
     except DECODING_ERRORS as error:
         raise ValueError(cannot_be_read(name, error)) from error
     if image.mode.startswith("I"):  # 16-bit grey; PIL's own conversion would cut everything above 255 off
@@ -67,6 +78,17 @@ def to_8_bits(image: Image.Image, channels: int, name: str = "image") -> Image.I
     if image.mode != "RGB":
         image = image.convert("RGB")
     return image if channels == 3 else image.convert("L")
+
+
+def _orientation(image: Image.Image) -> Any:
+    """EXIF's word on how the camera was held; None where its block cannot be read.
+
+    The block is not written anew, as `ImageOps.exif_transpose` would: that fails at odd tags, which harm nobody.
+    """
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # whatever Pillow raises at a block that is broken
+        return None
 
 
 def preprocess(images: Any, height: int, width: int, channels: int) -> torch.Tensor:
@@ -107,7 +129,9 @@ def _one(image: Any, height: int, width: int, channels: int, name: str) -> torch
     if pixels.shape[1] < channels:
         pixels = pixels.expand(-1, channels, -1, -1)
     elif pixels.shape[1] > channels:
-        luminance = torch.tensor([0.299, 0.587, 0.114])  # as Pillow's conversion to L
+        luminance = torch.tensor(
+            [0.299, 0.587, 0.114], dtype=torch.float32, device="cpu"
+        )  # as Pillow's conversion to L
         pixels = torch.einsum("nchw,c->nhw", pixels, luminance)[:, None]
     return _fit_tensor(pixels, height, width, name)
 

@@ -117,7 +117,7 @@ class XDLMImg2ImgPipeline(XDLMPipeline):
         # 2. Pictures to codes, noised to the first time
         codes = spread(self._encode(pixels), number, num_images_per_prompt)  # (number, h, w)
         latents = self.scheduler.add_noise(
-            codes, torch.tensor(times[0], dtype=torch.float64), generator
+            codes, torch.tensor(times[0], dtype=torch.float64, device="cpu"), generator
         )  # (number, h, w)
 
         # 3. The steps from there

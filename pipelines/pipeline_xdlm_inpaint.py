@@ -97,7 +97,7 @@ class XDLMInpaintPipeline(XDLMImg2ImgPipeline):
         # 2. Pictures to codes; those under the mask noised to the first time
         known = spread(self._encode(pixels), number, num_images_per_prompt)  # (number, h, w)
         painted = spread(painted, number, num_images_per_prompt).to(known.device)  # (number, h, w)
-        noisy = self.scheduler.add_noise(known, torch.tensor(times[0], dtype=torch.float64), generator)
+        noisy = self.scheduler.add_noise(known, torch.tensor(times[0], dtype=torch.float64, device="cpu"), generator)
         latents = torch.where(painted, noisy, known)
 
         # 3. The steps from there; kept codes return to their places after each

@@ -13,6 +13,7 @@ from xdlm_image import XDLMImg2ImgPipeline, XDLMPipeline, XDLMScheduler
 from xdlm_image.cli import main
 from xdlm_image.data.images import open_images
 from xdlm_image.recipes import DataOptions
+from xdlm_image.schedulers.scheduling_xdlm_ordered import halton_order
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (20, 33, 3), dtype=np.uint8)
 
@@ -173,6 +174,21 @@ def test_one_picture_in_every_form_is_the_same(pipe):
     picture = preprocess(Image.fromarray(PIXELS), 6, 10, 3)
     assert (picture - arrays[0]).abs().max() < 0.03  # Pillow rounds to 8 bits twice
     assert len(preprocess([Image.fromarray(PIXELS), floats], 6, 10, 3)) == 2
+
+
+def test_pictures_are_read_on_the_cpu_in_float32_whatever_the_defaults():
+    expected, before = [preprocess(PIXELS, 6, 10, channels) for channels in (1, 3)], torch.get_default_dtype()
+    scheduler = XDLMScheduler(num_codes=16)
+    noisy = scheduler.add_noise(codes := torch.arange(15).reshape(1, 15), 0.5, seeded(0))
+    try:
+        torch.set_default_dtype(torch.float64)
+        with torch.device("meta"):
+            found = [preprocess(PIXELS, 6, 10, channels) for channels in (1, 3)]
+            assert torch.equal(scheduler.add_noise(codes, 0.5, seeded(0)), noisy)
+            assert halton_order(11).device.type == "cpu"
+    finally:
+        torch.set_default_dtype(before)
+    assert all(torch.equal(a, b) and b.dtype == torch.float32 for a, b in zip(expected, found))
 
 
 def test_a_picture_comes_as_the_tokenizer_saw_its_training_images(tmp_path):

@@ -170,7 +170,7 @@ class XDLMScheduler(SchedulerMixin, ConfigMixin):
         self, original_samples: torch.Tensor, timesteps: torch.Tensor, generator: Generators = None
     ) -> torch.Tensor:
         """z ~ q(z_t | x) for codes (B, ...) at times (B,) or () in [0, 1]."""
-        t = torch.as_tensor(timesteps, dtype=torch.float64).to("cpu")
+        t = torch.as_tensor(timesteps, dtype=torch.float64, device="cpu")
         if not bool(((t >= 0) & (t <= 1)).all()):
             raise ValueError(f"timesteps={timesteps!r}: times lie in [0, 1]")
         alpha, beta = self.process.alpha_beta(t.expand(original_samples.shape[0]))

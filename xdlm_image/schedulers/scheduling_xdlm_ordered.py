@@ -152,9 +152,9 @@ def halton_order(side: int, device: torch.device | str = "cpu") -> torch.Tensor:
     # in each axis a cell holds an interval b^-d <= 1 / (2 side) of the base's own, and as many points as there are
     # pairs of such intervals visit every pair
     widths = [base ** math.ceil(math.log(2 * side, base)) for base in (2, 3)]
-    i = torch.arange(1, math.prod(widths) + 1)
+    i = torch.arange(1, math.prod(widths) + 1, device="cpu")
     row, column = (_radical_inverse(i, base, side) for base in (2, 3))
-    first = torch.full((side * side,), len(i)).scatter_reduce_(0, row * side + column, i, "amin")
+    first = torch.full((side * side,), len(i), device="cpu").scatter_reduce_(0, row * side + column, i, "amin")
     return first.argsort().to(device)
 
 
