@@ -12,6 +12,7 @@ import torch
 from diffusers.image_processor import VaeImageProcessor
 from PIL import ExifTags, Image
 
+ROUNDING = 1e-4  # how far a float may lie beyond [0, 1]
 DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
 TURNS = {  # EXIF's orientation -> what makes a picture upright
@@ -99,7 +100,8 @@ def preprocess(images: Any, height: int, width: int, channels: int) -> torch.Ten
 
     Args:
         images: One picture or several: Pillow pictures, arrays (B, H, W, C) or (H, W, C) or (H, W), tensors
-            (B, C, H, W) or (C, H, W), floats in [0, 1] or uint8; or a list of those, each of one picture.
+            (B, C, H, W) or (C, H, W), floats in [0, 1] (up to 1e-4 beyond: rounding) or uint8; or a list of those,
+            each of one picture.
         height, width: Pixels that the tokenizer takes.
         channels: 1 or 3.
 
@@ -139,6 +141,8 @@ def _one(image: Any, height: int, width: int, channels: int, name: str) -> torch
 def to_pixels(image: Any, name: str) -> torch.Tensor:
     """An array or tensor of one picture or several as (n, c, H, W) float32 in [0, 1], c = 1 or 3, at its full size.
 
+    Floats up to 1e-4 beyond the ends are rounding, and become the ends.
+
     Raises:
         ValueError: It is neither, has a wrong shape or dtype, or values out of range.
     """
@@ -164,10 +168,10 @@ def to_pixels(image: Any, name: str) -> torch.Tensor:
     elif not pixels.is_floating_point():
         raise ValueError(f"{name} is a tensor of {pixels.dtype}: give floats in [0, 1], or uint8")
     pixels = pixels.float()  # (n, c, H, W)
-    if pixels.numel() and not (pixels.min() >= 0 and pixels.max() <= 1):  # NaN fails too
+    if pixels.numel() and not (pixels.min() >= -ROUNDING and pixels.max() <= 1 + ROUNDING):  # NaN fails too
         low, high = pixels.min().item(), pixels.max().item()
-        raise ValueError(f"{name} holds values from {low:.4g} to {high:.4g}: floats must lie in [0, 1]")
-    return pixels
+        raise ValueError(f"{name} holds values from {low:.6g} to {high:.6g}: floats must lie in [0, 1]")
+    return pixels.clamp(0, 1)
 
 
 def covering(old: tuple[int, int], new: tuple[int, int]) -> tuple[int, int]:

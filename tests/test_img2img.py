@@ -171,6 +171,8 @@ def test_one_picture_in_every_form_is_the_same(pipe):
     arrays = [preprocess(form, 6, 10, 3) for form in forms]
     for pixels in arrays:
         assert pixels.shape == (1, 3, 6, 10) and torch.allclose(pixels, arrays[0], atol=1e-5)
+    beyond = floats + np.float32(1e-5) * np.sign(floats - 0.5)
+    assert torch.equal(preprocess(beyond.clip(0, 1), 6, 10, 3), preprocess(beyond, 6, 10, 3)) and beyond.max() > 1
     picture = preprocess(Image.fromarray(PIXELS), 6, 10, 3)
     assert (picture - arrays[0]).abs().max() < 0.03  # Pillow rounds to 8 bits twice
     assert len(preprocess([Image.fromarray(PIXELS), floats], 6, 10, 3)) == 2
@@ -232,6 +234,7 @@ def test_grey_colour_palette_alpha_and_rotation(pipe, tmp_path):
         (torch.zeros(6, 10, 3), r"shape \(6, 10, 3\): must be \(B, C, H, W\)"),
         (np.full((6, 10, 3), 255.0), "values from 255 to 255"),
         (torch.full((1, 3, 6, 10), -0.5), "values from -0.5"),
+        (np.full((6, 10, 3), 1.0003), "values from 1.0003 to 1.0003"),
         (np.full((6, 10, 3), np.nan), "nan"),
         (np.zeros((6, 10, 3), np.int64), "array of int64"),
         (torch.zeros(3, 6, 10, dtype=torch.bool), "tensor of torch.bool"),
