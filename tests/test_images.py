@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers.image_processor import VaeImageProcessor
-from PIL import Image
+from PIL import Image, ImageOps
 
 from xdlm_image.cli import parse
 from xdlm_image.data import images as images_module
@@ -107,6 +107,26 @@ def test_exif_rotation_is_applied(tmp_path):
     upright = np.asarray(read_image(tmp_path / "turned.png", 1))
     assert upright.shape == (16, 8)
     assert upright[:8].min() == 255 and upright[8:].max() == 0  # left is now on top
+
+
+@pytest.mark.parametrize("orientation", range(2, 9))
+def test_exif_with_an_odd_tag_turns_the_picture_all_the_same(tmp_path, orientation):
+    """The resolution, a fraction, is a word here; Pillow's own function writes EXIF anew and fails."""
+    entries = struct.pack("<HHIHH", 0x0112, 3, 1, orientation, 0) + struct.pack("<HHI4s", 0x011A, 2, 4, b"72!\0")
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + bytes(4)
+    plain = Image.fromarray(np.kron(np.array([[0, 90], [180, 255], [60, 120]]), np.ones((8, 8))).astype(np.uint8))
+    plain.save(tmp_path / "odd.jpg", exif=exif, quality=95)
+    with pytest.raises((struct.error, TypeError, ValueError)), Image.open(tmp_path / "odd.jpg") as image:
+        ImageOps.exif_transpose(image)
+    tag = Image.Exif()
+    tag[0x0112] = orientation
+    plain.save(tmp_path / "plain.jpg", exif=tag, quality=95)
+    with Image.open(tmp_path / "plain.jpg") as image:
+        wanted = np.asarray(ImageOps.exif_transpose(image))
+    assert np.array_equal(np.asarray(read_image(tmp_path / "odd.jpg", 1)), wanted)
+    plain.save(tmp_path / "torn.jpg", exif=exif[:20], quality=95)
+    with pytest.warns(UserWarning, match="Corrupt EXIF"):
+        assert read_image(tmp_path / "torn.jpg", 1).size == plain.size
 
 
 def test_broken_pictures_are_named(tmp_path):
