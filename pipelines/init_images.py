@@ -63,9 +63,9 @@ def to_8_bits(image: Image.Image, channels: int, name: str = "image") -> Image.I
     """
     refuse_bomb(image.size, name)
     try:
-        turn = TURNS.get(_orientation(image))
         image.load()
-        image = image if turn is None else image.transpose(turn)
+        turn = _turn(image)
+        image = image.copy() if turn is None else image.transpose(turn)
     except DECODING_ERRORS as error:
         raise ValueError(cannot_be_read(name, error)) from error
     if image.mode.startswith("I"):  # 16-bit grey; PIL's own conversion would cut everything above 255 off
@@ -81,13 +81,13 @@ def to_8_bits(image: Image.Image, channels: int, name: str = "image") -> Image.I
     return image if channels == 3 else image.convert("L")
 
 
-def _orientation(image: Image.Image) -> Any:
-    """EXIF's word on how the camera was held; None where its block cannot be read.
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What makes a picture upright, by EXIF's word on how the camera was held; None where that cannot be read.
 
-    The block is not written anew, as `ImageOps.exif_transpose` would: that fails at odd tags, which harm nobody.
+    The EXIF block is not written anew, as `ImageOps.exif_transpose` would: that fails at odd tags, which harm nobody.
     """
     try:
-        return image.getexif().get(ExifTags.Base.Orientation)
+        return TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
     except Exception:  # whatever Pillow raises at a block that is broken
         return None
 

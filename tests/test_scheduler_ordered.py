@@ -357,8 +357,12 @@ def test_halton_needs_a_square_grid_of_codes(shape: tuple[int, ...]) -> None:
     scheduler = scheduler_of(0.1, 8, "halton")
     scheduler.set_timesteps(2)
     z = torch.full((2, *shape), 8)
-    with pytest.raises(ValueError, match=r"sample: codes of shape .* no square grid.*use unmasking='confidence'"):
-        scheduler.step(torch.zeros(2, *shape, 8), 1.0, z)
+    for ask in (
+        lambda: scheduler.step(torch.zeros(2, *shape, 8), 1.0, z),
+        lambda: scheduler.draw_ahead(None, z.shape),  # by which a pipeline asks before its network runs
+    ):
+        with pytest.raises(ValueError, match=r"sample: codes of shape .* no square grid.*use unmasking='confidence'"):
+            ask()
 
 
 def test_logits_that_are_not_finite_are_refused() -> None:

@@ -81,7 +81,13 @@ class XDLMOrderedScheduler(XDLMScheduler):
     def draw_ahead(
         self, generator: Generators, shape: Sequence[int], device: torch.device | str | None = None
     ) -> Generators:
-        """As `XDLMScheduler.draw_ahead`; a step draws twice as many numbers here."""
+        """As `XDLMScheduler.draw_ahead`; a step draws twice as many numbers here.
+
+        Raises:
+            ValueError: If `"halton"` finds no square grid: said here, before a network has run.
+        """
+        if self.config.unmasking == "halton":
+            _side(shape)
         return draw_ahead(generator, shape, 2 * len(self.timesteps), device)
 
     def _uniforms(
@@ -101,7 +107,7 @@ class XDLMOrderedScheduler(XDLMScheduler):
         is_mask = z == self.process.mask
         shape = (z.shape[0], math.prod(z.shape[1:]))
         if self.config.unmasking == "halton":
-            order = halton_order(_side(z), z.device).expand(shape)  # (B, L)
+            order = halton_order(_side(z.shape), z.device).expand(shape)  # (B, L)
         else:
             scores = self._scores(logits, is_mask, v, noise, s, temperature).reshape(shape)
             order = scores.argsort(dim=1, descending=True, stable=True)
@@ -166,12 +172,12 @@ def _radical_inverse(i: torch.Tensor, base: int, side: int) -> torch.Tensor:
     return side * mirrored // end
 
 
-def _side(z: torch.Tensor) -> int:
+def _side(shape: Sequence[int]) -> int:
     """Side of the square grid that images of codes are, (B, L) or (B, rows, columns)."""
-    side = math.isqrt(math.prod(z.shape[1:]))
-    if tuple(z.shape[1:]) not in ((side * side,), (side, side)):
+    side = math.isqrt(math.prod(shape[1:]))
+    if tuple(shape[1:]) not in ((side * side,), (side, side)):
         raise ValueError(
-            f"sample: codes of shape {tuple(z.shape[1:])} an image are no square grid, which unmasking='halton' goes "
+            f"sample: codes of shape {tuple(shape[1:])} an image are no square grid, which unmasking='halton' goes "
             "over; use unmasking='confidence'"
         )
     return side
