@@ -5,6 +5,7 @@ never decides how codes move (the scheduler does), and changes no component. It 
 the standard library and its siblings, so that it can travel beside the weights.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from .class_labels import ClassLabels, read_names, read_synsets, resolve
 from .schedules import Interval, InTime, check_interval, check_setting, guidance_at, value_at
 from .self_contained import SelfContainedPipeline
 
+logger = logging.getLogger(__name__)
 DEFAULT_STEPS = 8
 COLDEST = 1e-6  # the least temperature: the argmax
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -327,7 +329,8 @@ class XDLMPipeline(SelfContainedPipeline):
             callback_on_step_end_tensor_inputs: Which of `_callback_tensor_inputs` it is given.
             timesteps: Own falling times in (0, 1] in the place of `num_steps`. Where the first is below 1, `latents`
                 must be codes noised to that time (`scheduler.add_noise`).
-            guidance_interval: (low, high): only steps from times low < t <= high are guided; None guides all.
+            guidance_interval: (low, high): only steps from times low < t <= high are guided; None guides all. Where
+                none is left to be guided, a warning says so.
 
         Returns:
             `ImagePipelineOutput` with `images`, or a tuple.
@@ -366,6 +369,11 @@ class XDLMPipeline(SelfContainedPipeline):
         times = self.scheduler.timesteps
         times_on_device = times.float().to(device)  # all at once: no step waits for its time to arrive
         self._num_timesteps = len(times)
+        if changes and all(guidance_at(guidance_scale, guidance_interval, t) == 1 for t in times.tolist()):
+            logger.warning(
+                f"guidance_scale={guidance_scale} guides no step: they leave the times {_listed(times.tolist())}, "
+                f"guidance_interval={guidance_interval}"
+            )
         latents = self.prepare_latents(batch_size, generator, device, latents)  # (B, h, w)
         generator = self.scheduler.draw_ahead(generator, latents.flatten(1).shape, device)
 
@@ -416,6 +424,10 @@ class XDLMPipeline(SelfContainedPipeline):
         if not return_dict:
             return (images,)
         return ImagePipelineOutput(images=images)
+
+
+def _listed(times: Sequence[float]) -> str:
+    return ", ".join(f"{t:.4g}" for t in times[:8]) + (", ..." if len(times) > 8 else "")
 
 
 def _is_count(value: Any) -> bool:

@@ -83,6 +83,20 @@ def test_a_pair_of_equals_is_the_number_and_a_schedule_changes_what_is_drawn():
 
 
 @pytest.mark.parametrize(
+    "arguments", [{"guidance_scale": 2.0, "guidance_interval": (0.1, 0.7)}, {"guidance_scale": (1, 3)}], ids=str
+)
+def test_guidance_that_guides_no_step_is_told(seen, caplog, arguments):
+    pipe, _, batches = seen
+    draw(pipe, [0], num_steps=2, **arguments)
+    assert 2 in batches and not caplog.records
+    draw(pipe, [0], num_steps=1, **arguments)
+    (record,) = caplog.records
+    scale, interval = arguments["guidance_scale"], arguments.get("guidance_interval")
+    told = f"guidance_scale={scale} guides no step: they leave the times 1, guidance_interval={interval}"
+    assert record.levelname == "WARNING" and record.message == told and batches[-1] == 1
+
+
+@pytest.mark.parametrize(
     "arguments",
     [
         {"guidance_scale": (1.0, 2.0, 3.0)},
