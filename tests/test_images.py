@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -307,10 +308,47 @@ def test_folder_errors_say_what_to_do(tmp_path):
     with pytest.raises(ValueError, match="hollow"):
         open_images(folder_data(tmp_path), "train")
     (tmp_path / "hollow").rmdir()
+    (tmp_path / "a" / "loop").symlink_to("..")
+    with pytest.raises(ValueError, match="the link .*loop leads to .*take the link away"):
+        open_images(folder_data(tmp_path), "train")
+    (tmp_path / "a" / "loop").unlink()
     with pytest.raises(ValueError, match="split 'validation' is empty"):
         open_images(folder_data(tmp_path), "validation")
     with pytest.raises(ValueError, match="split='dev'.*train, validation, test"):
         open_images(folder_data(tmp_path), "dev")
+
+
+@pytest.mark.parametrize("hidden", [".ipynb_checkpoints", "__MACOSX", "@eaDir"])
+def test_what_is_hidden_is_no_class_and_no_image(tmp_path, hidden, capsys):
+    for folder in (".", "a"):
+        class_folder(tmp_path / "classes" / folder, hidden, 1)
+    class_folder(tmp_path / "classes", "a/deeper")
+    (tmp_path / "classes" / "a" / "._000.png").write_text("of macOS")
+    images = open_images(folder_data(tmp_path / "classes", validation_fraction=0), "train")
+    assert images.class_names == ["a"] and {Path(p).parent.name for p in images.paths} == {"deeper"}
+    assert "; 1 class: a\n" in capsys.readouterr().err
+    class_folder(tmp_path, "loose")
+    class_folder(tmp_path / "loose", hidden)
+    assert open_images(folder_data(tmp_path / "loose", validation_fraction=0), "train").class_names == ["images"]
+
+
+@pytest.mark.parametrize(
+    ("folders", "message"),
+    [
+        (["val", "test"], r"\['test', 'val'\] are called like splits, and none is 'train'; call"),
+        (["training", "Test"], "none is 'train'"),
+        (["train", "valid"], "'valid' beside 'train' would not be taken; call the folders of splits train, val"),
+        (["train", "val", "validation"], "'validation' beside 'train'"),
+        (["train", "val", "test"], None),
+        (["train", "notes"], None),
+        (["val", "a"], None),
+    ],
+)
+def test_folders_called_like_splits_are_taken_or_refused(tmp_path, folders, message):
+    for name in folders:
+        class_folder(tmp_path / name, "a")
+    with nullcontext() if message is None else pytest.raises(ValueError, match=message):
+        open_images(folder_data(tmp_path), "train")
 
 
 def test_splits_must_have_the_same_classes(tmp_path):

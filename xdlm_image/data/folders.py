@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
@@ -16,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
@@ -24,6 +24,7 @@ from xdlm_image.recipes import DataOptions
 
 VALIDATION_FRACTION = DataOptions().validation_fraction
 TEST_FRACTION = 0.05  # of a folder that has no test images of its own
+LIKE_SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 ONE_CLASS = "images"  # name of the class of images that lie in no class folder
 
 
@@ -60,6 +61,7 @@ def find_split(data: DataOptions, split: str) -> FolderSplit:
             f"data.root={data.root!r}: no such folder; name a folder of class folders, or of images"
         )
     train = root / "train" if (root / "train").is_dir() else root
+    _refuse_other_splits(data.root, root)
     own = {"validation": _first_folder(root, "val", "validation"), "test": _first_folder(root, "test")}
     if train == root:  # flat: nothing but class folders, whatever they are called
         own = {"validation": None, "test": None}
@@ -111,8 +113,27 @@ def find_split(data: DataOptions, split: str) -> FolderSplit:
         digest.update(f"{relative}\0{size}\n".encode(errors="surrogateescape"))
     labels = np.array([label for _, label in samples], dtype=np.int64)
     paths = [path for path, _ in samples]
-    _say_once(f"{split}: {len(samples):,} images of {why}")
+    kinds = f"{len(names)} class{'es' * (len(names) > 1)}: {', '.join(names[:5])}{', ...' * (len(names) > 5)}"
+    _say_once(f"{split}: {len(samples):,} images of {why}; {kinds}")
     return FolderSplit(paths, labels, names, digest.hexdigest(), how)
+
+
+def _refuse_other_splits(given: str, root: Path) -> None:
+    """Raise ValueError at folders that are called like splits and would be taken for classes, or for nothing."""
+    names = {path.name for path in root.iterdir() if path.is_dir() and not is_hidden(path.name)}
+    splits = {name for name in names if name.lower() in LIKE_SPLITS}
+    if "train" in names:
+        taken = {"train", "test", "val" if "val" in names else "validation"}
+        if odd := sorted(splits - taken):
+            raise ValueError(
+                f"data.root={given!r}: the folder {odd[0]!r} beside 'train' would not be taken; call the folders of "
+                "splits train, val and test, and move any other away"
+            )
+    elif names and names == splits:
+        raise ValueError(
+            f"data.root={given!r}: its folders {sorted(names)} are called like splits, and none is 'train'; call that "
+            "of the training images train (the others val and test), or name a folder of class folders"
+        )
 
 
 def _first_folder(root: Path, *names: str) -> Path | None:
@@ -120,26 +141,53 @@ def _first_folder(root: Path, *names: str) -> Path | None:
 
 
 def _list_folder(folder: Path) -> tuple[list[str], list[tuple[str, int]]]:
-    """Class names and (path, label) of a folder of class folders, by torchvision's rule (sorted names).
+    """Class names and (path, label) of a folder of class folders, in torchvision's order (sorted names).
 
     Images that lie in the folder itself, beside no other folder, are one class.
     """
-    entries = sorted(folder.iterdir())
-    if not any(path.is_dir() for path in entries):
-        pictures = [(str(path), 0) for path in entries if path.suffix.lower() in IMG_EXTENSIONS]
-        if pictures:
-            return [ONE_CLASS], pictures
-    try:
-        found = ImageFolder(str(folder))
-    except FileNotFoundError as error:  # no class folder, or one without images
+    root, names, files = next(_walk(str(folder)))
+    if not names and files:
+        return [ONE_CLASS], [(os.path.join(root, name), 0) for name in sorted(files)]
+    samples = [
+        (os.path.join(inner, name), label)
+        for label, folder_name in enumerate(names)
+        for inner, _, files_there in sorted(_walk(os.path.join(root, folder_name)))
+        for name in sorted(files_there)
+    ]
+    hollow = [names[label] for label in sorted(set(range(len(names))) - {label for _, label in samples})]
+    if hollow or not names:
+        found = f"no images in {', '.join(hollow[:5])}" if hollow else "no folders in it"
         raise ValueError(
-            f"data.root: {folder} is no folder of class folders with images ({error}); put the images of each class "
+            f"data.root: {folder} is no folder of class folders with images ({found}); put the images of each class "
             "into a folder of its name there, or loose ones of one class (for Fashion-MNIST set data.name: "
             "fashion-mnist)"
-        ) from error
-    if loose := sum(path.suffix.lower() in IMG_EXTENSIONS for path in entries if path.is_file()):
-        _say_once(f"note: {loose:,} images beside the class folders of {folder} are of no class and not taken")
-    return found.classes, found.samples
+        )
+    if files:
+        _say_once(f"note: {len(files):,} images beside the class folders of {folder} are of no class and not taken")
+    return names, samples
+
+
+def _walk(top: str) -> Iterator[tuple[str, list[str], list[str]]]:
+    """`os.walk` through links: sorted folders and images, without what systems and programs hide among them.
+
+    Raises:
+        ValueError: A link leads to a folder above itself, where it would be met again and again.
+    """
+    for root, folders, files in os.walk(top, followlinks=True):
+        folders[:] = sorted(name for name in folders if not is_hidden(name))
+        for link in filter(os.path.islink, (os.path.join(root, name) for name in folders)):
+            target = os.path.realpath(link)
+            if target in map(os.path.realpath, Path(os.path.abspath(link)).parents):
+                raise ValueError(
+                    f"data.root: the link {link} leads to {target}, above itself, so that every image there would come "
+                    "again and again; take the link away"
+                )
+        yield root, folders, [n for n in files if n.lower().endswith(IMG_EXTENSIONS) and not is_hidden(n)]
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is no user's: `.ipynb_checkpoints`, `._0.jpg`, previews of archives and NAS."""
+    return name.startswith(".") or name in ("__MACOSX", "@eaDir")
 
 
 def hashed_split(name: str, cut: dict[str, float]) -> str:

@@ -210,7 +210,8 @@ def open_images(data: DataOptions, split: str, transform: Transform | None = Non
     Folder: `root/train`, `root/val` (or `validation`), `root/test` where they exist. With `val` but no `test`, as in
     ImageNet, `val` *is* the test split. A split that has no folder is cut from `train` (or from a flat folder of class
     folders) by the hash of class and file name: `data.validation_fraction`, and 5 % for test. A line says how many
-    images the split holds, and why.
+    images the split holds, why, and of which classes. What is hidden (a leading dot, `__MACOSX`, `@eaDir`) is passed
+    over.
 
     Args:
         data: Which images.
@@ -218,8 +219,9 @@ def open_images(data: DataOptions, split: str, transform: Transform | None = Non
         transform: Applied to each normalised float image.
 
     Raises:
-        ValueError, FileNotFoundError: Unknown split; missing root; a class folder without images; an empty split, or
-            one that validation_fraction = 0 does away with.
+        ValueError, FileNotFoundError: Unknown split; missing root; a class folder without images; folders called like
+            splits where none or another is taken; a link to a folder above itself; an empty split, or one that
+            validation_fraction = 0 does away with.
     """
     if split not in SPLITS:
         raise ValueError(f"split={split!r}: must be one of {', '.join(SPLITS)}")
