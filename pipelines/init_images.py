@@ -15,7 +15,7 @@ from PIL import ExifTags, Image
 ROUNDING = 1e-4  # how far a float may lie beyond [0, 1]
 DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
-TURNS = {  # EXIF's orientation -> what makes a picture upright
+TURNS: dict[Any, Image.Transpose] = {  # EXIF's orientation -> what makes a picture upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
