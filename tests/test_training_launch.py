@@ -52,6 +52,19 @@ def test_a_launched_precision_that_train_has_not_is_refused(world: Path, monkeyp
         TrainingRun(recipe_in(world))
 
 
+def test_batches_a_step_are_the_recipe_s_and_its_compiler_too(world: Path, monkeypatch, own_accelerator) -> None:  # noqa: F811
+    """`accelerate launch` exports 1 where nobody named a number."""
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    run = TrainingRun(recipe_in(world, gradient_accumulation_steps=2))
+    steps = []
+    run.optimizer.optimizer.register_step_post_hook(lambda *a: steps.append(run.accelerator.sync_gradients))
+    run.train_step()
+    assert run.accelerator.gradient_accumulation_steps == 2 and steps == [True]
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    with pytest.raises(ValueError, match="ACCELERATE_DYNAMO_BACKEND=INDUCTOR: unset it.* compile=true"):
+        TrainingRun(recipe_in(world))
+
+
 def test_precision_on_the_command_line() -> None:
     folders = ["--codes=a", "--tokenizer=b", "--output_dir=c"]
     assert parse("train", folders).mixed_precision is None

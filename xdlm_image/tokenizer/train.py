@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import broadcast, set_seed
 from diffusers import VQModel
 from diffusers.training_utils import EMAModel
@@ -23,9 +22,8 @@ from tqdm import tqdm
 
 from xdlm_image.data.image_check import check_images
 from xdlm_image.data.images import ImageSet, normalise, open_images
-from xdlm_image.devices import process_group_timeout, uncompiled, warn_if_slow
+from xdlm_image.devices import uncompiled
 from xdlm_image.files import share_permissions, write_json
-from xdlm_image.processes import on_cpu
 from xdlm_image.recipes import WHERE_IMAGES_ARE, TokenizerRecipe
 from xdlm_image.tokenizer.codebook import draw_badly_served, kmeans, nearest
 from xdlm_image.tokenizer.codes import INFO_FILE, grid_of, tokenizer_hash
@@ -39,6 +37,7 @@ from xdlm_image.training.checkpoints import (
     refuse_other_folders,
     refuse_other_recipe,
 )
+from xdlm_image.training.launch import make_accelerator
 
 REPORT_FILE = "report.json"
 LATENTS_PER_CODE = 40  # for k-means
@@ -150,13 +149,9 @@ class TokenizerTraining:
         self.images = open_images(recipe.data, "train")
         self.test_images = open_images(recipe.data, "test")
 
-        self.accelerator = Accelerator(
-            cpu=on_cpu(), mixed_precision=recipe.mixed_precision, kwargs_handlers=[process_group_timeout()]
-        )
+        self.accelerator = make_accelerator(recipe)
         self.device = self.accelerator.device
         self.processes = self.accelerator.num_processes  # that train; any number may measure
-        if recipe.mixed_precision == "bf16":
-            warn_if_slow(self.device, torch.bfloat16, "mixed_precision='bf16'")
         self.extractor = None
         if recipe.extractor is not None:  # now, in case it fails
             from xdlm_image.evaluation.extractor import load_extractor

@@ -9,13 +9,14 @@ import os
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import GradientAccumulationPlugin, parse_flag_from_env
 
 from ..devices import process_group_timeout, warn_if_slow
 from ..processes import on_cpu
-from ..recipes import TrainRecipe
+from ..recipes import TokenizerRecipe, TrainRecipe
 
 PRECISION = "ACCELERATE_MIXED_PRECISION"
+COMPILER = "ACCELERATE_DYNAMO_BACKEND"
 SHARDING = {
     "ACCELERATE_USE_FSDP": "FSDP",
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
@@ -34,19 +35,23 @@ def refuse_sharding() -> None:
             )
 
 
-def make_accelerator(recipe: TrainRecipe) -> Accelerator:
+def make_accelerator(recipe: TrainRecipe | TokenizerRecipe) -> Accelerator:
     """The run's `Accelerator`.
 
+    Batches a step are the recipe's: `accelerate launch` exports a number even where nobody named one.
+
     Raises:
-        ValueError: The launcher asks for a precision that `train` does not know.
+        ValueError: The launcher asks for a precision that trainings do not know, or for another compiler.
     """
     launched = os.environ.get(PRECISION)
     if recipe.mixed_precision is None and launched not in (None, "no", "fp16", "bf16"):
         raise ValueError(f"{PRECISION}={launched}: train takes no, fp16 or bf16; name one as mixed_precision")
+    if os.environ.get(COMPILER, "no").lower() != "no":
+        raise ValueError(f"{COMPILER}={os.environ[COMPILER]}: unset it; what compiles a training is compile=true")
     accelerator = Accelerator(
         cpu=on_cpu(),
         mixed_precision=recipe.mixed_precision,
-        gradient_accumulation_steps=recipe.gradient_accumulation_steps,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(getattr(recipe, "gradient_accumulation_steps", 1)),
         kwargs_handlers=[process_group_timeout()],
     )
     if accelerator.mixed_precision == "bf16":
