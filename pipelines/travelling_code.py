@@ -64,8 +64,8 @@ def _collect(
         return
     if path in importers:
         raise ValueError(f"{path.name}: imports itself by way of {importers[-1].name}; code in circles cannot travel")
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    for node in ast.walk(ast.parse("".join(lines))):
+    lines = path.read_text(encoding="utf-8").split("\n")  # as the parser counts them: a form feed ends no line
+    for node in ast.walk(ast.parse("\n".join(lines))):
         if not isinstance(node, ast.Import | ast.ImportFrom):
             continue
         if isinstance(node, ast.Import):
@@ -92,7 +92,7 @@ def _collect(
             _collect(sibling, travelled, files, (*importers, path))
             rest = lines[line][column + statement.end() :]
             lines[line] = f"{lines[line][:column]}from .{files[sibling][0]}{rest}"
-    text = "".join(lines)
+    text = "\n".join(lines)
     if travelled:
         files[path] = (path.stem, text)
         return

@@ -187,6 +187,16 @@ def test_code_that_cannot_travel_is_refused_and_leaves_nothing(saved, tmp_path, 
         assert not [p for p in tmp_path.iterdir() if "out" in p.name]
 
 
+def test_code_is_cut_into_lines_as_python_does(tmp_path, monkeypatch):
+    module = type(sys)("paged.own")
+    module.__file__ = str(tmp_path / "own.py")
+    (tmp_path / "own.py").write_text('"""A page.\fAnother."""\nfrom .sibling import X\n')
+    (tmp_path / "sibling.py").write_text("X = 1\n")
+    monkeypatch.setitem(sys.modules, "paged.own", module)
+    own, sibling = code_of("paged.own").items()
+    assert own[1] == f'"""A page.\fAnother."""\nfrom .{sibling[0]} import X\n'
+
+
 def test_other_peoples_folders_are_not_replaced(saved, exported, tmp_path):
     pipe = load(saved)
     target = tmp_path / "out"
