@@ -6,6 +6,7 @@ the standard library and its siblings, so that it can travel beside the weights.
 """
 
 import logging
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -149,7 +150,7 @@ class XDLMPipeline(SelfContainedPipeline):
         temperature: InTime,
         num_images_per_prompt: int,
         output_type: str,
-        callback_on_step_end_tensor_inputs: list[str],
+        callback_on_step_end_tensor_inputs: Sequence[str],
         guidance_interval: Interval = None,
     ) -> None:
         """Refuse parts that do not fit each other and arguments out of range, before any work.
@@ -175,8 +176,7 @@ class XDLMPipeline(SelfContainedPipeline):
                 f"scheduler draws from {process.num_codes} codes, vqvae has "
                 f"{self.vqvae.config.num_vq_embeddings}: they do not belong together"
             )
-        if not _is_count(num_images_per_prompt):
-            raise ValueError(f"num_images_per_prompt={num_images_per_prompt!r}: must be a whole number, at least 1")
+        count("num_images_per_prompt", num_images_per_prompt)
         check_setting("guidance_scale", guidance_scale)
         check_interval("guidance_interval", guidance_interval)
         is_guided = {value_at(guidance_scale, t) for t in (0.0, 1.0)} != {1.0}
@@ -197,10 +197,10 @@ class XDLMPipeline(SelfContainedPipeline):
             )
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type={output_type!r}: must be one of {', '.join(OUTPUT_TYPES)}")
-        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
-        if unknown:
+        names = callback_on_step_end_tensor_inputs
+        if not isinstance(names, list | tuple) or any(name not in self._callback_tensor_inputs for name in names):
             raise ValueError(
-                f"callback_on_step_end_tensor_inputs holds {unknown}, may hold {self._callback_tensor_inputs}"
+                f"callback_on_step_end_tensor_inputs={names!r}: must be a list, of {self._callback_tensor_inputs} or []"
             )
 
     def prepare_latents(
@@ -268,8 +268,13 @@ class XDLMPipeline(SelfContainedPipeline):
             (B, channels, height, width) float32, about [-1, 1].
 
         Raises:
-            ValueError: If an id is no code, such as the mask.
+            ValueError: If they are no grids of int64, or an id is no code, such as the mask.
         """
+        if latents.ndim != 3 or latents.dtype != torch.int64:
+            raise ValueError(
+                f"latents has shape {tuple(latents.shape)} and dtype {latents.dtype}: expected (batch, rows, columns), "
+                "int64"
+            )
         config, quantize = self.vqvae.config, self.vqvae.quantize
         lowest, highest = torch.stack(latents.aminmax()).tolist()
         if lowest < 0 or highest >= config.num_vq_embeddings:
@@ -344,12 +349,11 @@ class XDLMPipeline(SelfContainedPipeline):
             temperature,
             num_images_per_prompt,
             output_type,
-            list(callback_on_step_end_tensor_inputs),
+            callback_on_step_end_tensor_inputs,
             guidance_interval,
         )
+        num_images_per_prompt = operator.index(num_images_per_prompt)
         num_steps = same_steps(num_steps, num_inference_steps, timesteps)
-        if timesteps is not None and latents is None and len(timesteps) and timesteps[0] < 1:
-            raise ValueError(f"timesteps begins at {timesteps[0]}: give latents noised to that time, or begin at 1")
         ids = self._class_ids(class_labels)
         changes = guidance_interval is not None or isinstance(guidance_scale, list | tuple)
         self._guidance_scale = guidance_at(guidance_scale, guidance_interval, 1.0)
@@ -367,6 +371,8 @@ class XDLMPipeline(SelfContainedPipeline):
         # 3. Times and noise
         self.scheduler.set_timesteps(num_steps, device=device, timesteps=timesteps)
         times = self.scheduler.timesteps
+        if latents is None and times[0] < 1:
+            raise ValueError(f"timesteps begins at {times[0]:g}: give latents noised to that time, or begin at 1")
         times_on_device = times.float().to(device)  # all at once: no step waits for its time to arrive
         self._num_timesteps = len(times)
         if changes and all(guidance_at(guidance_scale, guidance_interval, t) == 1 for t in times.tolist()):
@@ -430,8 +436,15 @@ def _listed(times: Sequence[float]) -> str:
     return ", ".join(f"{t:.4g}" for t in times[:8]) + (", ..." if len(times) > 8 else "")
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+def count(name: str, value: Any) -> int:
+    """An int of whatever stands for one (NumPy's and torch's do, bool does not); ValueError if it is none from 1 on."""
+    try:
+        number = 0 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = 0
+    if number < 1:
+        raise ValueError(f"{name}={value!r}: must be a whole number, at least 1")
+    return number
 
 
 def same_steps(num_steps: int | None, num_inference_steps: int | None, timesteps: Sequence[float] | None) -> int | None:
@@ -446,7 +459,4 @@ def same_steps(num_steps: int | None, num_inference_steps: int | None, timesteps
         )
     if timesteps is not None:
         return None
-    steps = given[0] if given else DEFAULT_STEPS
-    if isinstance(steps, bool) or not hasattr(steps, "__index__") or steps < 1:
-        raise ValueError(f"num_steps={steps!r}: must be an integer of at least 1")
-    return int(steps)
+    return count("num_steps", given[0]) if given else DEFAULT_STEPS

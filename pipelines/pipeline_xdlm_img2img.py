@@ -4,6 +4,7 @@ This file owns where such a call starts. The steps, the checks and the decoding 
 be `init_images`'. It imports only torch, diffusers, the standard library and its siblings.
 """
 
+import operator
 from collections.abc import Callable
 from numbers import Real
 from typing import Any
@@ -106,9 +107,10 @@ class XDLMImg2ImgPipeline(XDLMPipeline):
             temperature,
             num_images_per_prompt,
             output_type,
-            list(callback_on_step_end_tensor_inputs),
+            callback_on_step_end_tensor_inputs,
             guidance_interval,
         )
+        num_images_per_prompt = operator.index(num_images_per_prompt)
         times = self._times(strength, num_steps, num_inference_steps)
         ids = self._class_ids(class_labels)
         pixels = preprocess(image, *self.image_size, self.vqvae.config.in_channels)  # (B, C, H, W)

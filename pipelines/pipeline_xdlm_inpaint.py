@@ -5,6 +5,7 @@ pairing with labels `XDLMImg2ImgPipeline`'s, everything else `XDLMPipeline`'s. I
 standard library and its siblings.
 """
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -83,9 +84,10 @@ class XDLMInpaintPipeline(XDLMImg2ImgPipeline):
             temperature,
             num_images_per_prompt,
             output_type,
-            list(callback_on_step_end_tensor_inputs),
+            callback_on_step_end_tensor_inputs,
             guidance_interval,
         )
+        num_images_per_prompt = operator.index(num_images_per_prompt)
         times = self._times(strength, num_steps, num_inference_steps)
         ids = self._class_ids(class_labels)
         pixels = preprocess(image, *self.image_size, self.vqvae.config.in_channels)  # (B, C, H, W)

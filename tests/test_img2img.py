@@ -125,7 +125,7 @@ def test_own_times_below_1_need_codes(pipe):
 def test_pictures_and_labels_pair_up(pipe):
     two = np.stack([PIXELS, 255 - PIXELS])
     assert draw(pipe, two, ["goldfish", 3]).shape == (2, 3, 5)
-    assert draw(pipe, two, "goldfish", num_images_per_prompt=3).shape == (6, 3, 5)
+    assert draw(pipe, two, "goldfish", num_images_per_prompt=np.int64(3)).shape == (6, 3, 5)
     assert draw(pipe, PIXELS, [0, 3, 4]).shape == (3, 3, 5)
     with pytest.raises(ValueError, match="image holds 2 pictures, class_labels 3 labels"):
         pipe(two, [0, 1, 2])

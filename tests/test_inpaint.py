@@ -295,7 +295,7 @@ def test_other_arguments_are_refused_before_any_work(pipe, arguments, message):
 def test_pictures_masks_and_labels_pair_up(pipe):
     two, masks = np.stack([PIXELS, 255 - PIXELS]), [MASK, np.roll(MASK, 2, 0)]
     codes = pipe.encode_images(two)
-    several = draw(pipe, two, masks, [0, 3], num_images_per_prompt=2)
+    several = draw(pipe, two, masks, [0, 3], num_images_per_prompt=np.int64(2))
     for i, image in enumerate(several):
         kept = ~cells(masks[i // 2])[0]
         assert torch.equal(image[kept], codes[i // 2][kept])

@@ -153,7 +153,15 @@ def test_num_steps_and_num_inference_steps_are_one_argument(pipe, arguments, ste
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"num_steps": 8, "num_inference_steps": 9}, {"num_steps": 0}, {"num_inference_steps": 2.5}], ids=str
+    "arguments",
+    [
+        {"num_steps": 8, "num_inference_steps": 9},
+        {"num_steps": 0},
+        {"num_inference_steps": 2.5},
+        {"num_steps": torch.tensor(2.5)},
+        {"num_steps": True},
+    ],
+    ids=str,
 )
 def test_bad_step_counts(pipe, arguments):
     with pytest.raises(ValueError, match="num_steps="):
@@ -248,7 +256,7 @@ def test_generator_lists_have_one_an_image(pipe):
 
 def test_images_of_a_label_stand_together(pipe):
     generators = lambda: [seeded(i) for i in range(6)]
-    a = draw(pipe, [0, 3], num_images_per_prompt=3, generator=generators())
+    a = draw(pipe, [0, 3], num_images_per_prompt=np.int64(3), num_steps=np.int64(8), generator=generators())
     assert torch.equal(a, draw(pipe, [0, 0, 0, 3, 3, 3], generator=generators()))
 
 
@@ -314,6 +322,9 @@ def test_masks_are_never_decoded(pipe):
     with pytest.raises(ValueError, match="masks are left"):
         pipe(0, num_steps=64, generator=seeded(0), callback_on_step_end=stop)
     draw(pipe, 0, output_type="np")  # the next call starts afresh
+    for latents, message in ((codes.flatten(1), r"shape \(1, 15\)"), (codes.float(), "float32")):
+        with pytest.raises(ValueError, match=rf"latents has .*{message}.*: expected \(batch, rows, columns\), int64"):
+            pipe.decode_latents(latents)
 
 
 # --- callbacks ------------------------------------------------------------------------------------
@@ -352,6 +363,9 @@ def test_callback_replaces_latents(pipe):
         {"num_images_per_prompt": 0},
         {"output_type": "jpeg"},
         {"callback_on_step_end_tensor_inputs": ["logits"]},
+        {"callback_on_step_end_tensor_inputs": None},
+        {"callback_on_step_end_tensor_inputs": "latents"},
+        {"timesteps": 0.5},
     ],
     ids=str,
 )
