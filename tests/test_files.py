@@ -1,13 +1,14 @@
 """Permissions of written files, and folders that are replaced whole."""
 
 import os
+import shutil
 import stat
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from xdlm_image.files import replace_folder, share_permissions
+from xdlm_image.files import new_folder, replace_folder, share_permissions
 
 
 @pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
@@ -46,5 +47,15 @@ def test_a_folder_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
         patch.setattr(os, "replace", interrupted)
         replace_folder(tmp_path / "new", tmp_path / "model")
     assert (tmp_path / "model" / "file").read_text() == "old"
+    (tmp_path / "model").rename(tmp_path / ".model.old")  # killed there
+    (tmp_path / ".model.partial").mkdir()
+    with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "model") as partial:
+        assert (tmp_path / "model" / "file").read_text() == "old" and [*partial.iterdir()] == []
+        raise KeyboardInterrupt
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "model", tmp_path / "new"]
+    with new_folder(tmp_path / "model") as partial:
+        (partial / "file").write_text("newer")
+    assert (tmp_path / "model" / "file").read_text() == "newer"
+    shutil.copytree(tmp_path / "model", tmp_path / ".model.old")  # killed before it was removed
     replace_folder(tmp_path / "new", tmp_path / "model")
     assert (tmp_path / "model" / "file").read_text() == "new" and [*tmp_path.iterdir()] == [tmp_path / "model"]

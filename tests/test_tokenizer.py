@@ -174,12 +174,14 @@ def test_killed_and_resumed_is_bitwise_the_same(tmp_path, trained, pictures, mon
     with pytest.raises(FileNotFoundError, match=r"no config\.json"):
         load_tokenizer(output)
     # a checkpoint and a line that were being written when the lights went out
-    (output / "checkpoints" / ".partial-1").mkdir()
+    (output / "checkpoints" / ".step-00000010.partial").mkdir()
     with open(output / "metrics.jsonl", "a") as file:
         file.write('{"step": 10, "lo')
 
     train_tokenizer(recipe)
-    assert losses(output) == losses(trained)
+    assert losses(output) == losses(trained) and [p.name for p in (output / "checkpoints").iterdir()] == [
+        f"step-{STEPS:08d}"
+    ]
     assert tokenizer_hash(load_tokenizer(output)) == tokenizer_hash(load_tokenizer(trained))
     codes = [encode_images(load_tokenizer(p), torch.zeros(1, 1, 16, 16)) for p in (output, trained)]
     assert torch.equal(*codes)

@@ -10,7 +10,8 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,24 +35,51 @@ def write_atomic(path: str | Path, write: Callable[[Path], object]) -> Path:
     return path
 
 
+@contextmanager
+def new_folder(final: str | Path) -> Iterator[Path]:
+    """An empty folder to write into, beside `final`; in the end it takes its place, on failure it is removed.
+
+    What a process left that was killed here is tidied up first. One process at a time writes a folder.
+    """
+    final = Path(final)
+    partial = final.with_name(f".{final.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    _put_back(final)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        replace_folder(partial, final)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
 def replace_folder(partial: Path, final: Path) -> None:
     """Move the whole new folder `partial` to `final`; what was there goes only when the new one stands.
 
-    Stopped between the two, what was there comes back. Of a link the link alone goes; the folder it leads to stays.
+    Stopped between the two, what was there comes back; killed there, with the next call, or the next `new_folder`. Of a
+    link the link alone goes; the folder it leads to stays.
     """
     share_permissions(partial)
-    old = final.with_name(f".{final.name}.{os.getpid()}.old")
-    shutil.rmtree(old, ignore_errors=True)
+    _put_back(final)
     try:
         if final.is_symlink():
             final.unlink()
         elif final.exists():
-            os.replace(final, old)
+            os.replace(final, _old(final))
         os.replace(partial, final)
     finally:
-        if old.exists() and not os.path.lexists(final):
-            os.replace(old, final)
-        shutil.rmtree(old, ignore_errors=True)
+        _put_back(final)
+
+
+def _old(final: Path) -> Path:
+    return final.with_name(f".{final.name}.old")
+
+
+def _put_back(final: Path) -> None:
+    """What had to make room comes back where nothing took its place, else it goes."""
+    if _old(final).exists() and not os.path.lexists(final):
+        os.replace(_old(final), final)
+    shutil.rmtree(_old(final), ignore_errors=True)
 
 
 def write_text(path: str | Path, text: str) -> Path:

@@ -5,15 +5,13 @@ This file owns where the result goes and what is said of its origin; what is in 
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from xdlm_image.files import refuse_unwritable, replace_folder, write_json
+from xdlm_image.files import new_folder, refuse_unwritable, write_json
 from xdlm_image.recipes.conversion import ConversionRecipe
 
 from .checkpoint_file import CheckpointFile
@@ -76,14 +74,7 @@ def provenance(file: CheckpointFile, source_format: str, recipe: ConversionRecip
 
 def write_folder(recipe: ConversionRecipe, content: dict[str, Any], save: Callable[[Path], object]) -> Path:
     """Call `save(new folder)`, add `provenance.json`, and move the whole to `recipe.output`."""
-    output = Path(recipe.output).absolute()
-    partial = output.with_name(f".{output.name}-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
+    with new_folder(Path(recipe.output).absolute()) as partial:
         save(partial)
         write_json(partial / PROVENANCE_FILE, content)
-        replace_folder(partial, output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return Path(recipe.output)

@@ -14,7 +14,6 @@ import dataclasses
 import json
 import math
 import os
-import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +23,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from xdlm_image.files import replace_folder, sha256_of_file, write_json
+from xdlm_image.files import new_folder, sha256_of_file, write_json
 
 if TYPE_CHECKING:
     from diffusers import VQModel
@@ -218,14 +217,9 @@ def write_code_cache(
     """
     final = Path(path)
     refuse_existing(final, overwrite)
-    final.parent.mkdir(parents=True, exist_ok=True)
-    for left_by_a_killed_run in final.parent.glob(f".{final.name}.*.partial"):
-        shutil.rmtree(left_by_a_killed_run, ignore_errors=True)
-    partial = final.with_name(f".{final.name}.{os.getpid()}.partial")
-    partial.mkdir()
     tail = (manifest.num_views, math.prod(manifest.grid))
     written = 0
-    try:
+    with new_folder(final) as partial:  # what is there, refuse_existing allowed to go
         with open(partial / CODES, "wb") as code_file, open(partial / LABELS, "wb") as label_file:
             for codes, labels in batches:
                 codes, labels = np.asarray(codes), np.asarray(labels)
@@ -240,9 +234,6 @@ def write_code_cache(
             raise ValueError(f"num_images={manifest.num_images}, but {written} were written")
         checksums = {name: sha256_of_file(partial / name) for name in (CODES, LABELS)}
         write_json(partial / MANIFEST, dataclasses.asdict(dataclasses.replace(manifest, checksums=checksums)))
-        replace_folder(partial, final)  # what is there, refuse_existing allowed to go
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return final
 
 

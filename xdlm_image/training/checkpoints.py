@@ -7,7 +7,6 @@ JSON) and the file `metrics.jsonl`, which a resume cuts to the checkpoint. It ne
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -19,7 +18,7 @@ import torch
 from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 
-from xdlm_image.files import replace_folder, write_text
+from xdlm_image.files import new_folder, write_text
 
 CONTENTS = {  # of which a run keeps hashes
     "images": "the images",
@@ -81,17 +80,14 @@ class CheckpointFolder:
                         f"({good}); lower the learning rate or the gradient clip and begin again in another folder"
                     )
         final = self._path(checkpoint.step)
-        for left_by_a_killed_run in self.folder.glob(".partial-*"):
+        for left_by_a_killed_run in self.folder.glob(".*"):  # maybe of a step that is not saved again
             shutil.rmtree(left_by_a_killed_run, ignore_errors=True)
-        partial = self.folder / f".partial-{os.getpid()}"
-        partial.mkdir(parents=True)
-        for name, tensors in checkpoint.tensors.items():
-            save_file(
-                {key: value.detach().contiguous() for key, value in tensors.items()}, partial / f"{name}.safetensors"
-            )
-        torch.save(checkpoint.optimizer, partial / "optimizer.pt")
-        (partial / "state.json").write_text(json.dumps({"step": checkpoint.step} | checkpoint.state, indent=2))
-        replace_folder(partial, final)
+        with new_folder(final) as partial:
+            for name, tensors in checkpoint.tensors.items():
+                contiguous = {key: value.detach().contiguous() for key, value in tensors.items()}
+                save_file(contiguous, partial / f"{name}.safetensors")
+            torch.save(checkpoint.optimizer, partial / "optimizer.pt")
+            (partial / "state.json").write_text(json.dumps({"step": checkpoint.step} | checkpoint.state, indent=2))
         for step in self.steps()[: -self.keep]:
             shutil.rmtree(self._path(step), ignore_errors=True)
         return final

@@ -8,8 +8,6 @@ step is a function of (seed, step, rank) (`batches.py`), so a killed run goes on
 from __future__ import annotations
 
 import dataclasses
-import os
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,7 +26,7 @@ from ..data.labels import labels_of_folders
 from ..devices import uncompiled
 from ..evaluation.drawing import SamplerSettings, class_names
 from ..evaluation.grids import class_grid, save_grid
-from ..files import replace_folder, write_text
+from ..files import new_folder, write_text
 from ..models import XDLMTransformer2DModel
 from ..objective import XDLMLoss
 from ..pipelines import XDLMPipeline
@@ -428,12 +426,7 @@ class TrainingRun:
         self._stop_clock()
         final = self.output_dir / name
         if self.accelerator.is_main_process:
-            for left_by_a_killed_run in self.output_dir.glob(".pipeline-*"):
-                shutil.rmtree(left_by_a_killed_run, ignore_errors=True)
-            partial = self.output_dir / f".pipeline-{os.getpid()}"
-            with self.averaged_weights():
+            with new_folder(final) as partial, self.averaged_weights():
                 self._pipeline().save_pretrained(partial)
-            final.parent.mkdir(exist_ok=True)
-            replace_folder(partial, final)
         self.accelerator.wait_for_everyone()
         return final
