@@ -55,8 +55,8 @@ def refuse_bomb(size: tuple[int, int], name: str = "image") -> None:
 def to_8_bits(image: Image.Image, channels: int, name: str = "image") -> Image.Image:
     """Decode a picture to an upright `L` (channels 1) or `RGB` (channels 3) one of its full size.
 
-    EXIF rotation is applied; alpha is laid on white; CMYK, palette and grey are converted; 16-bit grey is divided by
-    257.
+    EXIF rotation is applied; what is transparent is laid on white; CMYK, palette and grey are converted; 16-bit grey is
+    divided by 257.
 
     Raises:
         ValueError: It is too large, cannot be decoded (broken, truncated), or has no 8-bit meaning.
@@ -69,11 +69,14 @@ def to_8_bits(image: Image.Image, channels: int, name: str = "image") -> Image.I
     except DECODING_ERRORS as error:
         raise ValueError(cannot_be_read(name, error)) from error
     if image.mode.startswith("I"):  # 16-bit grey; PIL's own conversion would cut everything above 255 off
-        image = Image.fromarray(((values_of_16_bits(image, name) + 128) // 257).astype(np.uint8))
+        values = values_of_16_bits(image, name)
+        grey = ((values + 128) // 257).astype(np.uint8)
+        grey[values == image.info.get("transparency", -1)] = 255
+        image = Image.fromarray(grey)
     elif image.mode == "F":
         raise ValueError(floating_point(name))
     elif image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        image = image.convert("RGBA")
+        image = with_alpha(image)
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
     if image.mode != "RGB":
@@ -90,6 +93,11 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
         return TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
     except Exception:  # whatever Pillow raises at a block that is broken
         return None
+
+
+def with_alpha(image: Image.Image) -> Image.Image:
+    """The picture in mode `RGBA`; from `La`, grey times alpha, Pillow has no way straight there."""
+    return (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
 
 
 def preprocess(images: Any, height: int, width: int, channels: int) -> torch.Tensor:
@@ -149,7 +157,7 @@ def to_pixels(image: Any, name: str) -> torch.Tensor:
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 and not np.issubdtype(image.dtype, np.floating):
             raise ValueError(f"{name} is an array of {image.dtype}: give floats in [0, 1], or uint8")
-        pixels = torch.from_numpy(np.ascontiguousarray(image))
+        pixels = torch.from_numpy(np.array(image, np.uint8 if image.dtype == np.uint8 else np.float32))  # writable
         pixels = pixels[..., None] if pixels.ndim == 2 else pixels
         pixels = pixels.movedim(-1, -3) if pixels.ndim in (3, 4) else pixels
     elif isinstance(image, torch.Tensor):

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .init_images import covering, middle, refuse_strip, to_8_bits, to_pixels
+from .init_images import covering, middle, refuse_strip, to_8_bits, to_pixels, with_alpha
 
 ORIENTATION = 0x0112  # of EXIF; from 5 to 8 height and width change places
 
@@ -53,7 +53,8 @@ def _opaque(mask: Image.Image, name: str) -> np.ndarray:
     """The upright picture as an array, uint8."""
     grey = mask.mode in ("1", "L") and "transparency" not in mask.info
     pixels = np.array(to_8_bits(mask, 1 if grey else 3, name))
-    if not grey and np.array(mask.convert("RGBA"))[..., 3].min() < 255:
+    deep = mask.mode.startswith("I") and "transparency" in mask.info  # of which Pillow makes no alpha
+    if not grey and (deep or np.array(with_alpha(mask))[..., 3].min() < 255):
         raise ValueError(f"{name} is transparent in places: make it black (kept) and white (painted anew)")
     return pixels
 

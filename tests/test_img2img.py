@@ -1,5 +1,7 @@
 """XDLM from a picture: which pictures, how far they are noised, and what comes back."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -173,6 +175,13 @@ def test_one_picture_in_every_form_is_the_same(pipe):
         assert pixels.shape == (1, 3, 6, 10) and torch.allclose(pixels, arrays[0], atol=1e-5)
     beyond = floats + np.float32(1e-5) * np.sign(floats - 0.5)
     assert torch.equal(preprocess(beyond.clip(0, 1), 6, 10, 3), preprocess(beyond, 6, 10, 3)) and beyond.max() > 1
+    for other in (floats.astype(">f4"), floats.astype(np.longdouble), floats.astype(np.float16).astype(float)):
+        assert torch.allclose(preprocess(other, 6, 10, 3), arrays[0], atol=2e-3)
+    fixed = PIXELS.copy()
+    fixed.flags.writeable = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(preprocess(fixed, 6, 10, 3), arrays[0])
     picture = preprocess(Image.fromarray(PIXELS), 6, 10, 3)
     assert (picture - arrays[0]).abs().max() < 0.03  # Pillow rounds to 8 bits twice
     assert len(preprocess([Image.fromarray(PIXELS), floats], 6, 10, 3)) == 2
@@ -213,6 +222,13 @@ def test_grey_colour_palette_alpha_and_rotation(pipe, tmp_path):
     assert torch.equal(three[:, 0], three[:, 2]) and torch.allclose(three[0, 0], torch.from_numpy(grey) * 2 - 1)
     assert torch.equal(preprocess(red.convert("P"), 6, 10, 3), preprocess(red, 6, 10, 3))
     assert preprocess(Image.new("RGBA", (10, 6), (255, 0, 0, 0)), 6, 10, 3).min() == 1  # nothing on white
+    clear = Image.new("LA", (10, 6), (0, 0)).convert("La")
+    assert preprocess(clear, 6, 10, 1).min() == 1
+    deep = np.full((6, 10), 2000, np.uint16)
+    deep[0] = 0
+    Image.fromarray(deep).save(tmp_path / "deep.png", transparency=2000)
+    seen = preprocess(Image.open(tmp_path / "deep.png"), 6, 10, 1)[0, 0]
+    assert (seen[1:] == 1).all() and (seen[0] == -1).all()
     half = np.zeros((10, 6, 3), np.uint8)
     half[:5] = 255
     exif = Image.Exif()

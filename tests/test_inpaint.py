@@ -252,6 +252,7 @@ def test_turned_pictures_have_the_size_that_they_are_seen_in(tmp_path):
         (np.ones((6, 12)), "mask_image has 12 x 6 pixels, its picture 10 x 6"),
         (np.ones((3, 6, 10, 1)), "image holds 2 pictures, mask_image 3 masks, class_labels 1 labels: give as many"),
         (Image.new("RGBA", (10, 6), (255, 255, 255, 0)), "mask_image is transparent"),
+        (Image.new("La", (10, 6)), "mask_image is transparent"),
         (Image.new("F", (10, 6)), "mask_image holds floating-point"),
     ],
     ids=lambda value: str(value)[:30] if isinstance(value, str) else type(value).__name__,
@@ -260,6 +261,12 @@ def test_what_is_no_mask(pipe, mask, message):
     pipe.vqvae.forward = pipe.vqvae.encode = None  # any work would fail otherwise
     with pytest.raises(ValueError, match=message):
         pipe([PIXELS, PIXELS], mask, 0)
+
+
+def test_a_mask_of_16_bits_with_a_transparent_grey_is_refused(tmp_path):
+    Image.fromarray(np.full((6, 10), 2000, np.uint16)).save(tmp_path / "deep.png", transparency=2000)
+    with pytest.raises(ValueError, match="mask_image is transparent"):
+        read_masks(Image.open(tmp_path / "deep.png"))
 
 
 def test_white_that_is_cut_off_paints_nothing(pipe):
