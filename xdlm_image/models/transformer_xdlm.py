@@ -190,27 +190,18 @@ def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch
 class XDLMTransformerBlock(nn.Module):
     """Attention and feed-forward, each normalised, modulated by the conditioning and gated (adaLN-zero)."""
 
-    def __init__(
-        self,
-        dim: int,
-        heads: int,
-        head_dim: int,
-        inner_dim: int,
-        dropout: float,
-        conditioning_dim: int,
-        norm_type: str,
-        activation_fn: str,
-        qk_norm: bool,
-    ) -> None:
+    def __init__(self, dim: int, conditioning_dim: int, config: Any) -> None:  # the model's
         super().__init__()
+        inner_dim = max(8, 8 * round(dim * config.mlp_ratio / 8))
+        bias = config.activation_fn == "gelu-approximate"
         self.adaln = nn.Linear(conditioning_dim, 6 * dim)
-        self.norm1 = make_norm(norm_type, dim)
-        self.attn = XDLMAttention(dim, heads, head_dim, dropout, qk_norm)
-        self.norm2 = make_norm(norm_type, dim)
-        self.ff = FeedForward(
-            dim, activation_fn=activation_fn, inner_dim=inner_dim, bias=activation_fn == "gelu-approximate"
+        self.norm1 = make_norm(config.norm_type, dim)
+        self.attn = XDLMAttention(
+            dim, config.num_attention_heads, config.attention_head_dim, config.dropout, config.qk_norm
         )
-        self.dropout = nn.Dropout(dropout)
+        self.norm2 = make_norm(config.norm_type, dim)
+        self.ff = FeedForward(dim, activation_fn=config.activation_fn, inner_dim=inner_dim, bias=bias)
+        self.dropout = nn.Dropout(config.dropout)
 
     def forward(
         self,
@@ -291,7 +282,6 @@ class XDLMTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin):
         self._check_config(self.config)
         dim = num_attention_heads * attention_head_dim
         conditioning_dim = dim if conditioning_dim is None else conditioning_dim
-        inner_dim = max(8, 8 * round(dim * mlp_ratio / 8))
         self.inner_dim = dim
         self.gradient_checkpointing = False
 
@@ -300,18 +290,7 @@ class XDLMTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin):
             self.position_embed = nn.Parameter(torch.empty(math.prod(self.grid), dim))
         self.conditioning = XDLMConditioning(conditioning_dim, num_classes, time_conditioning)
         self.transformer_blocks = nn.ModuleList(
-            XDLMTransformerBlock(
-                dim=dim,
-                heads=num_attention_heads,
-                head_dim=attention_head_dim,
-                inner_dim=inner_dim,
-                dropout=dropout,
-                conditioning_dim=conditioning_dim,
-                norm_type=norm_type,
-                activation_fn=activation_fn,
-                qk_norm=qk_norm,
-            )
-            for _ in range(num_layers)
+            XDLMTransformerBlock(dim, conditioning_dim, self.config) for _ in range(num_layers)
         )
         self.adaln_out = nn.Linear(conditioning_dim, 2 * dim)
         self.norm_out = make_norm(norm_type, dim)
