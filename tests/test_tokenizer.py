@@ -307,6 +307,7 @@ def test_a_loss_that_is_no_number_stops_the_training(tmp_path, pictures):
         ({"revive_after": -1}, "revive_after=-1"),
         ({"num_workers": -1}, "num_workers=-1"),
         ({"seed": -1}, "seed=-1"),
+        ({"warmup_steps": 14}, "warmup_steps=14: .*below max_steps=14; lower warmup_steps, or raise max_steps"),
         ({"plain_steps": 20}, "plain_steps=20: .*below max_steps=14.*lower plain_steps, or raise max_steps"),
     ],
 )

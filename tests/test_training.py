@@ -331,7 +331,8 @@ def test_run_goes_on_only_with_its_recipe_and_its_data(world: Path) -> None:
     [
         {"learning_rate": 0.0}, {"batch_size": 0}, {"class_dropout": 1.0}, {"t_min": 0.0}, {"warmup_steps": 99},
         {"validation_samples": 0}, {"sample_steps": 0}, {"stop_after": 0}, {"gradient_clip": -1.0}, {"log_every": 0},
-        {"checkpoint_every": -1}, {"pipeline_every": -1},
+        {"checkpoint_every": -1}, {"pipeline_every": -1}, {"seed": -1}, {"weight_decay": -0.1}, {"adam_beta1": 1.0},
+        {"adam_beta2": -0.1},
     ],
 )  # fmt: skip
 def test_options_out_of_range_are_named(settings: dict) -> None:

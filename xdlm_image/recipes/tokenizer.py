@@ -140,6 +140,12 @@ class TokenizerRecipe:
         require(self.learning_rate > 0, "learning_rate", self.learning_rate, "must be positive")
         require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "must lie in [0, 1)")
         require(
+            self.warmup_steps < self.max_steps,
+            "warmup_steps",
+            self.warmup_steps,
+            f"must be below max_steps={self.max_steps}; lower warmup_steps, or raise max_steps",
+        )
+        require(
             0 <= self.plain_steps < self.max_steps,
             "plain_steps",
             self.plain_steps,

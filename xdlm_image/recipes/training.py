@@ -156,6 +156,10 @@ class TrainRecipe:
     def __post_init__(self) -> None:
         for name in ("batch_size", "gradient_accumulation_steps", "max_steps", "keep_checkpoints"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
+        for name in ("seed", "weight_decay"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "must be at least 0")
+        for name in ("adam_beta1", "adam_beta2"):
+            require(0 <= getattr(self, name) < 1, name, getattr(self, name), "must lie in [0, 1)")
         require(self.learning_rate > 0, "learning_rate", self.learning_rate, "must be positive")
         if self.class_dropout is None:
             self.class_dropout = 0.1 if self.conditional else 0.0
@@ -184,7 +188,7 @@ class TrainRecipe:
             0 <= self.warmup_steps < self.max_steps,
             "warmup_steps",
             self.warmup_steps,
-            f"must lie in [0, max_steps={self.max_steps})",
+            f"must be at least 0 and below max_steps={self.max_steps}; lower warmup_steps, or raise max_steps",
         )
 
     @property
