@@ -22,6 +22,7 @@ from xdlm_image.data.images import open_images, to_uint8
 from xdlm_image.evaluation.extractor import load_extractor
 from xdlm_image.evaluation.extractor_training import train_extractor
 from xdlm_image.evaluation.fid import fid_of_images
+from xdlm_image.processes import only_command
 from xdlm_image.recipes import (
     DataOptions,
     EncodeRecipe,
@@ -276,6 +277,32 @@ def test_nodes_that_do_not_see_one_folder_are_refused(trained, pictures, tmp_pat
     monkeypatch.setattr(checkpoints_module, "gather_object", lambda step: [*step, 0])  # the other has none
     with pytest.raises(ValueError, match=rf"\({STEPS}, none\).*one folder that all nodes see"):
         training.resume()
+
+
+HOLDS = """
+import sys, time
+from pathlib import Path
+from xdlm_image.processes import only_command
+with only_command(Path(sys.argv[1]), True):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_second_command_on_one_folder_is_refused_until_the_first_is_gone(tmp_path, pictures):
+    holder = subprocess.Popen([sys.executable, "-c", HOLDS, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match="output_dir='.*run': another command is at work there"):
+            train_tokenizer(tiny_recipe(tmp_path / "run", pictures))
+        assert not (tmp_path / "run" / "metrics.jsonl").exists()
+        with only_command(tmp_path / "run", False):  # another rank of the run that holds it
+            pass
+    finally:
+        holder.kill()
+        holder.wait()
+    for _ in range(2):  # the lock went with it, and goes with each command
+        train_tokenizer(tiny_recipe(tmp_path / "run", pictures))
 
 
 def test_zero_means_no_clipping_and_only_at_the_end(tmp_path, pictures):

@@ -13,6 +13,7 @@ import torch
 import yaml
 from test_training import logged, recipe_in, weights, world  # noqa: F401
 
+from xdlm_image.processes import only_command
 from xdlm_image.training import checkpoints as checkpoints_module
 from xdlm_image.training.batches import batch_indices, rank_positions
 from xdlm_image.training.going_on import NOT_THE_SAME
@@ -109,6 +110,12 @@ def test_checkpoints_of_before_an_option_was_there_go_on(world: Path) -> None:  
         train(recipe_in(world, optimizer="muon"))
     train(recipe_in(world))
     assert logged(world / "run", "train/loss") == logged(world / "whole", "train/loss")
+
+
+def test_a_second_command_on_one_run_folder_is_refused(world: Path) -> None:  # noqa: F811
+    with only_command(world / "run", True), pytest.raises(ValueError, match="another command is at work there"):
+        train(recipe_in(world))
+    assert [path.name for path in (world / "run").glob("[!.]*")] == []
 
 
 def test_nodes_that_do_not_see_one_run_folder_are_refused(world: Path, monkeypatch) -> None:  # noqa: F811

@@ -1,11 +1,15 @@
-"""What a verb knows of the other processes of its run (`accelerate launch`, torchrun).
+"""What a verb knows of the other processes of its run (`accelerate launch`, torchrun), and of other commands.
 
-This file owns the one way to accelerate's state of processes, and nothing else.
+This file owns the one way to accelerate's state of processes, and the lock that keeps a second command out of a run's
+folder.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -24,6 +28,34 @@ def process_state() -> PartialState | None:
     from xdlm_image.devices import process_group_timeout
 
     return PartialState(cpu=on_cpu(), **process_group_timeout().to_kwargs())
+
+
+@contextmanager
+def only_command(output_dir: Path, is_main: bool) -> Iterator[None]:
+    """Keep every other command out of a run's folder; the lock goes with the process, killed or not.
+
+    Args:
+        output_dir: The folder; made if it is not there.
+        is_main: The main process holds the lock for all of its run.
+
+    Raises:
+        ValueError: Another command is at work there.
+    """
+    if not is_main:
+        yield
+        return
+    from filelock import FileLock, Timeout
+
+    output_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        held = FileLock(output_dir / ".lock").acquire(timeout=0)
+    except Timeout as error:
+        raise ValueError(
+            f"output_dir={str(output_dir)!r}: another command is at work there, and two would write the same files; "
+            "wait until it ends, end it, or name another folder"
+        ) from error
+    with held:
+        yield
 
 
 def on_cpu() -> bool:

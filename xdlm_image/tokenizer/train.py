@@ -24,6 +24,7 @@ from xdlm_image.data.image_check import check_images
 from xdlm_image.data.images import ImageSet, normalise, open_images
 from xdlm_image.devices import uncompiled
 from xdlm_image.files import share_permissions, write_json
+from xdlm_image.processes import only_command
 from xdlm_image.recipes import WHERE_IMAGES_ARE, TokenizerRecipe
 from xdlm_image.tokenizer.codebook import draw_badly_served, kmeans, nearest
 from xdlm_image.tokenizer.codes import INFO_FILE, grid_of, tokenizer_hash
@@ -408,10 +409,12 @@ def train_tokenizer(recipe: TokenizerRecipe) -> Path:
     is trained but not measured can be measured by any number of processes.
 
     Raises:
-        ValueError, FileNotFoundError: Options or files that cannot work; before any training.
+        ValueError, FileNotFoundError: Options or files that cannot work, or another command at work in the folder;
+            before any training.
     """
     training = TokenizerTraining(recipe)
-    training.run()
-    training.finish()
-    training.accelerator.wait_for_everyone()
+    with only_command(training.output, training.accelerator.is_main_process):
+        training.run()
+        training.finish()
+        training.accelerator.wait_for_everyone()
     return training.output

@@ -30,6 +30,7 @@ from ..files import new_folder, write_text
 from ..models import XDLMTransformer2DModel
 from ..objective import XDLMLoss
 from ..pipelines import XDLMPipeline
+from ..processes import only_command
 from ..recipes import TrainRecipe
 from ..schedulers import XDLMProcess, XDLMScheduler
 from ..tokenizer.codes import load_tokenizer
@@ -54,34 +55,16 @@ def train(recipe: TrainRecipe) -> Path:
         The folder of the saved pipeline, `output_dir/pipeline`.
 
     Raises:
-        ValueError: Before any training, if caches, tokenizer, recipe and run folder do not fit together.
+        ValueError: Before any training, if caches, tokenizer, recipe and run folder do not fit together, or another
+            command is at work in the folder.
         FileNotFoundError: If one of them is not there.
     """
     run = TrainingRun(recipe)
-    run.resume()
-    stop = min(recipe.max_steps, recipe.stop_after or recipe.max_steps)
-    bar = tqdm(
-        total=recipe.max_steps, initial=run.step, desc="train", unit="step", disable=not run.accelerator.is_main_process
-    )
-    with bar:
-        while run.step < stop:
-            loss = run.train_step()
-            bar.update()
-            if run.step % 10 == 0:
-                bar.set_postfix(loss=f"{loss.item():.3f}")
-            end = run.step == recipe.max_steps
-            if run.due(recipe.log_every) or end:
-                run.log_training()
-            if run.due(recipe.validate_every) or end:
-                run.validate()
-            if run.due(recipe.sample_every) or end:
-                run.draw_samples()
-            if run.due(recipe.pipeline_every):  # before the checkpoint, so that a killed run makes up for it
-                run.save_pipeline(f"pipelines/step-{run.step:08d}")
-            if run.due(recipe.checkpoint_every) or run.step == stop:
-                run.save_checkpoint()
-    pipeline = run.save_pipeline()
-    run.accelerator.end_training()
+    with only_command(run.output_dir, run.accelerator.is_main_process):
+        run.resume()
+        run.go()
+        pipeline = run.save_pipeline()
+        run.accelerator.end_training()
     return pipeline
 
 
@@ -204,6 +187,28 @@ class TrainingRun:
     def due(self, every: int) -> bool:
         """Whether something that happens every so many steps happens now (0: never but at the end)."""
         return every > 0 and self.step % every == 0
+
+    def go(self) -> None:
+        """Every step that is left, and what is due after it."""
+        recipe, main = self.recipe, self.accelerator.is_main_process
+        stop = min(recipe.max_steps, recipe.stop_after or recipe.max_steps)
+        with tqdm(total=recipe.max_steps, initial=self.step, desc="train", unit="step", disable=not main) as bar:
+            while self.step < stop:
+                loss = self.train_step()
+                bar.update()
+                if self.step % 10 == 0:
+                    bar.set_postfix(loss=f"{loss.item():.3f}")
+                end = self.step == recipe.max_steps
+                if self.due(recipe.log_every) or end:
+                    self.log_training()
+                if self.due(recipe.validate_every) or end:
+                    self.validate()
+                if self.due(recipe.sample_every) or end:
+                    self.draw_samples()
+                if self.due(recipe.pipeline_every):  # before the checkpoint, so that a killed run makes up for it
+                    self.save_pipeline(f"pipelines/step-{self.step:08d}")
+                if self.due(recipe.checkpoint_every) or self.step == stop:
+                    self.save_checkpoint()
 
     # -- one step -----------------------------------------------------------------------------------------------------
 
