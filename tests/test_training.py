@@ -79,6 +79,7 @@ def test_stopped_and_resumed_run_equals_an_unbroken_one_bit_for_bit(world: Path,
     for key in ("train/loss", "train/gradient_norm", "train/learning_rate", "validation/bits_per_token"):
         whole, broken = logged(world / "whole", key), logged(world / "broken", key)
         assert whole and broken == whole
+    assert logged(world / "whole", "train/learning_rate")[3] == 3e-3  # of the first step after warm-up
     whole, broken = weights(world / "whole"), weights(world / "broken")
     assert all(torch.equal(whole[name], broken[name]) for name in whole)
     assert len(list((world / "broken" / "checkpoints").glob("step-*"))) == 2

@@ -166,6 +166,7 @@ class TrainingRun:
         self.timed_steps, self.seconds = 0, 0.0  # since the last log line
         self.began: float | None = None  # when the clock was started; None while it stands still
         self.loss = torch.zeros(())  # of the last step, on this process
+        self.learning_rate = 0.0  # of the last step
         self.gradient_norm: torch.Tensor | None = None  # before clipping; None where nothing is clipped
 
     def _open_cache(self, path: str) -> CodeCache:
@@ -232,6 +233,7 @@ class TrainingRun:
                 self.optimizer.zero_grad()
             self.meter.update(loss.per_token, z, x, t)
             losses.append(loss.mean.detach())
+        self.learning_rate = self.schedule.get_last_lr()[0]
         self.schedule.step()
         self.ema.step(self.transformer.parameters())
         self.step += 1
@@ -281,7 +283,7 @@ class TrainingRun:
         images = self.recipe.batch_size * self.recipe.gradient_accumulation_steps * self.accelerator.num_processes
         if self.gradient_norm is not None:
             values["train/gradient_norm"] = float(self.gradient_norm)
-        values["train/learning_rate"] = self.schedule.get_last_lr()[0]
+        values["train/learning_rate"] = self.learning_rate
         values["train/images_per_second"] = images * self.timed_steps / max(self.seconds, 1e-9)
         values["train/images"] = float(images * self.step)
         self.timed_steps, self.seconds = 0, 0.0
