@@ -171,6 +171,7 @@ def world(tmp_path_factory):
     (root / "run").mkdir()
     lines = [{"step": 1, "train/loss": 3.0}]
     lines += [{"step": s, verb.BITS: 5 - s / 10, f"{verb.BITS}_stderr": 0.1} for s in (1, 2)]
+    lines += [{"step": 3, verb.BITS: None, f"{verb.BITS}_stderr": None}]  # infinite
     (root / "run" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 3, "va')
     return root
 

@@ -10,6 +10,7 @@ from test_training import logged, recipe_in, world  # noqa: F401
 
 from xdlm_image.cli import parse
 from xdlm_image.training import trackers
+from xdlm_image.training.checkpoints import MetricLines
 from xdlm_image.training.loop import train
 
 
@@ -64,6 +65,14 @@ def test_without_trackers_the_run_s_own_files_are_written(world: Path) -> None: 
     train(recipe_in(world, log_with="none"))
     assert len(logged(world / "run", "train/loss")) == 12 and list((world / "run" / "samples").iterdir())
     assert not list((world / "run").rglob("events.out.tfevents*"))
+
+
+def test_lines_are_json_where_a_number_is_none(tmp_path: Path) -> None:
+    lines = MetricLines(tmp_path / "metrics.jsonl")
+    lines.append({"step": 1, "loss": 2.5, "norm": float("inf"), "accuracy": float("nan")})
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": 2.5, "norm": null, "accuracy": null}\n'
+    lines.forget_after(1)
+    assert logged(tmp_path, "norm") == {1: None}
 
 
 def test_a_missing_package_or_login_is_told_before_training(world: Path, wandb, monkeypatch) -> None:  # noqa: F811

@@ -183,7 +183,7 @@ def read_curve(name: str, folder: str) -> list[dict[str, float]]:
     for text in path.read_text(encoding="utf-8").splitlines(keepends=True):
         try:
             line = json.loads(text) if text.endswith("\n") else {}  # a kill, or a run that goes on, cuts the last line
-            if BITS in line:
+            if BITS in line and None not in (line[BITS], line[f"{BITS}_stderr"]):  # null: it was no finite number
                 points.append({"step": line["step"], "bits_per_token": line[BITS], "stderr": line[f"{BITS}_stderr"]})
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"runs.{name}={folder!r}: metrics.jsonl has the line {text[:60]!r} ({error!r})") from error

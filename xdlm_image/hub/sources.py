@@ -107,7 +107,8 @@ def _last_values(path: Path) -> dict[str, tuple[int, float]]:
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:
             values = json.loads(line)
-            last |= {name: (int(values["step"]), float(value)) for name, value in values.items() if name != "step"}
+            told = {name: value for name, value in values.items() if name != "step" and value is not None}
+            last |= {name: (int(values["step"]), float(value)) for name, value in told.items()}
         except (ValueError, LookupError, TypeError):  # the line that a kill cut off
             continue
     return last

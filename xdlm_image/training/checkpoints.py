@@ -7,6 +7,7 @@ JSON) and the file `metrics.jsonl`, which a resume cuts to the checkpoint. It ne
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Mapping
@@ -136,10 +137,11 @@ class MetricLines:
         self.path = Path(path)
 
     def append(self, values: Mapping[str, Any]) -> None:
-        """Add a line; `values` hold `step`."""
+        """Add a line; `values` hold `step`. NaN and infinities, which JSON has not, become null."""
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "a", encoding="utf-8") as lines:
-            lines.write(json.dumps(values) + "\n")
+            lines.write(json.dumps(finite, allow_nan=False) + "\n")
 
     def forget_after(self, step: int) -> None:
         """Drop what a killed run wrote after its last checkpoint, and a line that it did not finish."""
