@@ -70,7 +70,9 @@ def test_a_cache_shows_what_its_codes_decode_to(trained, tmp_path, pictures, cap
 
     (cache / "report.json").unlink()
     (cache / "reconstructions.png").unlink()
+    (tmp_path / "codes" / ".test.blocks").mkdir()  # killed before they were removed
     encode(recipe)  # kept, and told again
+    assert [path.name for path in (tmp_path / "codes").iterdir()] == ["test"]
     assert json.loads((cache / "report.json").read_text()) == report
     assert (cache / "reconstructions.png").read_bytes() == picture
 

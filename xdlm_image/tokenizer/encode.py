@@ -97,6 +97,7 @@ def encode(recipe: EncodeRecipe) -> Path:
             if is_main:
                 tqdm.write(f"{output / split}: already encoded from these images by this tokenizer; kept")
                 _report(vqvae, images, output / split)
+                CodeBlocks(output / split, manifest, size=1).remove()  # where a kill came just before that
         else:
             to_encode.append((images, manifest))
     for images, _ in to_encode:
