@@ -231,6 +231,11 @@ def test_paths_of_the_home_folder_are_found_where_no_shell_expands_them(monkeypa
         (["sample", "--guidance_scale", "1,4"], "guidance_scale=1,4: must be one of float, [float, float]; lists"),
         (["sample", "--guidance_interval", "0.5"], "guidance_interval=0.5: must be one of [float, float], null"),
         (["sample", "--guidance_scale", "[1, 2, 3]"], "guidance_scale=[1, 2, 3]: must be one of float, [float, float]"),
+        (
+            ["encode", "--splits", "train"],
+            "splits=train: must be a list; lists stand in brackets, as in --splits '[t",
+        ),
+        (["train-tokenizer", "--model.block_out_channels", "32,64"], "as in --model.block_out_channels '[32,64]'"),
         (["train", "--log_with", "foo"], "log_with=foo: must be one of ['tensorboard', 'wandb', 'none'], list["),
     ],
 )

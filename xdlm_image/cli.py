@@ -117,6 +117,9 @@ class RecipeParser(ArgumentParser):
             for jargon, plain in ((r"<class '(\w+)'>", r"\1"), ("typing.Literal|tuple", ""), ("NoneType", "null")):
                 kinds = re.sub(jargon, plain, kinds)
             message = f"{name}={value}: must be one of {kinds}; lists stand in brackets"
+        if bare_list := re.search(r'key "([\w.]+)":\s+Expected a <class \'list\'>\. Got value: (.*)', message):
+            name, value = bare_list.groups()
+            message = f"{name}={value}: must be a list; lists stand in brackets, as in --{name} '[{value}]'"
         print(f"{self.prog}: error: {message}\nAll options: {self.prog} --help", file=sys.stderr)
         sys.exit(2)
 
@@ -186,7 +189,8 @@ def _with_values(arguments: Sequence[str], bare: dict[str, str]) -> Iterator[str
 
 def _recipe_first(arguments: Sequence[str]) -> list[str]:
     """`--config X` and `--config=X` before the options, which win over it wherever it was typed."""
-    first, rest = [], []
+    first: list[str] = []
+    rest: list[str] = []
     for argument in arguments:
         is_recipe = argument.startswith("--config=") or argument == "--config" or first[-1:] == ["--config"]
         (first if is_recipe else rest).append(argument)
