@@ -218,6 +218,25 @@ def test_a_trained_tokenizer_is_whole_before_it_is_measured_by_any_number_of_pro
         train_tokenizer(recipe)
 
 
+def test_a_measured_tokenizer_is_measured_again_only_with_another_judge_or_where_it_is_damaged(
+    tmp_path, trained, pictures, monkeypatch
+):
+    shutil.copytree(trained, tmp_path / "tokenizer")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "tokenizer").glob("*.json")}
+    measured = []
+    monkeypatch.setattr(train_module, "measure_tokenizer", lambda *a: measured.append(a) or {"psnr": 0.0})
+    recipe = tiny_recipe(tmp_path / "tokenizer", pictures)
+    train_tokenizer(recipe)
+    assert not measured and all(path.stat().st_mtime_ns == time for path, time in before.items())
+    judge = ExtractorRecipe(str(tmp_path / "judge"), pictures, width=8, feature_dim=8, batch_size=8, epochs=1)
+    train_tokenizer(dataclasses.replace(recipe, extractor=str(train_extractor(judge))))
+    assert len(measured) == 1
+    train_tokenizer(recipe)
+    (tmp_path / "tokenizer" / "diffusion_pytorch_model.safetensors").unlink()
+    train_tokenizer(recipe)
+    assert len(measured) == 3 and load_tokenizer(tmp_path / "tokenizer")
+
+
 TWO_PROCESSES = """
 import json, sys, torch
 torch.set_num_threads(1)

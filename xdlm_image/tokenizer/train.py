@@ -7,13 +7,14 @@ This file owns the order of things: views of the data, step, checkpoint, end. It
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from accelerate.utils import broadcast, set_seed
+from accelerate.utils import broadcast, broadcast_object_list, set_seed
 from diffusers import VQModel
 from diffusers.training_utils import EMAModel
 from torch import nn
@@ -27,7 +28,7 @@ from xdlm_image.files import share_permissions, write_json
 from xdlm_image.processes import only_command
 from xdlm_image.recipes import WHERE_IMAGES_ARE, TokenizerRecipe
 from xdlm_image.tokenizer.codebook import draw_badly_served, kmeans, nearest
-from xdlm_image.tokenizer.codes import INFO_FILE, grid_of, tokenizer_hash
+from xdlm_image.tokenizer.codes import INFO_FILE, grid_of, load_tokenizer, tokenizer_hash, tokenizer_info
 from xdlm_image.tokenizer.losses import PerceptualLoss, reconstruction_loss
 from xdlm_image.tokenizer.measure import measure_tokenizer, save_reconstructions
 from xdlm_image.training.batches import batch_indices, step_seed
@@ -362,12 +363,22 @@ class TokenizerTraining:
     def finish(self) -> None:
         """Save the averaged weights as the tokenizer, with `tokenizer.json`; then `report.json` and the picture.
 
-        The processes share the measuring. Where it is killed, the same command, on any number of them, does it again.
+        The processes share the measuring. Where it is killed, the same command, on any number of them, does it again;
+        where it was done, with this extractor, all is kept.
         """
         recipe, main = self.recipe, self.accelerator.is_main_process
         vqvae = build_vqvae(recipe).to(self.device)
         self.ema.copy_to(vqvae.parameters())
         vqvae.eval().requires_grad_(False)
+        measured = {
+            "tokenizer_hash": tokenizer_hash(vqvae),
+            "images": self.test_images.fingerprint,
+            "extractor": None if self.extractor is None else self.extractor.weights_hash,
+        }
+        [is_done] = broadcast_object_list([main and self._is_measured(measured)])
+        if is_done:
+            self.accelerator.print(f"{self.output}: trained and measured; kept")
+            return
         if main:
             (self.output / REPORT_FILE).unlink(missing_ok=True)  # of a tokenizer that was here
             (self.output / INFO_FILE).unlink(missing_ok=True)  # written last: a tokenizer with it is whole
@@ -380,7 +391,7 @@ class TokenizerTraining:
                     "channels": recipe.data.channels,
                     "grid": list(self.grid),
                     "num_codes": recipe.model.num_vq_embeddings,
-                    "tokenizer_hash": tokenizer_hash(vqvae),
+                    "tokenizer_hash": measured["tokenizer_hash"],
                     "data_fingerprint": self.images.fingerprint,
                     "data": dataclasses.asdict(recipe.data),
                 },
@@ -390,6 +401,7 @@ class TokenizerTraining:
             return
         save_reconstructions(vqvae, self.test_images, self.output / "reconstructions.png")
         report |= {
+            "measured": measured,
             "training": {
                 "steps": self.step,
                 "images_seen": self.step * recipe.batch_size * self.processes,
@@ -400,6 +412,16 @@ class TokenizerTraining:
             "recipe": dataclasses.asdict(recipe),
         }
         write_json(self.output / REPORT_FILE, report)
+
+    def _is_measured(self, measured: dict[str, str | None]) -> bool:
+        """Whether the folder holds these weights, whole, and their report."""
+        try:
+            load_tokenizer(self.output)
+            held = tokenizer_info(self.output) or {}
+            report = json.loads((self.output / REPORT_FILE).read_text(encoding="utf-8"))
+            return report["measured"] == measured and held.get("tokenizer_hash") == measured["tokenizer_hash"]
+        except (OSError, ValueError, LookupError, TypeError):
+            return False
 
 
 def train_tokenizer(recipe: TokenizerRecipe) -> Path:
