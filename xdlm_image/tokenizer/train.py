@@ -33,8 +33,8 @@ from xdlm_image.tokenizer.losses import PerceptualLoss, reconstruction_loss
 from xdlm_image.tokenizer.measure import measure_tokenizer, save_reconstructions
 from xdlm_image.training.batches import batch_indices, step_seed
 from xdlm_image.training.checkpoints import (
-    Checkpoint,
     CheckpointFolder,
+    Learned,
     MetricLines,
     refuse_other_folders,
     refuse_other_recipe,
@@ -251,20 +251,15 @@ class TokenizerTraining:
 
     # ------------------------------------------------------------------------------------------ checkpoints
 
+    def _learned(self) -> Learned:
+        return Learned(self.vqvae, self.ema, self.optimizer, self.accelerator.scaler)
+
     def save_checkpoint(self) -> None:
         """Model, average, use of codes, optimizer and position."""
         if not self.accelerator.is_main_process:
             return
-        scaler = self.accelerator.scaler
-        state = {
-            "seconds": self.seconds,
-            "ema_steps": self.ema.optimization_step,
-            "scaler": None if scaler is None else scaler.state_dict(),
-            "bound": self._bound(),
-        }
-        average = {str(i): value for i, value in enumerate(self.ema.shadow_params)}
-        tensors = {"model": self.vqvae.state_dict(), "average": average, "use": {"last_use": self.last_use}}
-        self.checkpoints.save(Checkpoint(self.step, tensors, self.optimizer.state_dict(), state))
+        state = {"seconds": self.seconds, "bound": self._bound()}
+        self.checkpoints.save(self._learned().pack(self.step, {"use": {"last_use": self.last_use}}, state))
 
     def resume(self) -> bool:
         """Load the newest checkpoint, if there is one; True if there was.
@@ -280,15 +275,9 @@ class TokenizerTraining:
         if newest.step == self.recipe.max_steps:  # only measuring is left
             self.processes = newest.state["bound"]["number of processes"]
         refuse_other_recipe(newest.state["bound"], self._bound(), self.output)
-        self.vqvae.load_state_dict(newest.tensors["model"])
+        self._learned().unpack(newest)
         self.last_use.copy_(newest.tensors["use"]["last_use"])
-        for i, shadow in enumerate(self.ema.shadow_params):
-            shadow.copy_(newest.tensors["average"][str(i)])
-        self.optimizer.load_state_dict(newest.optimizer)
-        if self.accelerator.scaler is not None and newest.state["scaler"] is not None:
-            self.accelerator.scaler.load_state_dict(newest.state["scaler"])
         self.step, self.seconds = newest.step, newest.state["seconds"]
-        self.ema.optimization_step = newest.state["ema_steps"]
         return True
 
     def _bound(self) -> dict:

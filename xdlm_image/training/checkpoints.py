@@ -13,13 +13,17 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from xdlm_image.files import new_folder, write_text
+
+if TYPE_CHECKING:
+    from diffusers.training_utils import EMAModel
 
 CONTENTS = {  # of which a run keeps hashes
     "images": "the images",
@@ -44,6 +48,35 @@ class Checkpoint:
     tensors: dict[str, dict[str, torch.Tensor]]
     optimizer: dict[str, Any]
     state: dict[str, Any]
+
+
+@dataclass
+class Learned:
+    """What every training learns, as a checkpoint holds it; `scaler` is None without fp16."""
+
+    network: nn.Module
+    ema: EMAModel
+    optimizer: Any
+    scaler: Any
+
+    def pack(self, step: int, tensors: dict[str, dict[str, torch.Tensor]], state: dict[str, Any]) -> Checkpoint:
+        """A checkpoint, with further tensors and state of the run's own."""
+        average = {str(i): value for i, value in enumerate(self.ema.shadow_params)}
+        tensors = {"model": self.network.state_dict(), "ema": average} | tensors
+        scaler = None if self.scaler is None else self.scaler.state_dict()
+        state = {"ema_steps": self.ema.optimization_step, "scaler": scaler} | state
+        return Checkpoint(step, tensors, self.optimizer.state_dict(), state)
+
+    def unpack(self, checkpoint: Checkpoint) -> None:
+        """Put what `pack` took back into its places."""
+        self.network.load_state_dict(checkpoint.tensors["model"])
+        average = checkpoint.tensors["ema" if "ema" in checkpoint.tensors else "average"]  # older tokenizers' name
+        for i, shadow in enumerate(self.ema.shadow_params):
+            shadow.copy_(average[str(i)])
+        self.ema.optimization_step = checkpoint.state["ema_steps"]
+        self.optimizer.load_state_dict(checkpoint.optimizer)
+        if self.scaler is not None and checkpoint.state["scaler"] is not None:
+            self.scaler.load_state_dict(checkpoint.state["scaler"])
 
 
 class CheckpointFolder:

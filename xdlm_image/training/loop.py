@@ -36,7 +36,7 @@ from ..schedulers import XDLMProcess, XDLMScheduler
 from ..tokenizer.codes import load_tokenizer
 from .batches import batch_indices, rank_positions, step_seed, stratified_times
 from .beginning import begin_at
-from .checkpoints import Checkpoint, CheckpointFolder, MetricLines, refuse_other_folders
+from .checkpoints import Checkpoint, CheckpointFolder, Learned, MetricLines, refuse_other_folders
 from .going_on import changes_of, what_binds
 from .launch import make_accelerator, refuse_sharding
 from .meters import LossMeter
@@ -363,22 +363,17 @@ class TrainingRun:
         bound = what_binds(self.recipe, self.cache.manifest, accelerator.num_processes, accelerator.mixed_precision)
         return bound | {"init_from": self.init_from}
 
+    def _learned(self) -> Learned:
+        return Learned(self.transformer, self.ema, self.optimizer, self.accelerator.scaler)
+
     def save_checkpoint(self) -> None:
         """Model, average, optimizer, schedule, meter and position; random numbers follow from the position."""
         self._stop_clock()
         self._refuse_divergence()
         meter = self.meter.totals(self.accelerator)
         if self.accelerator.is_main_process:
-            ema = {str(i): p for i, p in enumerate(self.ema.shadow_params)}
-            scaler = self.accelerator.scaler
-            state = {
-                "ema_steps": self.ema.optimization_step,
-                "schedule": self.schedule.state_dict(),
-                "scaler": None if scaler is None else scaler.state_dict(),
-                "bound": self._bound(),
-            }
-            tensors = {"model": self.transformer.state_dict(), "ema": ema, "meter": meter}
-            self.checkpoints.save(Checkpoint(self.step, tensors, self.optimizer.state_dict(), state))
+            state = {"schedule": self.schedule.state_dict(), "bound": self._bound()}
+            self.checkpoints.save(self._learned().pack(self.step, {"meter": meter}, state))
         self.accelerator.wait_for_everyone()
 
     def resume(self) -> None:
@@ -403,15 +398,9 @@ class TrainingRun:
         saved = newest.state["bound"]
         self.init_from = saved.get("init_from")
         notes = changes_of(saved, self._bound(), newest.step, self.output_dir)
-        self.transformer.load_state_dict(newest.tensors["model"])
-        for i, shadow in enumerate(self.ema.shadow_params):
-            shadow.copy_(newest.tensors["ema"][str(i)])
-        self.ema.optimization_step = newest.state["ema_steps"]
-        self.optimizer.load_state_dict(newest.optimizer)
+        self._learned().unpack(newest)
         self.schedule.load_state_dict(newest.state["schedule"])
         self.meter.restore(newest.tensors["meter"], self.accelerator)
-        if self.accelerator.scaler is not None and newest.state["scaler"] is not None:
-            self.accelerator.scaler.load_state_dict(newest.state["scaler"])
         self.step = newest.step
         if self.recipe.init_from is not None:
             notes.append(f"init_from={self.recipe.init_from!r} is not read again: the checkpoint's weights go on")
