@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .checks import require
+from .checks import require, require_at_least
 
 
 @dataclass
@@ -54,6 +54,4 @@ class ConvertXDLMRecipe(ConversionRecipe):
         require(
             self.k is None or self.k == 0 or 1e-20 <= self.k <= 1, "k", self.k, "must lie in [0, 1] (0: MDLM, 1: UDLM)"
         )
-        require(self.sample_size >= 1, "sample_size", self.sample_size, "must be at least 1")
-        heads = self.num_attention_heads
-        require(heads is None or heads >= 1, "num_attention_heads", heads, "must be at least 1")
+        require_at_least(self, 1, "sample_size", "num_attention_heads")

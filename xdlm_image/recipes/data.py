@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from .checks import require
+from .checks import require, require_at_least
 
 # Options that decide nothing of what is trained on images whose fingerprint is known.
 WHERE_IMAGES_ARE = ("root", "download", "validation_fraction")
@@ -42,7 +42,7 @@ class DataOptions:
         if self.name is None:  # what is written down anywhere is the name that it stands for
             self.name = "fashion-mnist" if self.root is None else "folder"
         require(self.name != "folder" or self.root is not None, "data.root", self.root, "name the image folder")
-        require(self.image_size >= 8, "data.image_size", self.image_size, "must be at least 8 pixels")
+        require_at_least(self, 8, "image_size", group="data.")
         require(
             0 <= self.validation_fraction <= 0.5,
             "data.validation_fraction",
@@ -94,7 +94,5 @@ class EncodeRecipe:
             self.splits,
             "name each split once",
         )
-        require(self.batch_size >= 1, "batch_size", self.batch_size, "must be at least 1")
-        require(
-            self.num_workers is None or self.num_workers >= 0, "num_workers", self.num_workers, "must be at least 0"
-        )
+        require_at_least(self, 1, "batch_size")
+        require_at_least(self, 0, "num_workers")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from .checks import require
+from .checks import require, require_at_least
 
 
 @dataclass
@@ -41,13 +41,8 @@ class NelboRecipe:
 
     def __post_init__(self) -> None:
         require(len(self.pipelines) > 0, "pipelines", self.pipelines, "name at least one, as NAME: FOLDER")
-        require(
-            self.num_images is None or self.num_images >= 2,
-            "num_images",
-            self.num_images,
-            "an interval takes at least 2 images, and many for one that means much",
-        )
-        require(self.num_times >= 1, "num_times", self.num_times, "must be at least 1")
+        remedy = "an interval takes at least 2 images, and many for one that means much"
+        require_at_least(self, 2, "num_images", remedy=remedy)
+        require_at_least(self, 1, "num_times", "batch_size")
+        require_at_least(self, 0, "seed")
         require(0 < self.t_min < 1, "t_min", self.t_min, "must lie in (0, 1)")
-        require(self.seed >= 0, "seed", self.seed, "must be at least 0")
-        require(self.batch_size >= 1, "batch_size", self.batch_size, "must be at least 1")

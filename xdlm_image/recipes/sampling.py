@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from xdlm_image.evaluation.seeds import MAX_IMAGES
 
-from .checks import require, require_finite, require_in_time
+from .checks import require, require_at_least, require_finite, require_in_time
 from .data import DataOptions
 
 TraceKind = Literal["strip", "gif", "codes"]
@@ -74,8 +74,7 @@ class SampleRecipe:
     trace_frame_ms: int = 500
 
     def __post_init__(self) -> None:
-        require(self.num_steps >= 1, "num_steps", self.num_steps, "at least 1 step")
-        require(self.images_per_class >= 1, "images_per_class", self.images_per_class, "at least 1 image")
+        require_at_least(self, 1, "num_steps", "images_per_class")
         require_in_time("guidance_scale", self.guidance_scale)
         require_in_time("temperature", self.temperature)
         require(self.strength is None or 0 < self.strength <= 1, "strength", self.strength, "above 0, at most 1")
@@ -92,7 +91,7 @@ class SampleRecipe:
         for name, default in (("trace_images", 1), ("trace_shows", "states"), ("trace_frame_ms", 500)):
             value = getattr(self, name)
             require(self.trace is not None or value == default, name, value, "does nothing without trace")
-        require(self.trace_frame_ms >= 20, "trace_frame_ms", self.trace_frame_ms, "at least 20; viewers are no faster")
+        require_at_least(self, 20, "trace_frame_ms", remedy="at least 20; viewers are no faster")
 
 
 @dataclass
@@ -134,9 +133,8 @@ class NeighboursRecipe:
     device: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("images_per_class", "num_neighbours", "num_steps", "batch_size"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
-        require(self.held_out >= 20, "held_out", self.held_out, "at least 20: their nearest 5 % are the measure")
+        require_at_least(self, 1, "images_per_class", "num_neighbours", "num_steps", "batch_size")
+        require_at_least(self, 20, "held_out", remedy="at least 20: their nearest 5 % are the measure")
         require_finite("guidance_scale", self.guidance_scale)
         require_finite("temperature", self.temperature)
         require(self.temperature > 0, "temperature", self.temperature, "must be positive")
@@ -169,7 +167,7 @@ class ReferenceRecipe:
 
     def __post_init__(self) -> None:
         require(all(n >= 2 for n in self.num_samples), "num_samples", self.num_samples, "each is at least 2 images")
-        require(self.batch_size >= 1, "batch_size", self.batch_size, "must be at least 1")
+        require_at_least(self, 1, "batch_size")
 
 
 @dataclass
@@ -264,12 +262,7 @@ class EvaluateRecipe:
                 len(values) > 0 and len(set(values)) == len(values), name, values, "name at least one, each only once"
             )
         require(all(n >= 1 for n in self.num_steps), "num_steps", self.num_steps, "every step count is at least 1")
-        require(
-            self.num_samples >= 2,
-            "num_samples",
-            self.num_samples,
-            "at least 2 images, and far more for numbers that mean much",
-        )
+        require_at_least(self, 2, "num_samples", remedy="at least 2 images, and far more for numbers that mean much")
         require(
             self.num_samples <= MAX_IMAGES,
             "num_samples",
@@ -278,7 +271,7 @@ class EvaluateRecipe:
         )
         known = isinstance(self.feature_metrics, list) and set(self.feature_metrics) <= set(FEATURE_METRICS)
         require(known, "feature_metrics", self.feature_metrics, f"a list of some of {', '.join(FEATURE_METRICS)}")
-        require(self.batch_size >= 1, "batch_size", self.batch_size, "must be at least 1")
+        require_at_least(self, 1, "batch_size")
         require(
             self.guidance_intervals == [None] or self.guidance_scales != [1],
             "guidance_interval",
@@ -351,4 +344,4 @@ class DemoRecipe:
     device: str | None = None
 
     def __post_init__(self) -> None:
-        require(self.batch_size >= 1, "batch_size", self.batch_size, "must be at least 1")
+        require_at_least(self, 1, "batch_size")

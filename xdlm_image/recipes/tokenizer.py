@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from .checks import require
+from .checks import require, require_at_least
 from .data import DataOptions
 
 
@@ -32,8 +32,9 @@ class TokenizerModelOptions:
     mid_block_add_attention: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("layers_per_block", "latent_channels", "vq_embed_dim", "norm_num_groups"):
-            require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "must be at least 1")
+        sizes = ("layers_per_block", "latent_channels", "vq_embed_dim", "norm_num_groups")
+        require_at_least(self, 1, *sizes, group="model.")
+        require_at_least(self, 2, "num_vq_embeddings", group="model.")
         require(
             len(self.block_out_channels) > 0 and min(self.block_out_channels) >= 1,
             "model.block_out_channels",
@@ -47,7 +48,6 @@ class TokenizerModelOptions:
                 self.block_out_channels,
                 f"every width must be a multiple of model.norm_num_groups={self.norm_num_groups}",
             )
-        require(self.num_vq_embeddings >= 2, "model.num_vq_embeddings", self.num_vq_embeddings, "at least 2 codes")
 
 
 @dataclass
@@ -113,9 +113,10 @@ class TokenizerRecipe:
     resume: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "max_steps"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
-        for name in (
+        require_at_least(self, 1, "batch_size", "max_steps")
+        require_at_least(
+            self,
+            0,
             "seed",
             "warmup_steps",
             "weight_decay",
@@ -128,8 +129,7 @@ class TokenizerRecipe:
             "num_workers",
             "log_every",
             "checkpoint_every",
-        ):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "must be at least 0")
+        )
         require(self.seed < 2**32, "seed", self.seed, "must be below 2**32")
         require(
             self.perceptual is not None or self.perceptual_weight == 1,
@@ -183,9 +183,7 @@ class ExtractorRecipe:
     num_workers: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("width", "feature_dim", "batch_size", "epochs"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
+        require_at_least(self, 1, "width", "feature_dim", "batch_size", "epochs")
         require(self.feature_dim % 8 == 0, "feature_dim", self.feature_dim, "must be a multiple of 8")  # timm's rule
-        for name in ("seed", "weight_decay", "num_workers"):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "must be at least 0")
+        require_at_least(self, 0, "seed", "weight_decay", "num_workers")
         require(self.learning_rate > 0, "learning_rate", self.learning_rate, "must be positive")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from .checks import require
+from .checks import require, require_at_least
 
 
 @dataclass
@@ -154,10 +154,13 @@ class TrainRecipe:
     stop_after: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "gradient_accumulation_steps", "max_steps", "keep_checkpoints"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
-        for name in ("seed", "weight_decay"):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "must be at least 0")
+        require_at_least(self, 1, "batch_size", "gradient_accumulation_steps", "max_steps", "keep_checkpoints")
+        require_at_least(self, 1, "validation_samples", "sample_steps", "log_every")
+        require_at_least(self, 1, "stop_after", remedy="at least 1, or null")
+        require_at_least(self, 0, "seed", "weight_decay")
+        require_at_least(self, 0, "gradient_clip", remedy="must be positive, or 0 to clip nothing")
+        rare = ("validate_every", "sample_every", "checkpoint_every", "pipeline_every")
+        require_at_least(self, 0, *rare, remedy="must be positive, or 0 for only at the end")
         for name in ("adam_beta1", "adam_beta2"):
             require(0 <= getattr(self, name) < 1, name, getattr(self, name), "must lie in [0, 1)")
         require(self.learning_rate > 0, "learning_rate", self.learning_rate, "must be positive")
@@ -172,18 +175,6 @@ class TrainRecipe:
         )
         require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "must lie in [0, 1)")
         require(0 < self.t_min < 1, "t_min", self.t_min, "must lie in (0, 1)")
-        require(self.gradient_clip >= 0, "gradient_clip", self.gradient_clip, "must be positive, or 0 to clip nothing")
-        for name in ("validation_samples", "sample_steps"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
-        require(self.log_every >= 1, "log_every", self.log_every, "must be at least 1 step")
-        for name in ("validate_every", "sample_every", "checkpoint_every", "pipeline_every"):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "must be positive, or 0 for only at the end")
-        require(
-            self.stop_after is None or self.stop_after >= 1,
-            "stop_after",
-            self.stop_after,
-            "at least 1, or null",
-        )
         require(
             0 <= self.warmup_steps < self.max_steps,
             "warmup_steps",
