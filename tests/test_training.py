@@ -44,7 +44,7 @@ def world(tmp_path: Path) -> Path:
         codes = (4 * labels + rng.integers(0, 2, number))[:, None, None].repeat(2, 1).repeat(4, 2)
         manifest = Manifest(
             tokenizer_hash(vqvae), "fingerprint of " + split, split, 8, 1, "center", GRID, CODES, number, 2, CLASSES,
-            str(code_dtype(CODES)), "<i8",
+            str(code_dtype(CODES)), "<i8", cut={},
         )  # fmt: skip
         write_code_cache(tmp_path / "codes" / split, manifest, [(codes, labels)])
     return tmp_path
