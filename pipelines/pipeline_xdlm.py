@@ -381,7 +381,7 @@ class XDLMPipeline(SelfContainedPipeline):
                 f"guidance_interval={guidance_interval}"
             )
         latents = self.prepare_latents(batch_size, generator, device, latents)  # (B, h, w)
-        generator = self.scheduler.draw_ahead(generator, latents.flatten(1).shape, device)
+        generator = self.scheduler.draw_ahead(generator, latents.shape, device)
 
         # 4. Reverse steps
         with self.progress_bar(total=len(times)) as progress_bar:
@@ -400,10 +400,9 @@ class XDLMPipeline(SelfContainedPipeline):
                 )[0]  # (B, L, V), guided (2B, L, V)
                 logits = self.guide(logits)  # (B, L, V)
                 heat = max(value_at(temperature, float(t)), COLDEST)
-                codes = self.scheduler.step(logits, t, codes, generator=generator, temperature=heat, return_dict=False)[
-                    0
-                ]  # (B, L)
-                latents = codes.reshape(latents.shape)  # (B, h, w)
+                step = {"generator": generator, "temperature": heat, "return_dict": False}
+                grids = logits.unflatten(1, latents.shape[1:])  # (B, h, w, V)
+                latents = self.scheduler.step(grids, t, latents, **step)[0]  # (B, h, w)
 
                 if callback_on_step_end is not None:
                     given = {"latents": latents} if "latents" in callback_on_step_end_tensor_inputs else {}
