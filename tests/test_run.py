@@ -45,6 +45,8 @@ def test_run_uses_an_environment_that_is_there(tmp_path):
 def test_training_tells_its_sizes():
     told = call("shipped/train.sh")
     assert told.returncode == 2 and all(f"shipped/train.sh {size}" in told.stdout for size in ("cpu", "gpu", "smoke"))
+    told = call("shipped/training_seed.sh", "one")
+    assert told.returncode == 2 and "shipped/training_seed.sh 1" in told.stdout
 
 
 @pytest.mark.slow  # every verb once, on Fashion-MNIST: minutes
