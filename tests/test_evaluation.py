@@ -365,7 +365,7 @@ def test_a_sampler_is_chosen_whatever_the_pipeline_was_saved_with(parts, tmp_pat
     assert type(chosen["ancestral"].scheduler) is XDLMScheduler
     assert chosen["confidence"].scheduler.choice_temperature == 4.5
     assert chosen["halton"].scheduler.config.unmasking == "halton"
-    assert type(chosen["psi"].scheduler) is XDLMPsiScheduler and chosen["psi"].scheduler.config.kappa == 0.9
+    assert type(chosen["psi"].scheduler) is XDLMPsiScheduler and chosen["psi"].scheduler.config.kappa == 0.2
     assert all(other.transformer is saved.transformer for other in chosen.values())
     assert drawing.with_scheduler(saved, SamplerSettings(1)) is saved and saved.scheduler.choice_temperature == 0.5
 

@@ -196,9 +196,10 @@ class EvaluateRecipe:
             all.
         temperature: One or several; divides the logits. A pair in the list as for guidance: `[[1, 0.3]]` anneals.
         time_grid: `linear`, `cosine`, `arccos`, or several; None keeps each pipeline's own.
-        sampler: `ancestral` (the exact posterior), `psi` (the same, a tenth of the tokens corrected on the way), or an
-            order in which masks are lifted, `confidence` (MaskGIT's, choice temperature 4.5) or `halton`
-            (Halton-MaskGIT's), which need masks, k < 1; one or several. None keeps each pipeline's own scheduler.
+        sampler: `ancestral` (the exact posterior), `psi` (the same, four fifths of the tokens noised anew on the way,
+            which corrects), or an order in which masks are lifted, `confidence` (MaskGIT's, choice temperature 4.5) or
+            `halton` (Halton-MaskGIT's), which need masks, k < 1; one or several. None keeps each pipeline's own
+            scheduler.
         seeds: Sampling seeds; each gives its own set of images, and the table shows their mean and spread.
         feature_metrics: What is computed from features beside FID and Inception Score: `kid`, `precision_recall`,
             `coverage`; `[]` is none. Against 10,000 images they took ten seconds a cell on two CPU cores.
