@@ -70,9 +70,8 @@ class Learned:
     def unpack(self, checkpoint: Checkpoint) -> None:
         """Put what `pack` took back into its places."""
         self.network.load_state_dict(checkpoint.tensors["model"])
-        average = checkpoint.tensors["ema" if "ema" in checkpoint.tensors else "average"]  # older tokenizers' name
         for i, shadow in enumerate(self.ema.shadow_params):
-            shadow.copy_(average[str(i)])
+            shadow.copy_(checkpoint.tensors["ema"][str(i)])
         self.ema.optimization_step = checkpoint.state["ema_steps"]
         self.optimizer.load_state_dict(checkpoint.optimizer)
         if self.scaler is not None and checkpoint.state["scaler"] is not None:
@@ -114,7 +113,7 @@ class CheckpointFolder:
                         f"({good}); lower the learning rate or the gradient clip and begin again in another folder"
                     )
         final = self._path(checkpoint.step)
-        for left_by_a_killed_run in self.folder.glob(".*"):  # maybe of a step that is not saved again
+        for left_by_a_killed_run in self.folder.glob(".*.partial"):  # maybe of a step that is not saved again
             shutil.rmtree(left_by_a_killed_run, ignore_errors=True)
         with new_folder(final) as partial:
             for name, tensors in checkpoint.tensors.items():
