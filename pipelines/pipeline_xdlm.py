@@ -5,8 +5,8 @@ never decides how codes move (the scheduler does), and changes no component. It 
 the standard library and its siblings, so that it can travel beside the weights.
 """
 
-import logging
 import operator
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,7 +21,6 @@ from .class_labels import ClassLabels, read_names, read_synsets, resolve
 from .schedules import Interval, InTime, check_interval, check_setting, guidance_at, value_at
 from .self_contained import SelfContainedPipeline
 
-logger = logging.getLogger(__name__)
 DEFAULT_STEPS = 8
 COLDEST = 1e-6  # the least temperature: the argmax
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -376,9 +375,10 @@ class XDLMPipeline(SelfContainedPipeline):
         times_on_device = times.float().to(device)  # all at once: no step waits for its time to arrive
         self._num_timesteps = len(times)
         if changes and all(guidance_at(guidance_scale, guidance_interval, t) == 1 for t in times.tolist()):
-            logger.warning(
+            warnings.warn(  # once for many calls alike
                 f"guidance_scale={guidance_scale} guides no step: they leave the times {_listed(times.tolist())}, "
-                f"guidance_interval={guidance_interval}"
+                f"guidance_interval={guidance_interval}",
+                stacklevel=3,  # beyond torch.no_grad
             )
         latents = self.prepare_latents(batch_size, generator, device, latents)  # (B, h, w)
         generator = self.scheduler.draw_ahead(generator, latents.shape, device)

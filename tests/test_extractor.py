@@ -19,6 +19,7 @@ from xdlm_image.evaluation.extractor_training import augment, train_extractor
 from xdlm_image.evaluation.plan import metric_name
 from xdlm_image.evaluation.small_classifier import SMALL_CLASSIFIER, SmallClassifier
 from xdlm_image.files import sha256_of_file
+from xdlm_image.processes import only_command
 
 DINO = "vit_small_patch14_dinov2.lvd142m"
 
@@ -57,6 +58,8 @@ def test_training_is_reproducible_and_never_replaces_another_extractor(data, fol
     assert (folder / "model.safetensors").stat().st_mtime_ns == stamp
     with pytest.raises(ValueError, match="another recipe"):
         train_extractor(extractor_recipe(data, folder, seed=1))
+    with only_command(tmp_path / "busy", True), pytest.raises(ValueError, match="another command is at work there"):
+        train_extractor(extractor_recipe(data, tmp_path / "busy"))
 
 
 def test_killed_and_resumed_is_bitwise_the_same(data, folder, tmp_path, monkeypatch):

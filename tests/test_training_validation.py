@@ -13,7 +13,8 @@ from xdlm_image.models import XDLMTransformer2DModel
 from xdlm_image.objective import XDLMLoss, head
 from xdlm_image.recipes import ProcessOptions, TransformerOptions
 from xdlm_image.schedulers import XDLMProcess
-from xdlm_image.training.batches import step_seed, stratified_times
+from xdlm_image.training import validation
+from xdlm_image.training.batches import step_seed, weighted_times
 from xdlm_image.training.loop import train
 from xdlm_image.training.validation import SEED, validation_nelbo
 
@@ -43,14 +44,15 @@ def test_accuracy_is_that_of_all_logits_at_once(k: float, definition: str, world
     count = 200
     images = np.random.default_rng(SEED).permutation(len(cache))[:count]
     x, labels = cache.batch(images)
-    times = stratified_times(count, 0.0, torch.Generator().manual_seed(step_seed(SEED, 0)))
+    times, weights = weighted_times(count, torch.Generator().manual_seed(step_seed(SEED, 0)))
     noise = [torch.Generator().manual_seed(step_seed(SEED, 1, int(i))) for i in images]
     z = process.noise(x, *process.alpha_beta(times), noise)
     with torch.no_grad():
         logits = model.eval()(z, timestep=times.float(), class_labels=labels).sample
     hidden = (z != x) if k == 1 else (z == process.mask)
-    expected = (logits[..., :CODES].argmax(-1) == x)[hidden].double().mean().item()
-    assert 0 < expected < 0.5 and hidden.sum() > 200
+    right = (logits[..., :CODES].argmax(-1) == x) & hidden
+    expected = ((weights @ right.double()).sum() / (weights @ hidden.double()).sum()).item()
+    assert 0 < expected < 0.5 and hidden.sum() > 100
 
     loss = XDLMLoss(model, process)
     monkeypatch.setattr(head, "BLOCK_BYTES", 4096)  # several blocks of rows
@@ -59,6 +61,25 @@ def test_accuracy_is_that_of_all_logits_at_once(k: float, definition: str, world
         assert values["accuracy"] == pytest.approx(expected, abs=1e-12)
     model.proj_out.register_forward_hook(lambda *_: None)  # no plain layer any more: all logits at once
     assert validation_nelbo(loss, cache, Accelerator(), count, 200) == pytest.approx(values, rel=1e-5)
+
+
+@pytest.mark.parametrize("k", [0.0, 0.3])
+def test_nelbo_of_a_network_that_knows_nothing_and_how_far_it_is_off(k: float, world: Path, monkeypatch) -> None:  # noqa: F811
+    """It is log2 of the number of codes, and the standard error is the spread over noise, or a little more."""
+    process = XDLMProcess(k, CODES)
+    model = network(process)
+    torch.nn.init.zeros_(model.proj_out.weight)
+    torch.nn.init.zeros_(model.proj_out.bias)
+    loss, cache = XDLMLoss(model, process), CodeCache.open(world / "codes" / "validation")
+    means, errors = [], []
+    for seed in range(30):
+        monkeypatch.setattr(validation, "SEED", seed)
+        values = validation_nelbo(loss, cache, Accelerator(), 200, 200)
+        means.append(values["bits_per_token"])
+        errors.append(values["bits_per_token_stderr"])
+    spread, error = np.std(means, ddof=1), np.sqrt(np.square(errors).mean())
+    assert abs(np.mean(means) - np.log2(CODES)) < 4 * spread / 30**0.5
+    assert 0.7 * spread < error < 2 * spread
 
 
 def test_accuracy_of_a_run_that_has_learned_all_there_is(world: Path) -> None:  # noqa: F811

@@ -47,15 +47,19 @@ def only_command(output_dir: Path, is_main: bool) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     output_dir.mkdir(parents=True, exist_ok=True)
+    lock = output_dir / ".lock"
     try:
-        held = FileLock(output_dir / ".lock").acquire(timeout=0)
+        held = FileLock(lock).acquire(timeout=0)
     except Timeout as error:
         raise ValueError(
             f"output_dir={str(output_dir)!r}: another command is at work there, and two would write the same files; "
             "wait until it ends, end it, or name another folder"
         ) from error
     with held:
-        yield
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)  # nobody waits for it
 
 
 def on_cpu() -> bool:

@@ -26,6 +26,7 @@ from xdlm_image.evaluation.batches import Uint8Images, real_batches
 from xdlm_image.evaluation.extractor import load_extractor
 from xdlm_image.evaluation.small_classifier import ExtractorConfig, SmallClassifier, read_extractor_config
 from xdlm_image.files import refuse_unwritable, sha256_of_file, write_atomic, write_json
+from xdlm_image.processes import only_command
 from xdlm_image.recipes import WHERE_IMAGES_ARE, ExtractorRecipe
 from xdlm_image.training.checkpoints import Checkpoint, CheckpointFolder, refuse_other_recipe
 
@@ -73,7 +74,7 @@ def train_extractor(recipe: ExtractorRecipe) -> Path:
     Raises:
         OSError: Nothing can be written to `output_dir`; before training.
         ValueError: `output_dir` holds an extractor of another recipe: FIDs measured with it could not be repeated; or
-            the images are of one class.
+            the images are of one class; or another command is at work there.
     """
     output = Path(recipe.output_dir)
     train, test = open_images(recipe.data, "train"), open_images(recipe.data, "test")
@@ -85,8 +86,14 @@ def train_extractor(recipe: ExtractorRecipe) -> Path:
     if _is_trained(output, recipe, train.fingerprint):
         print(f"{output}: this extractor is already trained; delete the folder to train it again")
         return output
-
     refuse_unwritable(output, "output_dir")
+    with only_command(output, is_main=True):
+        _train(recipe, train, test)
+    return output
+
+
+def _train(recipe: ExtractorRecipe, train: ImageSet, test: ImageSet) -> None:
+    output = Path(recipe.output_dir)
     for images in (train, test):
         check_images(images, recipe.num_workers)
     device = best_device()
@@ -130,7 +137,6 @@ def train_extractor(recipe: ExtractorRecipe) -> Path:
     load_extractor(output, device)
     shutil.rmtree(checkpoints.folder)
     print(f"{output}: test accuracy {accuracy:.4f} after {seconds:.0f} s")
-    return output
 
 
 def _recipe_key(recipe: ExtractorRecipe) -> dict[str, Any]:

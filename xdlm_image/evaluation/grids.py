@@ -33,6 +33,7 @@ def save_grid(
     row_names: Sequence[str] | None = None,
     column_names: Sequence[str] | None = None,
     title: str | None = None,
+    key: str = "",
 ) -> Path:
     """Write one picture of rows of images, atomically.
 
@@ -42,6 +43,7 @@ def save_grid(
         row_names: A name for each row, left of it; None for none.
         column_names: A name for each column, above it; None for none.
         title: A line above everything; None for none.
+        key: Of what decided the images, kept in the file (`pictures.has_key`).
 
     Raises:
         ValueError: Wrong shape or dtype, or a wrong number of names.
@@ -78,7 +80,7 @@ def save_grid(
             x = left + column * (cell_width + GAP)
             cell = to_picture(images[row, column]).convert("RGB")
             picture.paste(cell.resize((cell_width, cell_height), Image.Resampling.NEAREST), (x, y))
-    return save_picture(path, picture)
+    return save_picture(path, picture, key)
 
 
 def class_ids(pipeline: XDLMPipeline, class_labels: Sequence[str | int] | str | int | None) -> list[int]:

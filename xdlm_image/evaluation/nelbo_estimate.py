@@ -28,9 +28,8 @@ from xdlm_image.evaluation.batches import blocks_of_rank
 from xdlm_image.evaluation.statistics import rank_and_world
 from xdlm_image.objective import XDLMLoss
 from xdlm_image.schedulers import XDLMProcess
-from xdlm_image.training.batches import step_seed
+from xdlm_image.training.batches import POWER, step_seed
 
-POWER = 3  # t = s^3
 NUM_STRATA = 32  # equal ones of s
 PILOT_IMAGES = 64  # each at one time of every stratum
 FLAT_SHARE = 0.5  # of the density: what the pilot missed costs at most twice the variance of uniform s

@@ -7,13 +7,28 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from xdlm_image.files import write_atomic
 
+KEY = "xdlm_image.key"  # of a PNG's texts
 
-def save_picture(path: str | Path, picture: Image.Image) -> Path:
-    """Write a PNG file atomically."""
-    return write_atomic(path, lambda temporary: picture.save(temporary, format="PNG"))
+
+def save_picture(path: str | Path, picture: Image.Image, key: str = "") -> Path:
+    """Write a PNG file atomically, which keeps the `key` of what decided it."""
+    texts = PngInfo()
+    if key:
+        texts.add_text(KEY, key)
+    return write_atomic(path, lambda temporary: picture.save(temporary, format="PNG", pnginfo=texts))
+
+
+def has_key(path: str | Path, key: str) -> bool:
+    """Whether `path` is a picture of this key."""
+    try:
+        with Image.open(path) as picture:
+            return picture.info.get(KEY) == key
+    except OSError:
+        return False
 
 
 def save_images(folder: str | Path, names: Sequence[str], images: torch.Tensor) -> None:

@@ -34,6 +34,7 @@ from xdlm_image.evaluation.foreign_pipelines import ForeignPipeline
 from xdlm_image.evaluation.given_images import GivenImages
 from xdlm_image.evaluation.grids import class_grid, save_grid
 from xdlm_image.evaluation.measuring import Measured, barrier, cached_measure, measure, short_hash, sum_over_ranks
+from xdlm_image.evaluation.pictures import has_key
 from xdlm_image.evaluation.plan import Plan, check, device_name, metric_name, protocol, versions
 from xdlm_image.evaluation.plots import write_plots
 from xdlm_image.evaluation.references import Reference, make_reference
@@ -306,6 +307,21 @@ def _against_reconstructions(measured: Measured, reconstructions: Measured | Non
 def _pictures(plan: Plan, pipeline: Any, name: str, output: Path) -> None:
     """A class grid at 8 steps (or the nearest count), and the same seeds over all step counts; first settings."""
     recipe, seed = plan.recipe, plan.recipe.seeds[0]
+    grid, strip = output / f"grid_{name}.png", output / f"strip_{name}.png"
+    key = short_hash(
+        {
+            "pipeline_weights": plan.pipelines[name]["weights_hash"],
+            "settings": recipe.variants[0],
+            "num_steps": sorted(recipe.num_steps),
+            "seed": seed,
+            "seed_rule": SEED_RULE,
+            "dtype": recipe.dtype,
+            "classes": plan.class_names,
+            "layout": [GRID_STEPS, GRID_CLASSES, GRID_IMAGES],
+        }
+    )
+    if has_key(grid, key) and has_key(strip, key):
+        return
     names = labels_of_folders(plan.class_names).id2label
     count = min(GRID_CLASSES, len(names))
     ids = [round(i * (len(names) - 1) / max(1, count - 1)) for i in range(count)]
@@ -316,14 +332,15 @@ def _pictures(plan: Plan, pipeline: Any, name: str, output: Path) -> None:
     row_names = [names[i].partition(",")[0] for i in ids] if conditional else None
     chosen = {setting: getattr(settings, setting) for setting in SETTINGS}
     said = "".join(f", {SETTINGS[key]} {text(value)}" for key, value in chosen.items() if value not in (None, 1))
-    save_grid(output / f"grid_{name}.png", images, row_names, title=f"{name}, {steps} steps{said}, seed {seed}")
+    save_grid(grid, images, row_names, title=f"{name}, {steps} steps{said}, seed {seed}", key=key)
     strips = [
         draw_all(pipeline, ids, seed, replace(settings, num_steps=num_steps), recipe.batch_size)
         for num_steps in sorted(recipe.num_steps)
     ]
     save_grid(
-        output / f"strip_{name}.png",
+        strip,
         torch.stack(strips),
         [f"{num_steps} steps" if num_steps > 1 else "1 step" for num_steps in sorted(recipe.num_steps)],
         title=f"{name}{said}, seed {seed}: the same random numbers at every step count",
+        key=key,
     )
