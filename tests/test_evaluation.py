@@ -290,7 +290,7 @@ def test_samplers_are_an_axis_and_cells_from_before_it_stay_good(parts, finished
         evaluate(recipe)
         assert measured == [("ancestral", 3), ("confidence", 3), ("halton", 3), ("psi", 3)]
     content = json.loads((tmp_path / "fid.json").read_text())
-    assert content["schema_version"] == 7
+    assert content["schema_version"] == 8
     assert content["protocol"]["sampler"]["sampler"] == ["ancestral", "confidence", "halton", "psi"]
     cells = {cell["sampler"]: cell for cell in content["cells"]}
     assert len({cell["fid"]["pooled"] for cell in cells.values()}) == 4 and {c["nfe"] for c in cells.values()} == {3}

@@ -12,6 +12,7 @@ from xdlm_image.evaluation import references, sweep
 from xdlm_image.evaluation.extractor_training import train_extractor
 from xdlm_image.evaluation.references import reference
 from xdlm_image.evaluation.sweep import evaluate
+from xdlm_image.evaluation.tables import number
 from xdlm_image.files import sha256_of_file
 from xdlm_image.recipes import DataOptions, ReferenceRecipe
 
@@ -129,6 +130,53 @@ def test_given_images_stand_over_the_floor_of_as_many(parts, folder, tmp_path):
     page = (tmp_path / "fid.md").read_text()
     assert "Floors: 18 training images against the reference: FID" in page and "; 36 training images against" in page
     assert not any("floors" in warning for warning in content["warnings"])
+
+
+def test_fid_against_further_references_is_that_against_each_alone(parts, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "_pictures", lambda *args: None)
+    of_training = ReferenceRecipe(str(tmp_path / "train"), parts.data, str(parts.extractor), "train", device="cpu")
+    reference(of_training)
+    one = {"num_steps": [2], "seeds": [0], "images": {"val": f"{parts.data.root}/val"}}
+    alone = _content(evaluate(_recipe(parts, tmp_path / "alone", tmp_path / "train", reference_split="train", **one)))
+    plain = _content(evaluate(_recipe(parts, tmp_path / "both", folder, **one)))
+    further = {"further_references": {"training": str(tmp_path / "train"), "same": str(folder)}}
+    both = _content(evaluate(_recipe(parts, tmp_path / "both", folder, **one, **further)))
+    for kind in ("cells", "image_sets"):
+        assert both[kind] and all("fid_further" not in found for found in plain[kind])
+        for ours, theirs, before in zip(both[kind], alone[kind], plain[kind]):
+            found = ours.pop("fid_further")
+            assert found == {"training": theirs["fid"], "same": ours["fid"]} and ours == before
+    (rebuilt,) = both["floors"]["further"]["training"]["reconstruction"]
+    assert rebuilt["pipelines"] == ["mdlm", "xdlm-0.1"] and rebuilt["fid"]["pooled"] > 0
+    assert both["floors"]["further"]["same"]["reference"]["fid"]["pooled"] == pytest.approx(0, abs=1e-6)
+    told = both["protocol"]["further_references"]["training"]
+    assert told["split"] == "train" and told["statistics_sha256"]["pooled"]
+    page = (tmp_path / "both" / "fid.md").read_text()
+    title = "## FID, features `pooled`, against training"
+    table = page.split(title)[1].split("##")[0]
+    assert f"| mdlm | {number(alone['cells'][0]['fid']['pooled'])} |" in table
+    assert "\ntraining is 117 images, split train" in table
+    assert "reconstruction of mdlm, xdlm-0.1 " in table and "; the real images " in table
+    assert "FID `pooled` against training" in page.split("## Sets of images")[1].split("##")[0]
+    assert "fid_further.training.pooled" in (tmp_path / "both" / "fid.csv").read_text()
+
+    for place, error, message in (
+        (str(tmp_path / "none"), FileNotFoundError, "further_references.other: reference=.*no reference folder"),
+        ("adm-imagenet-256", ValueError, "further_references.other: .*published statistics are of Inception"),
+    ):
+        with pytest.raises(error, match=message):
+            evaluate(_recipe(parts, tmp_path / "out", folder, further_references={"other": place}))
+    with pytest.raises(ValueError, match=r"further_references: the name 'a/b' becomes part"):
+        evaluate(_recipe(parts, tmp_path / "out", folder, further_references={"a/b": str(folder)}))
+    sized = shutil.copytree(folder, tmp_path / "sized")
+    about = json.loads((sized / "reference.json").read_text())
+    monkeypatch.setattr(
+        "xdlm_image.evaluation.further_references.open_reference",
+        lambda *_: references.Reference(about | {"images": about["images"] | {"image_size": 32}}, None, {}),
+    )
+    with pytest.raises(ValueError, match=r"further_references.other=.*\(3, 32\), the sweep's are \(3, 16\)"):
+        evaluate(_recipe(parts, tmp_path / "out", folder, further_references={"other": str(sized)}))
+    assert not (tmp_path / "out").exists()
 
 
 def test_folders_that_do_not_fit_are_refused(parts, folder, tmp_path):

@@ -40,7 +40,7 @@ def test_csv_has_a_row_a_cell_with_its_settings_and_numbers(finished):
             cell[name] for name in ("pipeline", "num_steps", "seed")
         )
         temperature = "1 to 0.5" if isinstance(cell["temperature"], list) else str(cell["temperature"])
-        assert line["temperature"] == temperature and line["schema_version"] == "7"
+        assert line["temperature"] == temperature and line["schema_version"] == "8"
         assert float(line["fid.pooled"]) == cell["fid"]["pooled"]
         assert float(line["code_pair_total_variation.near"]) == cell["code_pair_total_variation"]["near"]
         assert int(line["nfe"]) == cell["nfe"] and float(line["images_per_second"]) > 0

@@ -33,6 +33,7 @@ from xdlm_image.evaluation.drawing import (
 )
 from xdlm_image.evaluation.extractor import FeatureExtractor, load_extractor
 from xdlm_image.evaluation.foreign_pipelines import ForeignPipeline
+from xdlm_image.evaluation.further_references import open_further
 from xdlm_image.evaluation.given_images import GivenImages, images_in_npz
 from xdlm_image.evaluation.inception import RELEASED
 from xdlm_image.evaluation.reference_files import KNOWN, is_reference_file, open_reference_file
@@ -54,6 +55,7 @@ class Plan:
         extractor: The judge.
         images: Images of the reference split, and those of the floor; None where a reference folder stands for them.
         reference: The content of the reference folder or file, if one was named.
+        further: Name -> content of each further one.
         shown: The images that a reference file holds (ADM's), for precision and recall; None without.
         class_names: Of the reference.
         pipelines: Name -> folder, hashes and settings, as the protocol records them.
@@ -66,6 +68,7 @@ class Plan:
     extractor: FeatureExtractor
     images: tuple[ImageSet, ImageSet] | None
     reference: Reference | None
+    further: dict[str, Reference]
     shown: GivenImages | None
     class_names: list[str]
     pipelines: dict[str, dict[str, Any]]
@@ -98,6 +101,7 @@ def check(recipe: EvaluateRecipe) -> Plan:
             f"many images; {nearest} is near"
         )
     extractor.check_images(*shape)
+    further = open_further(recipe.further_references, extractor, shape)
     notes = []
     if extractor.unreleased:
         notes.append(
@@ -152,7 +156,7 @@ def check(recipe: EvaluateRecipe) -> Plan:
             warnings.warn(note, stacklevel=3)
     if images is not None:
         check_images(images[0])
-    return Plan(recipe, device, extractor, images, reference, target.shown, names, pipelines, given, notes)
+    return Plan(recipe, device, extractor, images, reference, further, target.shown, names, pipelines, given, notes)
 
 
 def _few(of: str, number: int, reference: int | None, extractor: FeatureExtractor) -> list[str]:
@@ -308,8 +312,10 @@ def metric_name(extractor: FeatureExtractor) -> str:
 def protocol(plan: Plan, reference: Reference) -> dict[str, Any]:
     recipe = plan.recipe
     classes = len(plan.class_names)
+    further = {name: _named(other) for name, other in plan.further.items()}
     return {
-        "reference": {**reference.about["images"], "statistics_sha256": reference.images.hashes},
+        "reference": _named(reference),
+        **({"further_references": further} if further else {}),
         "num_samples": recipe.num_samples,
         "samples_per_class": recipe.num_samples // classes if recipe.pipelines else None,
         "class_balance": f"image i has class i mod {classes}" if recipe.pipelines else None,
@@ -333,6 +339,10 @@ def protocol(plan: Plan, reference: Reference) -> dict[str, Any]:
         "device": device_name(plan.device),
         "versions": versions(),
     }
+
+
+def _named(reference: Reference) -> dict[str, Any]:
+    return {**reference.about["images"], "statistics_sha256": reference.images.hashes}
 
 
 def device_name(device: torch.device) -> str:

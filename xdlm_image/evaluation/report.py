@@ -16,7 +16,7 @@ from typing import Any
 import jinja2
 
 from xdlm_image.evaluation.plots import PLOTS
-from xdlm_image.evaluation.tables import Content, Table, measured_layers, metric_table, tables, text
+from xdlm_image.evaluation.tables import Content, Table, measured_layers, metric_table, reference_text, tables, text
 from xdlm_image.files import write_json, write_text
 
 WHOLE_PROTOCOL = "The whole protocol is in `fid.json`."
@@ -59,18 +59,11 @@ def protocol_text(content: Content) -> str:
             f"network in {sampler['dtype']}{' (compiled)' if sampler['compile'] else ''}",
         ]
     parts += [
-        f"reference: {_reference_text(reference)}, fingerprint {reference['fingerprint'][:12]}",
+        f"reference: {reference_text(reference)}, fingerprint {reference['fingerprint'][:12]}",
         f"extractor {extractor['name']} {extractor['weights_sha256'][:12]}",
         f"uint8: {protocol['uint8_rule']}",
     ]
     return "; ".join(parts) + "."
-
-
-def _reference_text(reference: Content) -> str:
-    if reference["num_images"] is None:  # a file of statistics
-        return reference["name"]
-    size = f"{reference['channels']} x {reference['image_size']} x {reference['image_size']}"
-    return f"{reference['num_images']} images, split {reference['split']} of {reference['name']}, {size}"
 
 
 def _listed(values: list) -> str:

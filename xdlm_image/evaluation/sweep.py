@@ -31,6 +31,7 @@ from xdlm_image.evaluation.drawn_codes import DrawnCodes
 from xdlm_image.evaluation.drawn_pictures import DrawnPictures
 from xdlm_image.evaluation.features import FeatureSet
 from xdlm_image.evaluation.foreign_pipelines import ForeignPipeline
+from xdlm_image.evaluation.further_references import fids_further, floors_further
 from xdlm_image.evaluation.given_images import GivenImages
 from xdlm_image.evaluation.grids import class_grid, save_grid
 from xdlm_image.evaluation.measuring import Measured, barrier, cached_measure, measure, short_hash, sum_over_ranks
@@ -79,18 +80,18 @@ def evaluate(recipe: EvaluateRecipe) -> Path:
         refuse_unwritable(recipe.images_dir, "images_dir")
 
     reference = plan.reference or _measured_reference(plan, output)
+    tokenizers = {name: about["tokenizer_hash"] for name, about in plan.pipelines.items()}
     if plan.shown is not None and recipe.feature_metrics:
         reference.images.kept = _features_of(plan.shown, plan, output)
     content: dict[str, Any] = {
-        "schema_version": 7,
+        "schema_version": 8,
         "metric": metric_name(plan.extractor),
         "warnings": plan.warnings,
         "protocol": protocol(plan, reference),
-        "floors": reference.floors(
-            {name: about["tokenizer_hash"] for name, about in plan.pipelines.items()},
-            recipe.num_samples,
-            {len(given) for given in plan.given.values()},
-        ),
+        "floors": {
+            **reference.floors(tokenizers, recipe.num_samples, {len(given) for given in plan.given.values()}),
+            **floors_further(reference, plan.further, tokenizers),
+        },
         "image_sets": [_image_set(plan, name, reference) for name in plan.given],
         "cells": [],
     }
@@ -169,6 +170,7 @@ def _image_set(plan: Plan, name: str, reference: Reference) -> dict[str, Any]:
         "name": name,
         **given.describe(),
         **distances(measured, reference.images, plan.device, plan.recipe.feature_metrics),
+        **fids_further(measured, plan.further),
         "class_accuracy": measured.class_accuracy if (given.labels >= 0).all() else None,
     }
     if main:
@@ -179,8 +181,10 @@ def _image_set(plan: Plan, name: str, reference: Reference) -> dict[str, Any]:
 
 def _judged_by(plan: Plan, reference: Reference) -> dict[str, Any]:
     left_out = sorted(set(FEATURE_METRICS) - set(plan.recipe.feature_metrics))
+    further = {name: other.images.hashes for name, other in plan.further.items()}
     return {
         **({"feature_metrics_left_out": left_out} if left_out else {}),
+        **({"further_references": further} if further else {}),
         "reference": reference.about["images"],
         "reference_statistics": reference.images.hashes,
         "extractor": plan.extractor.weights_hash,
@@ -274,6 +278,7 @@ def _cell(
         "seed": seed,
         "num_samples": count,
         **distances(measured, reference.images, plan.device, recipe.feature_metrics),
+        **fids_further(measured, plan.further),
         **_against_reconstructions(measured, reconstructions),
         "class_accuracy": measured.class_accuracy if plan.pipelines[name]["conditional"] else None,
         "sampling_seconds": round(batches.seconds(plan.device), 3),  # of all processes together

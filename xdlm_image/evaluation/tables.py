@@ -106,6 +106,14 @@ def text(value: float | str | Sequence[float] | None) -> str:
     return "as saved" if value is None else value if isinstance(value, str) else f"{value:g}"
 
 
+def reference_text(reference: Content) -> str:
+    """What a reference in the protocol is of, in a few words."""
+    if reference["num_images"] is None:  # a file of statistics
+        return str(reference["name"])
+    size = f"{reference['channels']} x {reference['image_size']} x {reference['image_size']}"
+    return f"{reference['num_images']} images, split {reference['split']} of {reference['name']}, {size}"
+
+
 def floor_images(content: Content) -> str:
     """What the images of the floor are: `training images`, or those of the split that stands in for them."""
     return _floor_images(content["floors"]["train_against_reference"] or {})
@@ -127,6 +135,10 @@ def measured_layers(content: Content) -> list[str]:
 
 def _fid(layer: str, found: Content) -> float | None:
     return found["fid"].get(layer)
+
+
+def _fid_further(reference: str, layer: str, found: Content) -> float | None:
+    return found.get("fid_further", {}).get(reference, {}).get(layer)  # from schema_version 8
 
 
 def _part(metric: str, part: str, factor: float, found: Content) -> float | None:
@@ -184,6 +196,13 @@ def _frechet_tables(content: Content) -> Iterator[Table]:
             note = " ".join(["The tokenizer's own error is out of this table.", _listed_floors(trained)]).strip()
             yield _table(content, f"FID, features `{layer}`, against reconstructions of the real images", against, note)
 
+    for name, of_name in content["protocol"].get("further_references", {}).items():
+        for layer in measured_layers(content):
+            value = functools.partial(_fid_further, name, layer)
+            if any(value(cell) is not None for cell in content["cells"]):
+                note = f"{name} is {reference_text(of_name)}. {_floors_further(content, name, layer)}".strip()
+                yield _table(content, f"FID, features `{layer}`, against {name}", value, note)
+
 
 def _against_reconstructions(layer: str, cell: Content) -> float | None:
     return (cell["fid_against_reconstructions"] or {}).get(layer)
@@ -230,6 +249,11 @@ def _image_sets(content: Content) -> Table:
     columns: list[tuple[str, Value]] = [
         (f"FID `{layer}`", functools.partial(_fid, layer)) for layer in measured_layers(content)
     ]
+    columns += [
+        (f"FID `{layer}` against {name}", functools.partial(_fid_further, name, layer))
+        for name in content["protocol"].get("further_references", {})
+        for layer in measured_layers(content)
+    ]
     columns += [(title, value) for title, _, value in FEATURE_COLUMNS]
     columns += [("class accuracy (%)", functools.partial(_percent, "class_accuracy"))]
     columns = [(title, value) for title, value in columns if any(value(of) is not None for of in content["image_sets"])]
@@ -258,6 +282,18 @@ def _floors(content: Content, value: Value) -> str:
     train = floors["train_against_reference"]
     if train is not None and (of := value(train)) is not None:
         found.append(f"{train['num_images']} {floor_images(content)} against the reference {number(of)}")
+    return _listed_floors(found)
+
+
+def _floors_further(content: Content, name: str, layer: str) -> str:
+    floors = content["floors"]["further"][name]
+    found = [
+        f"reconstruction of {_users(floor)} {number(floor['fid'][layer])}"
+        for floor in floors["reconstruction"]
+        if layer in floor["fid"]
+    ]
+    if layer in floors["reference"]["fid"]:
+        found.append(f"the real images {number(floors['reference']['fid'][layer])}")
     return _listed_floors(found)
 
 

@@ -182,6 +182,8 @@ class EvaluateRecipe:
         data: The reference images.
         reference: In the place of the images: a folder of `xdlm-image reference`, a file of published statistics (.npz,
             .pt), or a known one by name (`adm-imagenet-256`, `mar-imagenet-256`).
+        further_references: Name -> another such folder or file; FID against each stands beside that against the main
+            one, such as `{adm: adm-imagenet-256}` beside the validation images.
         extractor: `inception` (torch-fidelity's: FID, sFID, Inception Score), `dinov2` (FD-DINOv2), either with
             `:FILE` of its weights, the folder of a trained small classifier, or a list of them, the main one first.
         classifier: Who says whether samples are of the class that was asked for: `timm:MODEL` or `timm:MODEL:FILE` for
@@ -218,6 +220,7 @@ class EvaluateRecipe:
     images: dict[str, str] = field(default_factory=dict)
     data: DataOptions = field(default_factory=DataOptions)
     reference: str | None = None
+    further_references: dict[str, str] = field(default_factory=dict)
     extractor: list[str] | str = "inception"
     classifier: str | None = None
     nelbo: str | None = None
