@@ -75,12 +75,14 @@ def test_speed_is_of_a_usual_image_whatever_the_batch(batch_size, has_codes, tmp
     monkeypatch.setattr(drawing, "draw_codes", lambda _, labels, *rest: spend(len(labels), (2, 3), 0.25, pause()))
     monkeypatch.setattr(drawing, "decode", lambda _, codes: spend(len(codes), (1, 4, 4), 0.25))
     monkeypatch.setattr(drawing, "draw_images", lambda _, labels, *rest: spend(len(labels), (1, 4, 4), 0.5, pause()))
-    store = DrawnCodes(tmp_path / "codes", {}, 20, (2, 3), 24) if has_codes else None
+    store = DrawnCodes(tmp_path / "codes", {}, 20, (2, 3), 24, {}) if has_codes else None
+    monkeypatch.setattr(drawing, "is_conditional", lambda _: True)
     cpu, extra = torch.device("cpu"), 60.0 if batch_size == 6 else 0.0
     for start in range(2 if has_codes else 1):
         batches = DrawnBatches(None, 20, 5, 0, SamplerSettings(2), batch_size, store)
         assert sum(len(batch.images) for batch in batches) == 20
         assert batches.images_per_second(cpu) == pytest.approx(2.0)
+        assert batches.images_per_second(cpu, processes=4) == pytest.approx(8.0)
         assert batches.seconds(cpu) == pytest.approx(10.0 + extra), start
 
 

@@ -11,8 +11,8 @@ from xdlm_image.evaluation.drawn_codes import DrawnCodes
 KEY = {"seed": 1, "weights": "abc"}
 
 
-def open_set(folder, num_samples=10, num_codes=24, key=KEY) -> DrawnCodes:
-    return DrawnCodes(folder, key, num_samples, (2, 3), num_codes)
+def open_set(folder, num_samples=10, num_codes=24, key=KEY, now="here") -> DrawnCodes:
+    return DrawnCodes(folder, key, num_samples, (2, 3), num_codes, {"device": now})
 
 
 def some_codes(number: int, num_codes: int = 24) -> torch.Tensor:
@@ -52,6 +52,32 @@ def test_large_codebooks_keep_their_ids(tmp_path):
     drawn = open_set(tmp_path, 3, 100_000)
     drawn.write(0, codes, 1.0)
     assert torch.equal(open_set(tmp_path, 3, 100_000).read(0, 3), codes) and codes.max() > 65_535
+
+
+def test_who_drew_is_kept_and_who_only_reads_is_not_told_of(tmp_path):
+    open_set(tmp_path).write(0, some_codes(4), 0.5)
+    open_set(tmp_path).write(4, some_codes(4), 0.5)
+    there = open_set(tmp_path, now="there")
+    there.write(8, some_codes(2), 0.5)
+    assert there.drawn_by == [{"device": "here"}, {"device": "there"}] == open_set(tmp_path, now="elsewhere").drawn_by
+    about = json.loads((tmp_path / "about.json").read_text())
+    del about["drawn_by"]  # of before it was kept
+    (tmp_path / "about.json").write_text(json.dumps(about))
+    assert open_set(tmp_path).drawn_by == []
+
+
+def test_no_room_is_said_before_anything_is_drawn(tmp_path, monkeypatch):
+    open_set(tmp_path, 4).write(0, some_codes(4), 0.25)
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", full)
+        with pytest.raises(OSError, match=r"codes\.bin: no room for the codes of 10 images .*No space.*output_dir"):
+            open_set(tmp_path, 10)
+    assert open_set(tmp_path, 4).is_drawn(0, 4) and not open_set(tmp_path, 10).is_drawn(4, 10)
+    assert (tmp_path / "codes.bin").stat().st_blocks * 512 >= 10 * 6 * 2  # no hole
 
 
 def test_another_set_and_damage_are_refused(tmp_path):

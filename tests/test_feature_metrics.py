@@ -113,6 +113,7 @@ def test_ranks_share_the_pairs_and_gather_features(tmp_path):
 def test_inception_score_of_certain_and_of_undecided_predictions():
     certain = 50 * torch.eye(4).repeat(25, 1)  # four classes, all as often in every split
     assert inception_score(certain)["mean"] == pytest.approx(4.0, rel=0.05)
+    assert inception_score(torch.zeros(9, 4)) is None
     assert inception_score(torch.zeros(100, 4)) == {"mean": pytest.approx(1.0), "std": pytest.approx(0.0)}
     halves = torch.tensor([[0.0, math.log(3.0)], [math.log(3.0), 0.0]]).repeat(50, 1)
     kl = 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)

@@ -6,7 +6,15 @@ import json
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DDPMPipeline, DiTPipeline, DiTTransformer2DModel, UNet2DModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    UNet2DModel,
+)
 from evaluation_parts import SIZE, build_parts, one_thread  # noqa: F401
 
 from xdlm_image.evaluation import sweep
@@ -87,3 +95,24 @@ def test_what_is_no_class_conditional_pipeline_is_refused(parts, dit, tmp_path):
     small = dataclasses.replace(parts.data, image_size=8)
     with pytest.raises(ValueError, match=r"3 x 16 x 16 images"):
         sweep.check(parts.recipe(tmp_path / "out", pipelines={"dit": dit}, data=small))
+
+
+def test_a_scheduler_that_draws_by_itself_gives_the_same_images_again_and_is_told_of(parts, dit, tmp_path):
+    theirs = DiTPipeline.from_pretrained(dit)
+    theirs.scheduler = DDPMScheduler.from_config(theirs.scheduler.config)
+    theirs.save_pretrained(tmp_path / "ddpm")
+    ours, steady = (open_any_pipeline(str(folder), torch.device("cpu")) for folder in (tmp_path / "ddpm", dit))
+    assert ours.draws_by_batches and not steady.draws_by_batches
+    state = torch.get_rng_state()
+    images = [ours.draw([0, 1], indices, 0, SamplerSettings(3)) for indices in ([0, 1], [2, 3], [0, 1])]
+    assert torch.equal(images[0], images[2]) and not torch.equal(images[0], images[1])
+    assert torch.equal(torch.get_rng_state(), state)
+    with pytest.warns(UserWarning):
+        notes = sweep.check(parts.recipe(tmp_path / "out", pipelines={"x": str(tmp_path / "ddpm")})).warnings
+    assert any("x draws by its scheduler (DDPMScheduler) without a generator an image" in note for note in notes)
+
+
+def test_a_reference_of_more_classes_than_the_network_knows_is_refused(parts, dit, tmp_path, monkeypatch):
+    monkeypatch.setattr(ForeignPipeline, "num_classes", 2)
+    with pytest.raises(ValueError, match="it has 2 classes, the reference 3; name one of as many"):
+        sweep.check(parts.recipe(tmp_path / "out", pipelines={"dit": dit}))

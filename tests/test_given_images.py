@@ -89,6 +89,7 @@ def test_folders_with_and_without_classes(tmp_path):
     assert class_folders(["T-shirt/top", "a:b", "a/b", "n01440764", "bee, wasp", ".."]) == [
         "T-shirt_top", "a_b_1", "a_b_2", "n01440764", "bee, wasp", "_",
     ]  # fmt: skip
+    assert len({*class_folders(["a", "a", "a_1"])}) == 3
     Image.fromarray(PIXELS[0]).save(tmp_path / "ant" / "9.jpg")
     (note,) = GivenImages(tmp_path, 3, 8, [*CLASSES, "cat_"]).notes
     assert "1 of 6 files are JPEG" in note
@@ -109,6 +110,36 @@ def test_grey_and_colour_meet_only_where_nothing_is_lost(tmp_path):
     assert torch.equal(gather(GivenImages(tmp_path / "equal.npz", 1, 8, CLASSES)), expected(PIXELS[..., :1]))
     with pytest.raises(ValueError, match=r"colour\.npz is in colour, the reference is grey"):
         gather(GivenImages(tmp_path / "colour.npz", 1, 8, CLASSES))
+
+
+def test_files_are_grey_where_they_are_not_only_where_grey_is_wanted(tmp_path):
+    for kind, pixels in (("colour", PIXELS), ("grey", PIXELS[..., 0]), ("equal", PIXELS[..., :1].repeat(3, 3))):
+        (tmp_path / kind).mkdir()
+        for i, image in enumerate(pixels):
+            Image.fromarray(image).save(tmp_path / kind / f"{i}.png")
+    for kind in ("grey", "equal"):
+        assert torch.equal(gather(GivenImages(tmp_path / kind, 1, 8, CLASSES)), expected(PIXELS[..., :1]))
+    with pytest.raises(ValueError, match=r"0\.png is in colour, the reference is grey"):
+        GivenImages(tmp_path / "colour", 1, 8, CLASSES)
+
+
+def test_folders_are_walked_as_data_sets_are(tmp_path):
+    """Through links, past what is hidden; and images beside class folders are told of."""
+    for i, place in enumerate(("ant", "elsewhere", "ant/.thumbs", "__MACOSX")):
+        (tmp_path / place).mkdir(parents=True)
+        Image.fromarray(PIXELS[i]).save(tmp_path / place / f"{i}.png")
+    (tmp_path / "set").mkdir()
+    (tmp_path / "ant").rename(tmp_path / "set" / "ant")
+    (tmp_path / "__MACOSX").rename(tmp_path / "set" / "__MACOSX")
+    (tmp_path / "set" / "bee").symlink_to(tmp_path / "elsewhere")
+    given = GivenImages(tmp_path / "set", 3, 8, CLASSES)
+    assert given.labels.tolist() == [0, 1] and given.notes == []
+    Image.fromarray(PIXELS[4]).save(tmp_path / "set" / "4.png")
+    (note,) = GivenImages(tmp_path / "set", 3, 8, CLASSES).notes
+    assert "1 of its images lie beside the class folders: no class accuracy is given" in note
+    (tmp_path / "set" / "loop").symlink_to(tmp_path / "set")
+    with pytest.raises(ValueError, match="images: the link .*loop leads to .*above itself"):
+        GivenImages(tmp_path / "set", 3, 8, CLASSES)
 
 
 def test_what_does_not_fit_is_refused_by_name(tmp_path):
@@ -133,6 +164,9 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path):
     Image.fromarray(PIXELS[0, :6]).save(tmp_path / "small" / "a.png")
     with pytest.raises(ValueError, match=r"a\.png has 6 x 8 pixels, the reference 8 x 8"):
         GivenImages(tmp_path / "small", 3, 8, CLASSES)  # at once, not when it is measured
+    Image.fromarray(PIXELS[0]).save(tmp_path / "small" / "0.png")
+    with pytest.raises(ValueError, match=r"a\.png has 6 x 8 pixels, the reference 8 x 8"):
+        GivenImages(tmp_path / "small", 3, 8, CLASSES)  # and not the first file alone
     for path in (tmp_path / "none", tmp_path / "empty"):
         Path(tmp_path / "empty").mkdir(exist_ok=True)
         with pytest.raises(FileNotFoundError, match="neither a folder nor an .npz|no image file"):

@@ -140,6 +140,14 @@ def test_places_that_cannot_be_written_are_found_before_drawing(pipeline, tmp_pa
         sample(_recipe(pipeline, tmp_path / "x.png", images_dir=str(tmp_path / "file")))
 
 
+def test_images_of_two_calls_are_not_mixed(pipeline, tmp_path):
+    recipe = _recipe(pipeline, tmp_path / "a.png", images_dir=str(tmp_path / "images"))
+    sample(recipe)
+    sample(_recipe(pipeline, tmp_path / "a.png", images_dir=str(tmp_path / "images"), seed=3))  # every one is replaced
+    with pytest.raises(ValueError, match=r"images_dir=.*holds 00001_class0000.png and 7 more images of another call"):
+        sample(_recipe(pipeline, tmp_path / "a.png", images_dir=str(tmp_path / "images"), images_per_class=1))
+
+
 def test_wrong_requests_are_refused(pipeline, tmp_path):
     cases = [
         (dict(class_labels=["dragonfly"]), "dragonfly"),

@@ -47,6 +47,18 @@ def test_whole_files_pass_once(root, monkeypatch):
         check_images(training(root.parent / "copy"))
 
 
+def test_some_of_the_files_are_checked_alone(root):
+    broken = root / "train" / "a" / "02.png"
+    broken.write_bytes(b"nothing")
+    images = training(root)
+    last = images.paths.index(str(broken))
+    check_images(images, places=[i for i in range(15) if i != last])
+    check_images(images, places=[])
+    for places in ([0, last], None):
+        with pytest.raises(ValueError, match="1 of (2|15) files of train are broken"):
+            check_images(images, places=places)
+
+
 def test_files_that_were_written_since_are_checked_again(root):
     check_images(training(root))
     file = root / "train" / "a" / "00.png"

@@ -71,7 +71,7 @@ def test_samples_are_drawn_by_the_sampler_that_is_named(parts, tmp_path):
 
 
 def test_what_does_not_fit_is_refused(parts, tmp_path, capsys):
-    with pytest.raises(ValueError, match="held_out=99: there are 36 test images"):
+    with pytest.raises(ValueError, match=r"held_out=99: 33 test images are wanted of each class .* there are 12 of '"):
         neighbours(recipe_of(parts, tmp_path, held_out=99))
     with pytest.raises(ValueError, match="name a .png file"):
         neighbours(recipe_of(parts, tmp_path, output="near.jpg"))
@@ -81,3 +81,20 @@ def test_what_does_not_fit_is_refused(parts, tmp_path, capsys):
     options = f"--pipeline {tmp_path} --data.name folder --data.root {parts.data.root} --held_out 5"
     assert pytest.raises(SystemExit, main, ["neighbours", *options.split()]).value.code == 2
     assert "held_out=5: at least 20" in capsys.readouterr().err
+
+
+def test_held_out_images_are_of_the_classes_that_are_drawn(parts, tmp_path):
+    held_out = open_images(parts.data, "test")
+    for ids in ([0, 1, 2], [0, 2]):
+        recipe = recipe_of(parts, tmp_path, held_out=36 if len(ids) == 3 else 24)
+        chosen = room._held_out_images(recipe, held_out, ids)
+        labels = held_out.labels[chosen].tolist()
+        assert chosen == sorted(set(chosen)) and len(chosen) == recipe.held_out
+        assert all(labels.count(label) == recipe.held_out * ids.count(label) / len(ids) for label in range(3))
+    assert room._held_out_images(recipe, held_out, None) != chosen  # of no class: any
+    with pytest.raises(
+        ValueError, match="held_out=24: 16 test images are wanted of each class .* there are 12 of 'cat'"
+    ):
+        room._held_out_images(recipe, held_out, [2, 2, 1])
+    with pytest.raises(ValueError, match="held_out=99: there are 36 test images"):
+        room._held_out_images(recipe_of(parts, tmp_path, held_out=99), held_out, None)

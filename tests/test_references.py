@@ -1,5 +1,6 @@
 """A reference folder in the place of the images: the same numbers, and everything that does not fit refused."""
 
+import dataclasses
 import json
 import shutil
 
@@ -223,6 +224,21 @@ def test_folders_that_do_not_fit_are_refused(parts, folder, tmp_path):
     with pytest.raises(ValueError, match="make it again"):
         evaluate(_recipe(parts, out, damaged))
     assert not out.exists()
+    (out / "floors").mkdir(parents=True)  # somebody's own
+    (out / "floors" / "plan.txt").touch()
+    images = shutil.copytree(parts.data.root, tmp_path / "images")
+    data = dataclasses.replace(parts.data, root=str(images))
+    small = ReferenceRecipe(str(out), data, str(parts.extractor), num_samples=[18], batch_size=7, device="cpu")
+    reference(small)
+    assert {path.name for path in out.iterdir()} == {"floors", "reference.json", "statistics"}
+    assert (out / "floors" / "plan.txt").exists()
+    shutil.rmtree(out)
+    for path in (images / "train").rglob("*.png"):  # of which the floor takes some
+        path.write_bytes(bytes(path.stat().st_size))
+    with pytest.raises(ValueError, match="18 of 18 files of train are broken"):
+        reference(small)
+    assert list(out.iterdir()) == []
+    out.rmdir()
     grey = save_pipeline(tmp_path / "grey", channels=1) / "vqvae"
     with pytest.raises(ValueError, match=r"tokenizers: .*takes 1 channels, data\.channels is 3"):
         reference(ReferenceRecipe(str(out), parts.data, str(parts.extractor), tokenizers=[str(grey)], device="cpu"))

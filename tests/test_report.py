@@ -10,10 +10,10 @@ import pytest
 from evaluation_parts import build_parts, one_thread  # noqa: F401
 from PIL import Image
 
-from xdlm_image.evaluation import sweep
+from xdlm_image.evaluation import plots, sweep, tables
 from xdlm_image.evaluation.plan import _add_nelbo
 from xdlm_image.evaluation.plots import PLOTS, write_plots
-from xdlm_image.evaluation.report import write_html
+from xdlm_image.evaluation.report import protocol_text, write_html
 from xdlm_image.evaluation.sweep import evaluate
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*images are few for the.*:UserWarning")
@@ -138,3 +138,20 @@ def test_plots_of_nfe_time_and_k(finished):
     for name in ("fid.png", "fid_time.png", "fid_k.png"):
         with Image.open(finished / name) as picture:
             assert picture.width > 800
+
+
+def test_guidance_that_is_none_first_and_in_an_interval_then(finished, tmp_path):
+    content = json.loads((finished / "fid.json").read_text())
+    sampler = content["protocol"]["sampler"]
+    sampler["guidance_scale"], sampler["guidance_interval"] = [1.0, 2.0], [[0.1, 0.7], None]
+    guided = [
+        {**cell, "guidance_scale": 2.0, "guidance_interval": interval}
+        for cell in content["cells"]
+        for interval in ([0.1, 0.7], None)
+    ]
+    content["cells"] += guided
+    curves = plots._curves_over(content, {"mdlm": 0.0, "xdlm-0.1": 0.1})
+    assert all(len(points("pooled")) == 2 for points in curves.values())
+    labels = [*tables.rows(content)]
+    assert any(label.endswith("guidance 2, temperature 1, guided in t all") for label in labels)
+    assert "guided in t from 0.1 to 0.7, all" in protocol_text(content)

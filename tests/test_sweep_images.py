@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from evaluation_parts import CLASSES, build_parts, one_thread  # noqa: F401
+from evaluation_parts import CLASSES, build_parts, one_thread, save_pipeline  # noqa: F401
 from PIL import Image
 
 from xdlm_image.data.images import open_images
@@ -17,6 +17,7 @@ from xdlm_image.evaluation import drawing, sweep
 from xdlm_image.evaluation.drawing import decode, open_pipeline
 from xdlm_image.evaluation.sweep import evaluate
 from xdlm_image.evaluation.tables import number
+from xdlm_image.processes import only_command
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*images are few for the.*:UserWarning"),
@@ -169,3 +170,38 @@ def test_images_that_were_written_anew_are_measured_anew(parts, tmp_path, monkey
     after = fids()
     assert after[0] != before[0] and after[1]["pooled"] == pytest.approx(0, abs=1e-3)
     assert "were written since these statistics were computed; computing them again" in "".join(capfd.readouterr())
+
+
+def test_images_of_an_unconditional_pipeline_have_no_class(parts, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "_pictures", lambda *args: None)
+    free = {"free": str(save_pipeline(tmp_path / "free", num_classes=None))}
+    recipe = parts.recipe(tmp_path / "out", pipelines=free, num_steps=[1], seeds=[0])
+    recipe = dataclasses.replace(recipe, images_dir=str(tmp_path / "images"), images_npz=True)
+    content = json.loads(evaluate(recipe).read_text())
+    (cell,) = content["cells"]
+    assert cell["kid"] is not None and cell["kid_of_classes"] == {} and cell["class_accuracy"] is None
+    assert content["protocol"]["class_balance"] is content["protocol"]["samples_per_class"] is None
+    page = (tmp_path / "out" / "fid.md").read_text()
+    assert "worst class" not in page and "18 images a cell; seeds 0" in page
+    folder = tmp_path / "images" / "free-steps1-seed0"
+    assert len(list((folder / "images").glob("*.png"))) == 18
+    with np.load(folder / "images.npz") as packed:
+        assert packed.files == ["arr_0"]
+
+
+def test_codes_that_are_judged_anew_keep_who_drew_them(parts, finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "_pictures", lambda *args: None)
+    shutil.copytree(finished, tmp_path / "out")
+    recipe = parts.recipe(tmp_path / "out", pipelines={"mdlm": parts.pipelines["mdlm"]}, num_steps=[3], seeds=[1])
+    monkeypatch.setattr(drawing, "draw_codes", None)
+    monkeypatch.setattr(sweep, "device_name", lambda device: "another machine")
+    (before,) = _numbers(finished)
+    (cell,) = json.loads(evaluate(dataclasses.replace(recipe, batch_size=9, feature_metrics=[])).read_text())["cells"]
+    assert cell["kid"] is None and cell["batch_size"] == 7 and cell["device"] == before["device"] != "another machine"
+    assert "drawn_by" not in cell
+
+
+def test_two_commands_on_one_folder_are_refused(parts, tmp_path):
+    with only_command(tmp_path, True), pytest.raises(ValueError, match="another command is at work there"):
+        evaluate(parts.recipe(tmp_path))
+    assert list(tmp_path.iterdir()) == []

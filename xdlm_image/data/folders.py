@@ -145,13 +145,13 @@ def _list_folder(folder: Path) -> tuple[list[str], list[tuple[str, int]]]:
 
     Images that lie in the folder itself, beside no other folder, are one class.
     """
-    root, names, files = next(_walk(str(folder)))
+    root, names, files = next(walk(str(folder)))
     if not names and files:
         return [ONE_CLASS], [(os.path.join(root, name), 0) for name in sorted(files)]
     samples = [
         (os.path.join(inner, name), label)
         for label, folder_name in enumerate(names)
-        for inner, _, files_there in sorted(_walk(os.path.join(root, folder_name)))
+        for inner, _, files_there in sorted(walk(os.path.join(root, folder_name)))
         for name in sorted(files_there)
     ]
     hollow = [names[label] for label in sorted(set(range(len(names))) - {label for _, label in samples})]
@@ -167,8 +167,12 @@ def _list_folder(folder: Path) -> tuple[list[str], list[tuple[str, int]]]:
     return names, samples
 
 
-def _walk(top: str) -> Iterator[tuple[str, list[str], list[str]]]:
+def walk(top: str, argument: str = "data.root") -> Iterator[tuple[str, list[str], list[str]]]:
     """`os.walk` through links: sorted folders and images, without what systems and programs hide among them.
+
+    Args:
+        top: A folder.
+        argument: What the caller calls it, for errors.
 
     Raises:
         ValueError: A link leads to a folder above itself, where it would be met again and again.
@@ -179,8 +183,8 @@ def _walk(top: str) -> Iterator[tuple[str, list[str], list[str]]]:
             target = os.path.realpath(link)
             if target in map(os.path.realpath, Path(os.path.abspath(link)).parents):
                 raise ValueError(
-                    f"data.root: the link {link} leads to {target}, above itself, so that every image there would come "
-                    "again and again; take the link away"
+                    f"{argument}: the link {link} leads to {target}, above itself, so that every image there would "
+                    "come again and again; take the link away"
                 )
         yield root, folders, [n for n in files if n.lower().endswith(IMG_EXTENSIONS) and not is_hidden(n)]
 

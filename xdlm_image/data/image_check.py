@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from xdlm_image.processes import process_state
 NAMED = 10  # broken files that the error names
 
 
-def check_images(images: ImageSet, num_workers: int = 0) -> None:
+def check_images(images: ImageSet, num_workers: int = 0, places: Sequence[int] | None = None) -> None:
     """Decode every file of `images` once, unless this very set has passed before; arrays need no check.
 
     Several processes (`accelerate launch`, torchrun) share the files, and all raise when one finds something.
@@ -29,6 +30,7 @@ def check_images(images: ImageSet, num_workers: int = 0) -> None:
     Args:
         images: From `open_images`.
         num_workers: Threads that decode (they wait for no lock while they do); 0 is one.
+        places: Of the images that are wanted; None is all.
 
     Raises:
         ValueError: Some files cannot be read; it tells how many and names the first ten with their faults.
@@ -38,8 +40,13 @@ def check_images(images: ImageSet, num_workers: int = 0) -> None:
         return
     processes = process_state()
     rank, world = (0, 1) if processes is None else (processes.process_index, processes.num_processes)
-    note = _note_of(images, paths)
-    if all(_over_ranks(_exists(note), world)):
+    notes = [_note_of(images, paths)]
+    if places is not None:
+        if len(places) == 0:
+            return
+        paths = [paths[i] for i in places]
+        notes.append(_note_of(images, paths))
+    if any(all(_over_ranks(_exists(note), world)) for note in notes):
         return
     mine = paths[rank::world]
     broken: list[tuple[str, str]] = []  # (path, fault)
@@ -57,9 +64,9 @@ def check_images(images: ImageSet, num_workers: int = 0) -> None:
         raise ValueError(f"data: {len(broken)} of {len(paths)} files of {images.split} are broken:\n  {faults}{more}")
     if rank == 0:
         try:
-            write_json(note, {"images": len(paths), "first": paths[0]})
+            write_json(notes[-1], {"images": len(paths), "first": paths[0]})
         except OSError as error:
-            tqdm.write(f"note: {note} cannot be written ({error}); the next run checks these files again")
+            tqdm.write(f"note: {notes[-1]} cannot be written ({error}); the next run checks these files again")
 
 
 def _fault(path: str) -> tuple[str, str | None]:
@@ -75,6 +82,8 @@ def _note_of(images: ImageSet, paths: list[str]) -> Path:
     name = hashlib.sha256(
         f"{images.fingerprint}\0{images.touched}\0{os.path.abspath(paths[0])}".encode(errors="surrogateescape")
     )
+    if len(paths) < len(images.paths):
+        name.update("\0".join(paths).encode(errors="surrogateescape"))
     return Path.home() / ".cache" / "xdlm_image" / "checked" / f"{name.hexdigest()[:32]}.json"
 
 

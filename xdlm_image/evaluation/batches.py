@@ -16,6 +16,7 @@ from xdlm_image.data.images import ImageSet, normalise, to_uint8
 from xdlm_image.evaluation.statistics import rank_and_world
 from xdlm_image.tokenizer.codes import decode_codes, encode_images
 
+NO_CLASS = -1  # label of an image whose class is not known
 UINT8_RULE = "round to nearest, cut off at 0 and 255: clamp(round((x + 1) * 127.5)), x in [-1, 1]"
 
 
@@ -24,7 +25,7 @@ class Batch(NamedTuple):
 
     Attributes:
         images: uint8 (B, C, S, S).
-        labels: Class ids (B,).
+        labels: Class ids (B,), or `NO_CLASS`.
         codes: (B, h, w); None where the images were not made of codes.
         start: Place of the first image in the set.
     """

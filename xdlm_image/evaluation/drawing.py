@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from xdlm_image.data.images import to_uint8
 from xdlm_image.devices import warn_if_slow
-from xdlm_image.evaluation.batches import Batch, blocks_of_rank
+from xdlm_image.evaluation.batches import NO_CLASS, Batch, blocks_of_rank
 from xdlm_image.evaluation.drawn_codes import DrawnCodes
 from xdlm_image.evaluation.foreign_pipelines import ForeignPipeline, is_foreign
 from xdlm_image.evaluation.measuring import sum_over_ranks
@@ -133,6 +133,11 @@ def image_shape(pipeline: XDLMPipeline | ForeignPipeline) -> tuple[int, int]:
     if height != width:
         raise ValueError(f"the pipeline draws images of {height} x {width} pixels: only square ones are evaluated")
     return int(pipeline.vqvae.config.out_channels), height
+
+
+def is_conditional(pipeline: XDLMPipeline | ForeignPipeline) -> bool:
+    """Whether the pipeline draws images of classes."""
+    return isinstance(pipeline, ForeignPipeline) or pipeline.transformer.config.num_classes is not None
 
 
 def class_names(pipeline: XDLMPipeline) -> list[str]:
@@ -256,7 +261,8 @@ def draw_images(
 
 
 class DrawnBatches:
-    """This rank's share of a balanced set: image i of `num_samples` has class i mod num_classes.
+    """This rank's share of a balanced set: image i of `num_samples` has class i mod num_classes, or none (-1) where the
+    pipeline is unconditional.
 
     An iterable of batches. The set is cut into blocks of `batch_size` consecutive images, which
     the ranks take in turn; the last block is filled up with images that are then dropped. So a block is always drawn
@@ -287,6 +293,7 @@ class DrawnBatches:
         self.store = store
         self.blocks: list[tuple[float, int]] = []
         self.called = 0
+        self.conditional = is_conditional(pipeline)
 
     def __iter__(self) -> Iterator[Batch]:
         for block in blocks_of_rank(self.num_samples, self.batch_size):
@@ -307,22 +314,29 @@ class DrawnBatches:
             else:
                 images = decode(self.pipeline, codes)
             self.blocks.append(((time.perf_counter() - began) / len(images), len(block)))
-            yield Batch(images[: len(block)], torch.tensor(labels[: len(block)]), codes, start)
+            known = torch.tensor(labels[: len(block)])
+            yield Batch(
+                images[: len(block)], known if self.conditional else torch.full_like(known, NO_CLASS), codes, start
+            )
 
     def seconds(self, device: torch.device) -> float:
         """What drawing and decoding the set took, over all processes; not what filled up the last block."""
         own = sum(seconds * kept for seconds, kept in self.blocks)
         return (self.store.seconds if self.store else 0.0) + sum_over_ranks(own, device)
 
-    def images_per_second(self, device: torch.device) -> float:
+    def images_per_second(self, device: torch.device, processes: int | None = None) -> float:
         """Speed of all processes together: their number over the seconds that an image usually takes one of them.
+
+        Args:
+            device: Where ranks exchange numbers.
+            processes: How many drew what the store holds; None is as many as there are now.
 
         Those are the median over blocks of what drawing took an image, and the same for decoding, whose medians of the
         ranks are averaged; so neither the last block nor a pause makes a difference.
         """
         own = [statistics.median(seconds for seconds, _ in self.blocks)] if self.blocks else []
         usual = sum_over_ranks(sum(own), device) / sum_over_ranks(len(own), device)
-        return rank_and_world()[1] / (usual + (self.store.usual_seconds if self.store else 0.0))
+        return (processes or rank_and_world()[1]) / (usual + (self.store.usual_seconds if self.store else 0.0))
 
 
 def draw_all(

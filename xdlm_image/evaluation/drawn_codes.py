@@ -2,7 +2,7 @@
 
 This file owns the folder of one set; it never draws and never decodes.
 
-    about.json    everything that decides the codes: weights, sampler, seed
+    about.json    everything that decides the codes: weights, sampler, seed; and who drew them
     codes.bin     (N, h, w) uint16 (int32 for 65,536 codes and more)
     seconds.bin   (N,) float32, seconds that an image took; 0 where it is still to be drawn
 
@@ -35,32 +35,47 @@ class DrawnCodes:
         num_samples: Images N wanted; more may be there.
         grid: Rows and columns h, w of codes.
         num_codes: Codebook size.
+        now: JSON that says who draws what is still missing.
+
+    Attributes:
+        drawn_by: The `now` of each start that drew, where they differ; empty of a set that was drawn before this was
+            kept.
 
     Raises:
         ValueError: The folder holds another set, or damaged files.
+        OSError: There is no room for the codes.
     """
 
     def __init__(
-        self, folder: str | Path, key: dict[str, Any], num_samples: int, grid: tuple[int, int], num_codes: int
+        self,
+        folder: str | Path,
+        key: dict[str, Any],
+        num_samples: int,
+        grid: tuple[int, int],
+        num_codes: int,
+        now: dict[str, Any],
     ) -> None:
         self.folder = Path(folder)
         self.num_samples = num_samples
         self.num_codes = num_codes
         self._shape, self._dtype = (num_samples, *grid), code_dtype(num_codes)
         if rank_and_world()[0] == 0:
-            self._prepare({"key": key, "grid": list(grid), "dtype": self._dtype.str})
+            self._prepare({"key": key, "grid": list(grid), "dtype": self._dtype.str}, now)
         barrier()
+        self.drawn_by: list[dict[str, Any]] = json.loads((self.folder / "about.json").read_text("utf-8"))["drawn_by"]
         self._codes = np.memmap(self.folder / "codes.bin", self._dtype, "r+", shape=self._shape)
         self._seconds = np.memmap(self.folder / "seconds.bin", "<f4", "r+", shape=num_samples)
 
-    def _prepare(self, about: dict[str, Any]) -> None:
+    def _prepare(self, about: dict[str, Any], now: dict[str, Any]) -> None:
         """Write what is missing; make the files long enough (what is not written reads as 0)."""
         path = self.folder / "about.json"
+        drawn_by: list[dict[str, Any]] = []
         if path.is_file():
             try:
                 held = json.loads(path.read_text(encoding="utf-8"))
             except ValueError as error:
                 raise ValueError(f"{path}: damaged ({error}); remove the folder") from error
+            drawn_by = held.pop("drawn_by", [])
             if held != json.loads(json.dumps(about)):
                 raise ValueError(f"{self.folder}: holds the codes of another set of images; remove it")
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -74,8 +89,27 @@ class DrawnCodes:
             raise ValueError(f"{self.folder}: codes.bin or seconds.bin was cut off: damaged; remove the folder")
         for name, item in items.items():
             if sizes[name] < self.num_samples:
-                os.truncate(self.folder / name, self.num_samples * item)
-        write_json(path, about)
+                self._grow(self.folder / name, self.num_samples * item)
+        is_whole = (np.fromfile(self.folder / "seconds.bin", "<f4", self.num_samples) > 0).all()
+        if not is_whole and now not in drawn_by:
+            drawn_by.append(now)
+        write_json(path, {**about, "drawn_by": drawn_by})
+
+    def _grow(self, file: Path, size: int) -> None:
+        """Zeros up to `size`, written: a hole that no room is left for would end the process when it is filled."""
+        before = file.stat().st_size
+        try:
+            with open(file, "ab") as opened:
+                for start in range(before, size, 1 << 20):
+                    opened.write(bytes(min(1 << 20, size - start)))
+                opened.flush()
+                os.fsync(opened.fileno())
+        except OSError as error:
+            os.truncate(file, before)
+            raise OSError(
+                f"{file}: no room for the codes of {self.num_samples} images ({error}); free some, or name another "
+                "output_dir"
+            ) from error
 
     def is_drawn(self, start: int, stop: int) -> bool:
         """Whether all images from `start` up to `stop` are there."""

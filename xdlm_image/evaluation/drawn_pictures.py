@@ -34,17 +34,20 @@ class DrawnPictures:
         folder: Made when images are kept.
         key: JSON that decides the images.
         num_samples: Images of the set.
-        class_names: By class id; the folders are called as `class_folders` says.
+        class_names: By class id; the folders are called as `class_folders` says. None of an unconditional pipeline:
+            its images are in one folder, `images`, and have no labels.
 
     Raises:
         ValueError: The folder holds images of another set, or of somebody else.
     """
 
-    def __init__(self, folder: str | Path, key: dict[str, Any], num_samples: int, class_names: Sequence[str]) -> None:
+    def __init__(
+        self, folder: str | Path, key: dict[str, Any], num_samples: int, class_names: Sequence[str] | None
+    ) -> None:
         self.folder = Path(folder)
-        classes = class_folders(class_names)
+        classes = ["images"] if class_names is None else class_folders(class_names)
         self.npz = self.folder / "images.npz"
-        self.labels = np.arange(num_samples) % len(classes)
+        self.labels = None if class_names is None else np.arange(num_samples) % len(classes)
         self.names = [f"{classes[i % len(classes)]}/{i:07d}.png" for i in range(num_samples)]
         self._about = json.loads(json.dumps({"key": key}))
         if self._found() and not self._is_of_this_set():
@@ -90,8 +93,9 @@ class DrawnPictures:
                 for name in tqdm(self.names, f"{self.folder.name}/images.npz", unit="image", leave=False, delay=5):
                     with Image.open(self.folder / name) as picture:
                         member.write(np.asarray(picture).tobytes())
-            with archive.open("arr_1.npy", "w") as member:
-                np.lib.format.write_array(member, self.labels, allow_pickle=False)
+            if self.labels is not None:
+                with archive.open("arr_1.npy", "w") as member:
+                    np.lib.format.write_array(member, self.labels, allow_pickle=False)
 
     def _is_of_this_set(self) -> bool:
         try:

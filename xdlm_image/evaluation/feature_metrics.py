@@ -140,15 +140,17 @@ def manifold_metrics(
     return found
 
 
-def inception_score(logits: torch.Tensor) -> dict[str, float]:
+def inception_score(logits: torch.Tensor) -> dict[str, float] | None:
     """Inception Score (arXiv 1606.03498): exp of the mean KL between p(y|x) and p(y), over 10 splits in order.
 
     Args:
         logits: (N, classes), without the bias of the last layer where it is Inception (as torch-fidelity and ADM).
 
     Returns:
-        `mean` and `std` over the splits.
+        `mean` and `std` over the splits; None of fewer images than splits.
     """
+    if len(logits) < SCORE_SPLITS:
+        return None
     found = isc_features_to_metric(logits, splits=SCORE_SPLITS, shuffle=False)
     return {"mean": found[KEY_METRIC_ISC_MEAN], "std": found[KEY_METRIC_ISC_STD]}
 

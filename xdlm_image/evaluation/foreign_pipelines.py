@@ -18,7 +18,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from xdlm_image.devices import warn_if_slow
-from xdlm_image.evaluation.seeds import image_generators
+from xdlm_image.evaluation.seeds import image_generators, image_seed
 from xdlm_image.tokenizer.codes import tokenizer_hash
 
 if TYPE_CHECKING:
@@ -104,18 +104,31 @@ class ForeignPipeline:
 
     @torch.no_grad()
     def _draw(self, labels: Sequence[int], indices: Sequence[int], seed: int, **call: Any) -> torch.Tensor:
-        images = self.pipeline(
-            class_labels=list(labels), generator=image_generators(seed, indices), output_type="np", **call
-        ).images  # float (B, S, S, C) in [0, 1]
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(image_seed(seed, indices[0]))  # for schedulers that are given no generator
+            images = self.pipeline(
+                class_labels=list(labels), generator=image_generators(seed, indices), output_type="np", **call
+            ).images  # float (B, S, S, C) in [0, 1]
         pixels = torch.as_tensor(images).permute(0, 3, 1, 2).float()
         return (pixels * 255).round_().clamp_(0, 255).to(torch.uint8).cpu()
 
     @property
+    def draws_by_batches(self) -> bool:
+        """Whether an image depends on the batch that it is drawn in: DiT's call gives its scheduler no generator, so
+        one that is not deterministic (DDPM's) draws for all images of a batch at once."""
+        alone, second = (self._draw([0] * len(i), i, 0, num_inference_steps=4)[-1] for i in ([1], [0, 1]))
+        return (alone.int() - second.int()).abs().max().item() > 16  # of 255: no rounding
+
+    @property
+    def num_classes(self) -> int | None:
+        """Classes that its network knows; None where it does not say."""
+        config = getattr(self.denoiser, "config", {})
+        return config.get("num_embeds_ada_norm") or config.get("num_class_embeds")
+
+    @property
     def class_names(self) -> list[str]:
         """`class 0`, `class 1`, ..., as many as its network has; `images` where it does not say."""
-        config = getattr(self.denoiser, "config", {})
-        count = config.get("num_embeds_ada_norm") or config.get("num_class_embeds")
-        return [f"class {i}" for i in range(count)] if count else ["images"]
+        return [f"class {i}" for i in range(self.num_classes)] if self.num_classes else ["images"]
 
     def describe(self) -> dict[str, Any]:
         """What a protocol must record about it."""

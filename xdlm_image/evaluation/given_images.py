@@ -18,15 +18,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.v2 import functional as tv
+from tqdm import tqdm
 
+from xdlm_image.data.folders import walk
 from xdlm_image.data.images import read_image
-from xdlm_image.evaluation.batches import Batch, blocks_of_rank
+from xdlm_image.evaluation.batches import NO_CLASS, Batch, blocks_of_rank
 from xdlm_image.files import sha256_of_file
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 LOSSY = (".jpg", ".jpeg", ".webp")
-NO_CLASS = -1
 NAMED = 5  # strange class folders that a note names
 
 
@@ -100,12 +102,12 @@ class GivenImages:
     # -- folders ------------------------------------------------------------------------------------------------------
 
     def _open_folder(self, class_names: list[str]) -> None:
-        found = (p for p in self.path.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
-        seen = (p for p in found if not p.name.startswith("."))  # hidden: what a killed run was writing, or macOS's
-        self._files = sorted(seen, key=lambda p: (p.name, p))  # not class by class: Inception Score splits in order
+        found = [Path(inner) / name for inner, _, names in walk(str(self.path), "images") for name in names]
+        self._files = sorted(found, key=lambda p: (p.name, p))  # not class by class: Inception Score splits in order
         if not self._files:
-            raise FileNotFoundError(f"images={str(self.path)!r}: no image file in it ({', '.join(EXTENSIONS)})")
-        self._read(self._files[0])  # another size is refused before anything is measured
+            raise FileNotFoundError(f"images={str(self.path)!r}: no image file in it ({', '.join(IMG_EXTENSIONS)})")
+        self._read(self._files[0])
+        self._refuse_other_sizes()
         ids = {name: i for names in (class_folders(class_names), class_names) for i, name in enumerate(names)}
         below = [file.relative_to(self.path).parts[0] for file in self._files]
         self.labels = np.array([ids.get(name, NO_CLASS) for name in below], dtype=np.int64)
@@ -116,6 +118,11 @@ class GivenImages:
                 f"{self.path}: {len(strangers)} of its folders are no class of the reference ({named}): no class "
                 "accuracy is given for it"
             )
+        loose = sum((self.path / name).is_file() for name in below)
+        if class_names and 0 < loose < len(below):
+            self.notes.append(
+                f"{self.path}: {loose} of its images lie beside the class folders: no class accuracy is given for it"
+            )
         lossy = sum(file.suffix.lower() in LOSSY for file in self._files)
         if lossy:
             self.notes.append(
@@ -124,8 +131,20 @@ class GivenImages:
             )
 
     def _read(self, file: Path) -> torch.Tensor:
-        pixels = tv.pil_to_tensor(read_image(str(file), self.channels))  # (C, H, W)
+        pixels = tv.pil_to_tensor(read_image(str(file), 3))  # (3, H, W)
         return self._fitted(pixels[None], str(file))[0]
+
+    def _refuse_other_sizes(self) -> None:
+        """By the files' headers, before anything is measured; a file that is no image is named when it is read."""
+        size = (self.image_size, self.image_size)
+        for file in tqdm(self._files, f"sizes of {self.path.name}", unit="image", leave=False, delay=5):
+            try:
+                with Image.open(file) as image:
+                    found = image.size
+            except OSError:
+                continue
+            if found != size:
+                self._refuse_size(str(file), found[1], found[0])
 
     # -- npz ----------------------------------------------------------------------------------------------------------
 
@@ -172,22 +191,27 @@ class GivenImages:
             self.image_size = int(images.shape[-2])
         size = (self.image_size, self.image_size)
         if tuple(images.shape[-2:]) != size:
-            raise ValueError(
-                f"images: {name} has {images.shape[-2]} x {images.shape[-1]} pixels, the reference {size[0]} x "
-                f"{size[1]}; samples are never resized here: set data.image_size and data.channels to theirs, name a "
-                "reference of their size, or resize them as their authors say"
-            )
+            self._refuse_size(name, *images.shape[-2:])
         if images.shape[1] == 3 and self.channels == 1:
             if not torch.equal(images[:, :1].expand_as(images), images):
                 raise ValueError(f"images: {name} is in colour, the reference is grey; set data.channels: 3 for it")
             return images[:, :1].contiguous()
         return images.expand(-1, self.channels, -1, -1).contiguous()
 
+    def _refuse_size(self, name: str, height: int, width: int) -> None:
+        raise ValueError(
+            f"images: {name} has {height} x {width} pixels, the reference {self.image_size} x {self.image_size}; "
+            "samples are never resized here: set data.image_size and data.channels to theirs, name a reference of "
+            "their size, or resize them as their authors say"
+        )
+
 
 def class_folders(class_names: Sequence[str]) -> list[str]:
     """What folders of these classes are called: their names, with `_` for what no file system takes, all different."""
     safe = [re.sub(r'[/\\:*?"<>|\x00-\x1f]', "_", name).strip(". ") or "_" for name in class_names]
-    return [f"{name}_{i}" if safe.count(name) > 1 else name for i, name in enumerate(safe)]
+    while len(set(safe)) < len(safe):
+        safe = [f"{name}_{i}" if safe.count(name) > 1 else name for i, name in enumerate(safe)]
+    return safe
 
 
 def images_in_npz(path: Path) -> tuple[int, int] | None:

@@ -154,14 +154,25 @@ def sample(recipe: SampleRecipe) -> Path:
     check_settings(pipeline, settings)
     check_trace(recipe, len(ids))
     refuse_unwritable(Path(recipe.output).parent, "the folder of output")
+    labels = [label for label in ids for _ in range(recipe.images_per_class)]
+    numbered = [f"{i:05d}_class{label:04d}.png" for i, label in enumerate(labels)]
     if recipe.images_dir is not None:
         refuse_unwritable(recipe.images_dir, "images_dir")
+        _refuse_others(recipe.images_dir, numbered)
     images = class_grid(pipeline, ids, recipe.images_per_class, recipe.seed, settings, recipe.batch_size)
     if recipe.images_dir is not None:
-        labels = [label for label in ids for _ in range(recipe.images_per_class)]
-        numbered = [f"{i:05d}_class{label:04d}.png" for i, label in enumerate(labels)]
         save_images(recipe.images_dir, numbered, images.flatten(0, 1))
     for path in write_trace(recipe, pipeline, ids, settings):
         print(path)
     names = class_names(pipeline)
     return save_grid(recipe.output, images, [names[i] for i in ids] if names else None)
+
+
+def _refuse_others(folder: str, names: Sequence[str]) -> None:
+    """Images that an earlier call left and this one would not replace: a folder is judged as one set."""
+    others = {path.name for path in Path(folder).glob("?????_class????.png")} - set(names)
+    if others:
+        raise ValueError(
+            f"images_dir={folder!r}: holds {min(others)} and {len(others) - 1} more images of another call; move them "
+            "away, or name another folder"
+        )

@@ -1,11 +1,13 @@
 """The verb `neighbours`: the training images nearest to samples, to show whether these are copies.
 
 This file owns the search and its picture. A sample that is a copy lies nearer to a training image than images that were
-never trained on do; so the same search is made for held-out images, and both are told.
+never trained on do; so the same search is made for held-out images of the samples' classes (trousers lie nearer to each
+other than bags do), and both are told.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -95,15 +97,13 @@ def neighbours(recipe: NeighboursRecipe) -> Path:
     conditional = pipeline.transformer.config.num_classes is not None
     if conditional and not same_classes(Labels(pipeline.id2label, pipeline.id2synset), trained.class_names):
         raise ValueError(f"pipeline={recipe.pipeline!r}: its classes are not those of the data; name what it learned")
-    if recipe.held_out > len(held_out):
-        raise ValueError(f"held_out={recipe.held_out}: there are {len(held_out)} test images")
+    chosen = _held_out_images(recipe, held_out, ids if conditional else None)
     refuse_unwritable(Path(recipe.output).parent, "the folder of output")
     check_images(trained)
 
     labels = [label for label in ids for _ in range(recipe.images_per_class)]
     samples = draw_all(pipeline, labels, recipe.seed, settings, recipe.batch_size)
-    chosen = np.random.default_rng(recipe.seed).permutation(len(held_out))[: recipe.held_out]
-    real = torch.stack([held_out.raw(int(i)) for i in sorted(chosen)])
+    real = torch.stack([held_out.raw(i) for i in chosen])
     queries = {
         space: torch.cat([_features(extractor, images, recipe.batch_size)[space] for images in (samples, real)])
         for space in (extractor.fid_layers[0], PIXELS)
@@ -122,12 +122,33 @@ def neighbours(recipe: NeighboursRecipe) -> Path:
         "spaces": spaces,
     }
     write_json(Path(recipe.output).with_suffix(".json"), about)
+    of_classes = " of the same classes" if conditional else ""
     for space, compared in spaces.items():
         print(
             f"{space}: {100 * compared['share_of_samples_nearer']:.1f} % of {len(samples)} samples lie nearer to a "
-            f"training image than the nearest 5 % of {recipe.held_out} held-out images do (about 5 % if none is a copy)"
+            f"training image than the nearest 5 % of {recipe.held_out} held-out images{of_classes} do (about 5 % if "
+            "none is a copy)"
         )
     return Path(recipe.output)
+
+
+def _held_out_images(recipe: NeighboursRecipe, images: ImageSet, ids: list[int] | None) -> list[int]:
+    """Places of the held-out images that are searched for: each class as often as among the samples, or any."""
+    rng = np.random.default_rng(recipe.seed)
+    if ids is None:
+        if recipe.held_out > len(images):
+            raise ValueError(f"held_out={recipe.held_out}: there are {len(images)} test images")
+        return sorted(rng.permutation(len(images))[: recipe.held_out].tolist())
+    chosen: list[int] = []
+    for label, wanted in Counter(ids[i % len(ids)] for i in range(recipe.held_out)).items():
+        places = np.flatnonzero(images.labels == label)
+        if len(places) < wanted:
+            raise ValueError(
+                f"held_out={recipe.held_out}: {wanted} test images are wanted of each class that is drawn, and there "
+                f"are {len(places)} of {images.class_names[label]!r}; ask for fewer, or for more classes"
+            )
+        chosen += rng.permutation(places)[:wanted].tolist()
+    return sorted(chosen)
 
 
 def _features(extractor: FeatureExtractor, images: torch.Tensor, batch_size: int) -> dict[str, torch.Tensor]:

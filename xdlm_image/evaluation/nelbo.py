@@ -36,7 +36,7 @@ from xdlm_image.evaluation.plan import device_name, versions
 from xdlm_image.evaluation.statistics import rank_and_world
 from xdlm_image.files import refuse_unwritable, write_json
 from xdlm_image.objective import XDLMLoss
-from xdlm_image.processes import process_state
+from xdlm_image.processes import only_command, process_state
 from xdlm_image.recipes import NelboRecipe
 
 CELL_VERSION = 1  # raise it when what a cell means changes: older cells are then measured anew
@@ -76,14 +76,21 @@ def nelbo(recipe: NelboRecipe) -> Path:
         The path of `nelbo.json`.
 
     Raises:
-        FileNotFoundError, ValueError: A pipeline, the codes or a run do not exist or do not fit; before anything is
-            measured.
+        FileNotFoundError, ValueError: A pipeline, the codes or a run do not exist or do not fit, or another command is
+            at work in `output_dir`; before anything is measured.
     """
     process_state()
     plan = check(recipe)
     output = Path(recipe.output_dir)
     refuse_unwritable(output, "output_dir")
-    main = rank_and_world()[0] == 0
+    with only_command(output, rank_and_world()[0] == 0):
+        _measure(plan, output)
+        barrier()
+    return output / "nelbo.json"
+
+
+def _measure(plan: NelboPlan, output: Path) -> None:
+    recipe, main = plan.recipe, rank_and_world()[0] == 0
     content: dict[str, Any] = {
         "schema_version": 1,
         "metric": "NELBO in bits per token: an upper bound of -log2 p(codes | class) / tokens",
@@ -92,7 +99,7 @@ def nelbo(recipe: NelboRecipe) -> Path:
         "results": [],
         "differences": [],
     }
-    if main and plan.curves:
+    if main:
         write_curves(output, plan.curves)
     images: list[torch.Tensor] = []
     for name in recipe.pipelines:
@@ -106,8 +113,6 @@ def nelbo(recipe: NelboRecipe) -> Path:
             write_report(output, content)
     if main:
         write_plot(output, content)
-    barrier()
-    return output / "nelbo.json"
 
 
 def check(recipe: NelboRecipe) -> NelboPlan:

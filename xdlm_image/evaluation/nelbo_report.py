@@ -116,8 +116,13 @@ def write_plot(output_dir: str | Path, content: Content) -> Path:
 
 
 def write_curves(output_dir: str | Path, curves: dict[str, list[dict[str, float]]]) -> None:
-    """Write `nelbo_training.csv` and `nelbo_training.png` of validation curves, from `nelbo.read_curve`."""
+    """Write `nelbo_training.csv` and `nelbo_training.png` of validation curves, from `nelbo.read_curve`; without any,
+    remove what an earlier run left there."""
     output = Path(output_dir)
+    if not curves:
+        for name in ("nelbo_training.csv", "nelbo_training.png"):
+            (output / name).unlink(missing_ok=True)
+        return
     rows = [
         (name, p["step"], p["bits_per_token"], p["stderr"], *_ends(p))
         for name, points in curves.items()

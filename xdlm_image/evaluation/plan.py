@@ -32,12 +32,13 @@ from xdlm_image.evaluation.drawing import (
     pipeline_hash,
 )
 from xdlm_image.evaluation.extractor import FeatureExtractor, load_extractor
+from xdlm_image.evaluation.features import MOST_KEPT
 from xdlm_image.evaluation.foreign_pipelines import ForeignPipeline
 from xdlm_image.evaluation.further_references import open_further
 from xdlm_image.evaluation.given_images import GivenImages, images_in_npz
 from xdlm_image.evaluation.inception import RELEASED
 from xdlm_image.evaluation.reference_files import KNOWN, is_reference_file, open_reference_file
-from xdlm_image.evaluation.references import Reference, open_reference, open_reference_images
+from xdlm_image.evaluation.references import Reference, open_reference, open_reference_images, subset
 from xdlm_image.evaluation.seeds import SEED_RULE, image_seed
 from xdlm_image.evaluation.statistics import rank_and_world
 from xdlm_image.processes import process_state
@@ -125,6 +126,11 @@ def check(recipe: EvaluateRecipe) -> Plan:
             notes.append(
                 f"{name} is a {about['class']}: that its class ids mean the reference's classes is taken on trust"
             )
+        if about.get("draws_by_batches"):
+            notes.append(
+                f"{name} draws by its scheduler ({about['scheduler']['class']}) without a generator an image: which "
+                f"images they are depends on batch_size={recipe.batch_size} too"
+            )
     if recipe.nelbo is not None:
         _add_nelbo(recipe.nelbo, pipelines)
     given = {name: GivenImages(path, *shape, names) for name, path in recipe.images.items()}
@@ -138,6 +144,8 @@ def check(recipe: EvaluateRecipe) -> Plan:
                 f"{name} has {len(images_given)} images, the pipelines' cells {recipe.num_samples}: FID falls with the "
                 "number of images, compare like with like"
             )
+    if recipe.feature_metrics or extractor.score_layer is not None:
+        notes += _parts(numbers, target.num_images)
     if reference is not None:
         for name, pipeline in pipelines.items():
             if pipeline["tokenizer_hash"] not in (None, *reference.reconstructions):
@@ -156,6 +164,7 @@ def check(recipe: EvaluateRecipe) -> Plan:
             warnings.warn(note, stacklevel=3)
     if images is not None:
         check_images(images[0])
+        check_images(images[1], places=subset(images[1], recipe.num_samples))
     return Plan(recipe, device, extractor, images, reference, further, target.shown, names, pipelines, given, notes)
 
 
@@ -167,6 +176,18 @@ def _few(of: str, number: int, reference: int | None, extractor: FeatureExtracto
         "biased upwards, compare only numbers of as many images"
         for layer, dim in extractor.feature_dims.items()
         if smallest < 2 * dim
+    ]
+
+
+def _parts(numbers: dict[str, int], reference: int | None) -> list[str]:
+    """A note for each set of which not all features are kept."""
+    of = {name.removesuffix(": ") or "a cell": number for name, number in numbers.items()}
+    of |= {} if reference is None else {"the reference": reference}
+    return [
+        f"of the {number} images of {name} {MOST_KEPT} are taken for KID, precision, recall, coverage and Inception "
+        "Score, drawn at random, at every run the same; FID is of all"
+        for name, number in of.items()
+        if number > MOST_KEPT
     ]
 
 
@@ -258,7 +279,11 @@ def _check_pipeline(
     if isinstance(pipeline, ForeignPipeline):
         for variant in recipe.variants:
             pipeline.draw([0], [0], 0, SamplerSettings(1, *variant))  # refuses what it has not
-        return {"folder": folder, **pipeline.describe()}
+        if pipeline.num_classes is not None and pipeline.num_classes < len(names):
+            raise ValueError(
+                f"{argument}: it has {pipeline.num_classes} classes, the reference {len(names)}; name one of as many"
+            )
+        return {"folder": folder, **pipeline.describe(), "draws_by_batches": pipeline.draws_by_batches}
     num_classes = pipeline.transformer.config.num_classes
     if num_classes is not None and num_classes != len(names):
         raise ValueError(f"{argument}: it has {num_classes} classes, the data have {len(names)}; use the same data")
@@ -313,12 +338,13 @@ def protocol(plan: Plan, reference: Reference) -> dict[str, Any]:
     recipe = plan.recipe
     classes = len(plan.class_names)
     further = {name: _named(other) for name, other in plan.further.items()}
+    of_classes = any(about["conditional"] for about in plan.pipelines.values())
     return {
         "reference": _named(reference),
         **({"further_references": further} if further else {}),
         "num_samples": recipe.num_samples,
-        "samples_per_class": recipe.num_samples // classes if recipe.pipelines else None,
-        "class_balance": f"image i has class i mod {classes}" if recipe.pipelines else None,
+        "samples_per_class": recipe.num_samples // classes if of_classes else None,
+        "class_balance": f"image i has class i mod {classes}" if of_classes else None,
         "seeds": recipe.seeds,
         "seed_rule": SEED_RULE,
         "uint8_rule": UINT8_RULE,

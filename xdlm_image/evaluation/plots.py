@@ -46,7 +46,7 @@ def _written(output: Path, content: Content) -> list[Path]:
             output / "fid_time.png",
             content,
             {name: _curve(cells, lambda cell: 1000 / cell["images_per_second"]) for name, cells in lines.items()},
-            f"milliseconds an image ({content['cells'][0]['device']})",
+            f"milliseconds an image ({', '.join(dict.fromkeys(cell['device'] for cell in content['cells']))})",
         ),
     ]
     pipelines = content["protocol"]["pipelines"]
@@ -83,6 +83,8 @@ def _curves_over(content: Content, places: dict[str, float]) -> dict[str, Curve]
     """A line a step count through the pipelines, each at its place, at the first of every other setting."""
     first = {axis: values[0] for axis, values in content["protocol"]["sampler"].items() if isinstance(values, list)}
     first.pop("num_steps")
+    if first["guidance_scale"] == 1 and "guidance_interval" in first:
+        first["guidance_interval"] = None  # without guidance there is none
     cells = [cell for cell in content["cells"] if all(cell[axis] == value for axis, value in first.items())]
     curves: dict[str, Curve] = {}
     for steps in content["protocol"]["sampler"]["num_steps"]:

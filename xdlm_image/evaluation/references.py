@@ -5,7 +5,7 @@ This file owns the reference folder, which stands for the images wherever they a
     reference.json      what the images are, which extractor looked at them, the floors
     statistics/         mean and covariance of their features, and the features of the main layer; of their
                         reconstructions mean and covariance and the pairs of codes
-    floors/             what only computing the floors again would need, and their numbers
+    .floors/            what only computing the floors again would need, and their numbers
 
 It never draws samples.
 """
@@ -46,7 +46,7 @@ from xdlm_image.recipes.sampling import FEATURE_METRICS
 from xdlm_image.tokenizer.codes import grid_of, load_tokenizer, tokenizer_hash
 
 SCHEMA_VERSION = 2
-FLOORS = "floors"
+FLOORS = ".floors"  # hidden: what is removed in the end is nobody else's
 RESIZE_RULE = "shorter side to image_size, bicubic with antialiasing, then centre crop; none where it fits"
 DISTANCES_VERSION = 1  # raise it when a number of the floors changes its meaning
 FLOOR_SEED = 0  # which training images stand in the floors
@@ -153,7 +153,7 @@ def make_reference(
     compare = _Comparing(folder / FLOORS, extractor.device, feature_metrics)
     key = describe_images(images)
     floor_key = {**describe_images(floor_images), "subset_seed": FLOOR_SEED}
-    subsets = {count: _subset(floor_images, count) for count in num_samples}
+    subsets = {count: subset(floor_images, count) for count in num_samples}
     measured = cached_measure(
         folder / "statistics",
         f"reference-{images.split}",
@@ -285,6 +285,7 @@ def reference(recipe: ReferenceRecipe) -> Path:
     extractor = load_extractor(recipe.extractor, best_device(recipe.device))
     extractor.check_images(recipe.data.channels, recipe.data.image_size)
     if extractor.config is not None and extractor.config.class_names != list(images.class_names):
+        print("the extractor was trained on other classes than the data's: no class accuracy is measured")
         extractor = replace(extractor, logits_layer=None)
     loaded = [load_tokenizer(folder, extractor.device) for folder in recipe.tokenizers]
     for folder, vqvae in zip(recipe.tokenizers, loaded):
@@ -297,6 +298,7 @@ def reference(recipe: ReferenceRecipe) -> Path:
     output = Path(recipe.output_dir)
     refuse_unwritable(output, "output_dir")
     check_images(images)
+    check_images(floor_images, places=subset(floor_images, max(recipe.num_samples, default=0)))
     make_reference(
         output,
         str(recipe.data.name),
@@ -327,7 +329,8 @@ def _refuse_gaps(about: dict[str, Any]) -> None:
         dict(floor["train"])
 
 
-def _subset(images: ImageSet, count: int) -> list[int]:
+def subset(images: ImageSet, count: int) -> list[int]:
+    """Which of the images stand in a floor of `count`: all where there are no more."""
     return sorted(np.random.default_rng(FLOOR_SEED).permutation(len(images))[:count].tolist())
 
 

@@ -50,11 +50,12 @@ def protocol_text(content: Content) -> str:
     parts = []
     if content["cells"]:
         parts += [
-            f"{protocol['num_samples']} images a cell, {protocol['samples_per_class']} a class",
+            f"{protocol['num_samples']} images a cell"
+            + (f", {protocol['samples_per_class']} a class" if protocol["samples_per_class"] else ""),
             f"seeds {', '.join(map(str, protocol['seeds']))}",
             f"guidance {_listed(sampler['guidance_scale'])}, temperature {_listed(sampler['temperature'])}, time grid "
             f"{_listed(sampler['time_grid'])}, sampler {_listed(sampler.get('sampler', [None]))}"
-            + ("" if guided == [None] else f", guided in t from {_listed(guided)}"),
+            + ("" if guided == [None] else f", guided in t from {_listed(guided, 'all')}"),
             "NFE = steps, a guided one counted twice",
             f"network in {sampler['dtype']}{' (compiled)' if sampler['compile'] else ''}",
         ]
@@ -66,8 +67,8 @@ def protocol_text(content: Content) -> str:
     return "; ".join(parts) + "."
 
 
-def _listed(values: list) -> str:
-    return ", ".join(map(text, values))
+def _listed(values: list, none: str = "as saved") -> str:
+    return ", ".join(text(value, none) for value in values)
 
 
 # -- csv --------------------------------------------------------------------------------------------------------------

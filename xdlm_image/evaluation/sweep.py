@@ -45,7 +45,7 @@ from xdlm_image.evaluation.statistics import rank_and_world
 from xdlm_image.evaluation.tables import SETTINGS, text
 from xdlm_image.files import refuse_unwritable, write_json
 from xdlm_image.pipelines import XDLMPipeline
-from xdlm_image.processes import process_state
+from xdlm_image.processes import only_command, process_state
 from xdlm_image.recipes import EvaluateRecipe
 from xdlm_image.recipes.sampling import FEATURE_METRICS
 from xdlm_image.tokenizer.codes import load_tokenizer
@@ -69,8 +69,8 @@ def evaluate(recipe: EvaluateRecipe) -> Path:
         The path of `fid.json`.
 
     Raises:
-        FileNotFoundError, ValueError: A pipeline, the extractor or the data do not exist or do not fit; before
-            anything is drawn.
+        FileNotFoundError, ValueError: A pipeline, the extractor or the data do not exist or do not fit, or another
+            command is at work in `output_dir`; before anything is drawn.
     """
     process_state()
     plan = check(recipe)
@@ -78,7 +78,14 @@ def evaluate(recipe: EvaluateRecipe) -> Path:
     refuse_unwritable(output, "output_dir")
     if recipe.images_dir is not None:
         refuse_unwritable(recipe.images_dir, "images_dir")
+    with only_command(output, rank_and_world()[0] == 0):
+        _sweep(plan, output)
+        barrier()
+    return output / "fid.json"
 
+
+def _sweep(plan: Plan, output: Path) -> None:
+    recipe = plan.recipe
     reference = plan.reference or _measured_reference(plan, output)
     tokenizers = {name: about["tokenizer_hash"] for name, about in plan.pipelines.items()}
     if plan.shown is not None and recipe.feature_metrics:
@@ -116,8 +123,6 @@ def evaluate(recipe: EvaluateRecipe) -> Path:
         write_report(output, content)
         write_plots(output, content)
         write_html(output, content)
-    barrier()
-    return output / "fid.json"
 
 
 def _measured_reference(plan: Plan, output: Path) -> Reference:
@@ -202,7 +207,7 @@ def _cell(
 ) -> dict[str, Any]:
     """One pipeline at one step count and seed: from its file if it was measured under this protocol, else now."""
     recipe = plan.recipe
-    num_classes = len(plan.class_names)
+    num_classes, conditional = len(plan.class_names), plan.pipelines[name]["conditional"]
     reconstructions = reference.reconstructions.get(plan.pipelines[name]["tokenizer_hash"])
     axes = {
         "num_steps": settings.num_steps,
@@ -227,6 +232,7 @@ def _cell(
         "num_samples": recipe.num_samples,
         "reconstructions": None if reconstructions is None else reconstructions.hashes,
         **_judged_by(plan, reference),
+        **({} if conditional else {"conditional": False}),
     }
     variant = "".join(
         f"-{short}{'to'.join(map(str, value)) if isinstance(value, list | tuple) else value}"
@@ -243,14 +249,21 @@ def _cell(
     path = Path(recipe.output_dir) / "cells" / f"{label}-{short_hash(key)}.json"
     pictures = None
     if recipe.images_dir is not None:
-        pictures = DrawnPictures(Path(recipe.images_dir) / label, drawn, recipe.num_samples, plan.class_names)
+        folders = plan.class_names if conditional else None
+        pictures = DrawnPictures(Path(recipe.images_dir) / label, drawn, recipe.num_samples, folders)
     lacks_pictures = pictures is not None and sum_over_ranks(not pictures.is_whole(), plan.device) > 0
     done = read_cell(path, key, "fid")
     if done is not None and not lacks_pictures:
         if pictures is not None and recipe.images_npz:
             pictures.pack()
         return {"pipeline": name, **axes, **{key: value for key, value in done.items() if key != "pipeline"}}
-    main = rank_and_world()[0] == 0
+    main, world = rank_and_world()[0] == 0, rank_and_world()[1]
+    now: dict[str, Any] = {
+        "batch_size": recipe.batch_size,
+        "processes": world,
+        "device": device_name(plan.device),
+        "versions": versions(),
+    }
     if main:
         others = set(path.parent.glob(f"{label}-" + "?" * 12 + ".json")) - {path}
         if others:
@@ -259,9 +272,8 @@ def _cell(
     if isinstance(pipeline, XDLMPipeline):
         num_codes = int(pipeline.vqvae.config.num_vq_embeddings)
         codes_folder = Path(recipe.output_dir) / "codes" / f"{label}-{short_hash(drawn)}"
-        store = DrawnCodes(codes_folder, drawn, recipe.num_samples, pipeline.transformer.grid, num_codes)
+        store = DrawnCodes(codes_folder, drawn, recipe.num_samples, pipeline.transformer.grid, num_codes, now)
     batches = DrawnBatches(pipeline, recipe.num_samples, num_classes, seed, settings, recipe.batch_size, store)
-    world = rank_and_world()[1]
     rows_before = 0 if store else pipeline.rows
     with tqdm(total=-(-recipe.num_samples // world), desc=label, unit="image", leave=False, disable=not main) as bar:
         kept = batches if pictures is None else pictures.keep(batches)
@@ -271,6 +283,7 @@ def _cell(
     count = measured.statistics[plan.extractor.fid_layers[0]].count
     if count != recipe.num_samples:
         raise RuntimeError(f"{label}: {count} images were measured, num_samples is {recipe.num_samples}")
+    drawn_by = store.drawn_by if store and store.drawn_by else [now]  # by an earlier start, maybe
     result = {
         "pipeline": name,
         **axes,
@@ -280,13 +293,11 @@ def _cell(
         **distances(measured, reference.images, plan.device, recipe.feature_metrics),
         **fids_further(measured, plan.further),
         **_against_reconstructions(measured, reconstructions),
-        "class_accuracy": measured.class_accuracy if plan.pipelines[name]["conditional"] else None,
+        "class_accuracy": measured.class_accuracy if conditional else None,
         "sampling_seconds": round(batches.seconds(plan.device), 3),  # of all processes together
-        "images_per_second": round(batches.images_per_second(plan.device), 2),
-        "batch_size": recipe.batch_size,
-        "processes": world,
-        "device": device_name(plan.device),
-        "versions": versions(),
+        "images_per_second": float(f"{batches.images_per_second(plan.device, drawn_by[-1]['processes']):.4g}"),
+        **drawn_by[-1],
+        **({"drawn_by": drawn_by} if len(drawn_by) > 1 else {}),
     }
     if main:
         write_json(path, {"key": key, "result": result})

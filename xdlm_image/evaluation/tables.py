@@ -27,6 +27,8 @@ SETTINGS = {  # axes beside the steps
     "guidance_interval": "guided in t",  # from schema_version 7
 }
 
+NONE = dict.fromkeys(SETTINGS, "as saved") | {"guidance_interval": "all"}  # what None means
+
 
 @dataclass(frozen=True)
 class Table:
@@ -92,18 +94,19 @@ def rows(content: Content) -> dict[str, list[Content]]:
     for pipeline in content["protocol"]["pipelines"]:
         for values in itertools.product(*(sampler[name] for name in axes)):
             wanted = {"pipeline": pipeline, **dict(zip(axes, values))}
-            label = ", ".join([pipeline, *(f"{SETTINGS[name]} {text(value)}" for name, value in zip(axes, values))])
+            said = (f"{SETTINGS[name]} {text(value, NONE[name])}" for name, value in zip(axes, values))
+            label = ", ".join([pipeline, *said])
             cells = [c for c in content["cells"] if all(c[name] == value for name, value in wanted.items())]
             if cells or not axes:  # no guidance has no guided interval
                 found[label] = cells
     return found
 
 
-def text(value: float | str | Sequence[float] | None) -> str:
-    """A setting as it is written; a pair that changes with time as `1 to 0.5`."""
+def text(value: float | str | Sequence[float] | None, none: str = "as saved") -> str:
+    """A setting as it is written; a pair that changes with time as `1 to 0.5`, None as `none`."""
     if isinstance(value, list | tuple):
         return " to ".join(map(text, value))
-    return "as saved" if value is None else value if isinstance(value, str) else f"{value:g}"
+    return none if value is None else value if isinstance(value, str) else f"{value:g}"
 
 
 def reference_text(reference: Content) -> str:
@@ -154,7 +157,11 @@ def _worst_class(found: Content) -> float | None:
 
 
 FEATURE_COLUMNS: list[tuple[str, str, Value]] = [  # of the main layer
-    ("KID x 1000", "Unbiased MMD, mean of subsets of 1,000 images.", functools.partial(_part, "kid", "mean", 1000)),
+    (
+        "KID x 1000",
+        "Unbiased MMD, mean of subsets of at most 1,000 images.",
+        functools.partial(_part, "kid", "mean", 1000),
+    ),
     ("KID x 1000 of the worst class", "The class whose images are farthest from the real ones of it.", _worst_class),
     (
         "Precision (%)",

@@ -106,7 +106,7 @@ class NeighboursRecipe:
         class_labels: Ids or names of the classes; None takes every class, or the first ten of more than 20.
         images_per_class: Samples of each.
         num_neighbours: Training images shown beside each sample, in features and in pixels.
-        held_out: Test images that are searched for too, for comparison.
+        held_out: Test images that are searched for too, for comparison; of the classes that are drawn.
         num_steps: Reverse steps.
         guidance_scale: 1 is no guidance.
         temperature: Divides the logits.
@@ -252,6 +252,9 @@ class EvaluateRecipe:
         require(self.images_dir is None or len(self.pipelines) > 0, "images_dir", self.images_dir, "needs pipelines")
         require(self.images_dir is not None or not self.images_npz, "images_npz", self.images_npz, "needs images_dir")
         require(not both, "images", self.images, f"the name {both and both[0]!r} stands for a pipeline too")
+        for name in ("guidance_scale", "temperature", "guidance_interval"):  # pairs that YAML or a caller lists
+            if isinstance(values := getattr(self, name), list):
+                setattr(self, name, [tuple(value) if isinstance(value, list) else value for value in values])
         axes: dict[str, Sequence[Any]] = {
             "num_steps": self.num_steps,
             "seeds": self.seeds,

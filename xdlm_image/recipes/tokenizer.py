@@ -186,4 +186,5 @@ class ExtractorRecipe:
         require_at_least(self, 1, "width", "feature_dim", "batch_size", "epochs")
         require(self.feature_dim % 8 == 0, "feature_dim", self.feature_dim, "must be a multiple of 8")  # timm's rule
         require_at_least(self, 0, "seed", "weight_decay", "num_workers")
+        require(self.seed < 2**32, "seed", self.seed, "must be below 2**32")
         require(self.learning_rate > 0, "learning_rate", self.learning_rate, "must be positive")
