@@ -79,7 +79,8 @@ def part_classes(folder: str | Path) -> dict[str, list[str]]:
 def check_all_loaded(name: str, module: Any) -> None:
     """Raise if a tensor of the module is in none of the safetensors files of the folder it came from.
 
-    Of pickles, which only diffusers opens, it has left a tensor that they lack without values, on the device "meta".
+    Of pickles, which only diffusers opens, it has left a tensor that they lack without values, on the device "meta";
+    and of a module that it has quantised.
     """
     folder = Path(getattr(module.config, "_name_or_path", None) or "")
     saved: set[str] = set()
@@ -88,7 +89,8 @@ def check_all_loaded(name: str, module: Any) -> None:
         with file.open("rb") as stream:  # the header: its length in 8 bytes, then JSON by tensor name
             saved |= set(json.loads(stream.read(int.from_bytes(stream.read(8), "little"))))
     tensors = module.state_dict()
-    missing = sorted(name for name in tensors if (name not in saved if files else tensors[name].is_meta))
+    by_name = bool(files) and getattr(module, "hf_quantizer", None) is None  # a quantised module has other tensors
+    missing = sorted(name for name in tensors if (name not in saved if by_name else tensors[name].is_meta))
     if missing:
         raise ValueError(
             f"{name}: {len(missing)} tensors are not in {folder}, such as {missing[:3]}; save or download it anew"

@@ -104,8 +104,13 @@ class XDLMPipeline(SelfContainedPipeline):
     def image_size(self) -> tuple[int, int]:
         """Height and width of the images in pixels."""
         rows, columns = self.transformer.grid
-        factor = 2 ** (len(self.vqvae.config.block_out_channels) - 1)
+        factor = 2 ** (len(self._tokenizer().config.block_out_channels) - 1)
         return rows * factor, columns * factor
+
+    def _tokenizer(self) -> VQModel:
+        if self.vqvae is None:
+            raise ValueError("vqvae is None: pictures need the tokenizer; load it, or take output_type='latent'")
+        return self.vqvae
 
     @property
     def guidance_scale(self) -> float:
@@ -170,22 +175,20 @@ class XDLMPipeline(SelfContainedPipeline):
                 f"transformer takes {config.num_embeds} ids and gives {config.out_channels} logits, "
                 f"scheduler {process.num_ids} and {process.logits_width}: they do not belong together"
             )
-        if process.num_codes > self.vqvae.config.num_vq_embeddings:
-            raise ValueError(
-                f"scheduler draws from {process.num_codes} codes, vqvae has "
-                f"{self.vqvae.config.num_vq_embeddings}: they do not belong together"
-            )
+        if self.vqvae is not None or output_type != "latent":
+            known = self._tokenizer().config.num_vq_embeddings
+            if process.num_codes > known:
+                raise ValueError(
+                    f"scheduler draws from {process.num_codes} codes, vqvae has {known}: they do not belong together"
+                )
         count("num_images_per_prompt", num_images_per_prompt)
         check_setting("guidance_scale", guidance_scale)
         check_interval("guidance_interval", guidance_interval)
         is_guided = {value_at(guidance_scale, t) for t in (0.0, 1.0)} != {1.0}
         if is_guided and config.num_classes is None:
             raise ValueError(f"guidance_scale={guidance_scale}: an unconditional model takes 1 only")
-        if is_guided and not self.config.supports_guidance:
-            raise ValueError(
-                f"guidance_scale={guidance_scale}: this model was trained without its null class "
-                "(class dropout 0), which guidance needs; use 1"
-            )
+        if is_guided:
+            self._refuse_guidance(guidance_scale)
         if not is_guided and guidance_interval is not None:
             no_guidance = f"does nothing with guidance_scale={guidance_scale}; leave it out"
             raise ValueError(f"guidance_interval={guidance_interval!r}: {no_guidance}")
@@ -200,6 +203,13 @@ class XDLMPipeline(SelfContainedPipeline):
         if not isinstance(names, list | tuple) or any(name not in self._callback_tensor_inputs for name in names):
             raise ValueError(
                 f"callback_on_step_end_tensor_inputs={names!r}: must be a list, of {self._callback_tensor_inputs} or []"
+            )
+
+    def _refuse_guidance(self, guidance_scale: InTime) -> None:
+        if not self.config.supports_guidance:
+            raise ValueError(
+                f"guidance_scale={guidance_scale}: this model was trained without its null class "
+                "(class dropout 0), which guidance needs; use 1"
             )
 
     def prepare_latents(
@@ -274,7 +284,7 @@ class XDLMPipeline(SelfContainedPipeline):
                 f"latents has shape {tuple(latents.shape)} and dtype {latents.dtype}: expected (batch, rows, columns), "
                 "int64"
             )
-        config, quantize = self.vqvae.config, self.vqvae.quantize
+        config, quantize = self._tokenizer().config, self.vqvae.quantize
         lowest, highest = torch.stack(latents.aminmax()).tolist()
         if lowest < 0 or highest >= config.num_vq_embeddings:
             raise ValueError(
@@ -392,6 +402,8 @@ class XDLMPipeline(SelfContainedPipeline):
                     self._guidance_scale = guidance_at(guidance_scale, guidance_interval, float(t))
                 codes = latents.flatten(1)  # (B, L)
                 guided = self.do_classifier_free_guidance
+                if guided:
+                    self._refuse_guidance(self._guidance_scale)  # a callback's
                 logits = self.transformer(
                     torch.cat([codes, codes]) if guided else codes,
                     timestep=times_on_device[i],

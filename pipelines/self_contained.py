@@ -240,9 +240,14 @@ def write_folder(
     files: Mapping[str, Path],
     options: Mapping[str, Any],
 ) -> None:
-    """Write the self-contained folder beside its place, then move it there."""
+    """Write the self-contained folder beside its place, then move it there; what a killed call left is tidied up.
+
+    One process at a time writes a folder.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{end}") for end in ("partial", "old"))
+    partial, old = (folder.with_name(f".{folder.name}.{end}") for end in ("partial", "old"))
+    shutil.rmtree(partial, ignore_errors=True)
+    _put_back(old, folder)
     try:
         DiffusionPipeline.save_pretrained(pipeline, partial, safe_serialization=True, **options)
         add_code(pipeline, partial)
@@ -259,10 +264,15 @@ def write_folder(
             folder.unlink(missing_ok=True)
         os.replace(partial, folder)
     finally:
-        if old.is_dir() and not os.path.lexists(folder):  # stopped between the two
-            os.replace(old, folder)
+        _put_back(old, folder)
         shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+
+
+def _put_back(old: Path, folder: Path) -> None:
+    """What had to make room comes back where a call was stopped before another took its place, else it goes."""
+    if old.is_dir() and not os.path.lexists(folder):
+        os.replace(old, folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _name_installed_classes(config: dict[str, Any]) -> None:

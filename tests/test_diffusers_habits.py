@@ -6,8 +6,9 @@ import torch
 from diffusers import VQModel
 from diffusers.models.attention_dispatch import attention_backend
 from torch._dynamo.testing import CompileCounter
+from xdlm_image.pipelines.folder_check import check_all_loaded
 
-from xdlm_image import XDLMPipeline, XDLMScheduler, XDLMTransformer2DModel
+from xdlm_image import XDLMImg2ImgPipeline, XDLMPipeline, XDLMScheduler, XDLMTransformer2DModel
 
 CODES, CLASSES = 16, 5
 
@@ -138,6 +139,47 @@ def test_a_part_given_when_loading_is_used(pipe, tmp_path):
     pipe.save_pretrained(tmp_path)
     loaded = XDLMPipeline.from_pretrained(tmp_path, transformer=pipe.transformer)
     assert loaded.transformer is pipe.transformer
+
+
+def test_codes_need_no_tokenizer_and_pictures_do(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    loaded = XDLMPipeline.from_pretrained(tmp_path, vqvae=None)
+    loaded.set_progress_bar_config(disable=True)
+    assert torch.equal(draw(loaded), draw(pipe))
+    calls = [
+        lambda: loaded([0], output_type="pt"),
+        lambda: loaded.decode_latents(torch.zeros(1, 3, 4, dtype=torch.int64)),
+        lambda: XDLMImg2ImgPipeline.from_pipe(loaded)(torch.rand(1, 1, 8, 8), [0], output_type="latent"),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match="vqvae is None: pictures need the tokenizer"):
+            call()
+
+
+def test_a_part_may_be_quantised_while_it_is_loaded(pipe, tmp_path):
+    pytest.importorskip("torchao", reason="quantisation needs the package torchao")
+    from diffusers import PipelineQuantizationConfig, TorchAoConfig
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    pipe.save_pretrained(tmp_path)
+    config = PipelineQuantizationConfig(quant_mapping={"transformer": TorchAoConfig(Int8WeightOnlyConfig())})
+    loaded = XDLMPipeline.from_pretrained(tmp_path, quantization_config=config)
+    loaded.set_progress_bar_config(disable=True)
+    assert draw(loaded).shape == draw(pipe).shape
+
+
+def test_a_quantised_part_has_other_tensors_than_its_file(pipe, tmp_path):
+    """Quantisers rename and add tensors (optimum-quanto: adaln_out.weight._data, adaln_out.input_scale)."""
+    pipe.transformer.save_pretrained(tmp_path)
+    transformer = XDLMTransformer2DModel.from_pretrained(tmp_path)
+    transformer.register_buffer("input_scale", torch.ones(()))
+    with pytest.raises(ValueError, match="transformer: 1 tensors are not in .*input_scale"):
+        check_all_loaded("transformer", transformer)
+    transformer.hf_quantizer = object()
+    check_all_loaded("transformer", transformer)
+    transformer.register_buffer("more", torch.ones((), device="meta"))
+    with pytest.raises(ValueError, match="transformer: 1 tensors are not in .*more"):
+        check_all_loaded("transformer", transformer)
 
 
 # --- callbacks ------------------------------------------------------------------------------------

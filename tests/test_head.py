@@ -295,6 +295,15 @@ def test_what_took_the_place_of_the_plain_head_is_run() -> None:
     model.proj_out = torch.nn.Sequential(model.proj_out)  # an adapter, say
     torch.testing.assert_close(XDLMLoss(model, PROCESS)(*batch()).per_token, expected, rtol=1e-5, atol=1e-5)
     assert calls == [1]
+    model = network()
+    forward = model.proj_out.forward
+    model.proj_out.forward = lambda h: calls.append(2) or forward(h)  # as accelerate's and diffusers' hooks do
+    model.proj_out.register_full_backward_pre_hook(lambda *_: calls.append(3))
+    XDLMLoss(model, PROCESS)(*batch()).mean.backward()
+    assert calls == [1, 2, 3]
+    del model.proj_out.forward
+    XDLMLoss(model, PROCESS)(*batch()).mean.backward()
+    assert calls == [1, 2, 3, 3]
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")

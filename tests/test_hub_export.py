@@ -18,6 +18,7 @@ from evaluation_parts import NUM_CODES, save_pipeline
 from hub_server import HubServer
 from huggingface_hub import HfApi, ModelCard
 from xdlm_image.pipelines import XDLMPipeline
+from xdlm_image.pipelines.self_contained import write_folder
 from xdlm_image.pipelines.travelling_code import code_of
 
 from xdlm_image.cli import main
@@ -103,6 +104,22 @@ def test_an_export_that_is_stopped_leaves_the_folder_that_was_there(saved, tmp_p
         patch.setattr(os, "replace", interrupted)
         load(saved).save_for_hub(folder, card="# The second\n")
     assert [*tmp_path.iterdir()] == [folder] and "# The first" in (folder / "README.md").read_text()
+
+
+def test_an_export_after_one_that_was_killed_tidies_up(saved, tmp_path):
+    """Killed while it wrote, and between the two renamings: no process is left that would put anything back."""
+    folder, old = tmp_path / "tiny", tmp_path / ".tiny.old"
+    load(saved).save_for_hub(folder, card="# The first\n")
+    folder.rename(old)
+    (tmp_path / ".tiny.partial").mkdir()
+    (tmp_path / ".tiny.partial" / "weights").touch()
+    pipe = load(saved)
+    with pytest.raises(TypeError):
+        write_folder(pipe, folder, None, {"a": None}, {})  # fails on the way, and what was there is back
+    assert [*tmp_path.iterdir()] == [folder] and "# The first" in (folder / "README.md").read_text()
+    folder.rename(old)
+    pipe.save_for_hub(folder, card="# The second\n")
+    assert [*tmp_path.iterdir()] == [folder] and "# The second" in (folder / "README.md").read_text()
 
 
 # --- what is written ------------------------------------------------------------------------------

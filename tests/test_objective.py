@@ -10,7 +10,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from xdlm_image.models import XDLMTransformer2DModel
-from xdlm_image.objective import XDLMLoss, discrete_kl, posterior, reference_nelbo, xdlm_nelbo
+from xdlm_image.objective import XDLMLoss, discrete_kl, posterior, reference_nelbo, xdlm_head_nelbo, xdlm_nelbo
 from xdlm_image.schedulers import XDLMProcess
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "public.npz", allow_pickle=False)
@@ -156,6 +156,23 @@ def test_gradcheck() -> None:
             process, logits, x, z, alpha, beta = random_case(k, 5, definition, 0.4, 1.0, seed=3, rows=12)
             logits.requires_grad_()
             assert torch.autograd.gradcheck(lambda a: xdlm_nelbo(a, z, x, process, alpha, beta), logits)  # noqa: B023
+
+
+@pytest.mark.parametrize("through_head", [False, True])
+def test_a_second_derivative_is_refused_where_it_would_pass_for_zero(through_head: bool) -> None:
+    process, _, x, z, alpha, beta = random_case(0.1, 5, "A", 0.4, 1.0, seed=3, rows=12)
+    weight = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    features = torch.randn(*x.shape, 4, dtype=torch.float64, requires_grad=True)
+
+    def mean() -> torch.Tensor:
+        if through_head:
+            return xdlm_head_nelbo(features, weight, None, z, x, process, alpha, beta).mean
+        return xdlm_nelbo(features @ weight.T, z, x, process, alpha, beta).mean()
+
+    with pytest.raises(RuntimeError, match="no second derivative .create_graph=True.; take objective.reference_nelbo"):
+        torch.autograd.grad(mean() + features.square().sum(), features, create_graph=True)
+    (first,) = torch.autograd.grad(mean(), features)
+    assert first.abs().max() > 0
 
 
 def test_underflowed_softmax_keeps_its_gradient() -> None:

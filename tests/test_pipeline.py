@@ -221,6 +221,12 @@ def test_guidance_costs_a_doubled_batch_only_where_it_is_used(pipe, monkeypatch)
 
 
 def test_guidance_needs_a_trained_null_class(tmp_path):
+    def guide(pipe, i, t, given):
+        pipe._guidance_scale = 3.0
+        return given
+
+    with pytest.raises(ValueError, match="guidance_scale=3.0: this model was trained without its null class"):
+        make_pipe(supports_guidance=False)([0], num_steps=2, output_type="latent", callback_on_step_end=guide)
     make_pipe(supports_guidance=False).save_pretrained(tmp_path)
     pipe = XDLMPipeline.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match="null class"):

@@ -1,5 +1,6 @@
 """The process and the reverse step against exact distributions: chi-square in every branch, and the closed forms."""
 
+import math
 from functools import partial
 
 import numpy as np
@@ -226,6 +227,12 @@ def test_numbers_of_numpy_are_saved_as_plain_ones(kind, own, tmp_path) -> None:
         (lambda: XDLMScheduler().set_timesteps(0), "num_inference_steps=0"),
         (lambda: XDLMScheduler().set_timesteps(10**9), "num_inference_steps=1000000000: .* from 1 to 100,000"),
         (lambda: XDLMScheduler().set_timesteps(2.5), "num_inference_steps=2.5"),
+        (lambda: XDLMScheduler().set_timesteps("abc"), "num_inference_steps='abc': must be a whole number"),
+        (lambda: XDLMScheduler().set_timesteps(math.nan), "num_inference_steps=nan: must be a whole number"),
+        (
+            lambda: XDLMScheduler().add_noise(torch.zeros(2, 7, 7).long(), torch.rand(3)),
+            r"timesteps: shape \(3,\) for codes \(2, 7, 7\)",
+        ),
         (lambda: XDLMScheduler().set_timesteps(True), "num_inference_steps=True"),
         (lambda: XDLMScheduler(time_grid="arccos").set_timesteps(100_000, start=1e-6), "arccos grid are too short"),
         (lambda: XDLMScheduler().set_timesteps(timesteps=[0.5, 0.2], start=0.5), "start=0.5: is for num_inference_st"),

@@ -282,12 +282,16 @@ def test_each_scheduler_is_made_from_the_other_ones_configuration(tmp_path, capl
     assert ordered.config.unmasking == "confidence"
     back = XDLMScheduler.from_config(ordered.config)
     assert type(back) is XDLMScheduler and back.process == process and back.config.time_grid == "cosine"
-    again = XDLMOrderedScheduler.from_config(back.config, unmasking="halton", choice_temperature=None)
+    again = XDLMOrderedScheduler.from_config(back.config, unmasking="halton")  # the temperature was the other's
     assert again.config.unmasking == "halton" and again.process == process
     again.save_pretrained(tmp_path)
     loaded = XDLMOrderedScheduler.from_pretrained(tmp_path)
     assert loaded.process == process and dict(loaded.config)["unmasking"] == "halton"
     assert base.compatibles == ordered.compatibles and {XDLMScheduler, XDLMOrderedScheduler} <= set(base.compatibles)
+    kept = XDLMOrderedScheduler.from_config(back.config)
+    assert kept.choice_temperature == 2.0 == XDLMOrderedScheduler.from_config(ordered.config).choice_temperature
+    with pytest.raises(ValueError, match="choice_temperature=2.0: does nothing with 'halton'"):
+        XDLMOrderedScheduler.from_config(ordered.config, unmasking="halton", choice_temperature=2.0)
     assert not caplog.records
     assert XDLMOrderedScheduler.from_process(process).choice_temperature == 4.5  # MaskGIT's
 

@@ -280,6 +280,19 @@ def test_two_processes_take_the_steps_of_one(tmp_path, pictures):
     assert {name: report[name] for name in alone} == pytest.approx(alone, rel=1e-5)
 
 
+def test_widths_may_be_a_tuple(tmp_path, pictures):
+    """As diffusers writes them; a checkpoint's are JSON's lists."""
+    recipe = tiny_recipe(tmp_path / "tokenizer", pictures)
+    recipe = dataclasses.replace(
+        recipe, model=dataclasses.replace(recipe.model, block_out_channels=tuple(recipe.model.block_out_channels))
+    )
+    training = TokenizerTraining(recipe)
+    training.step = 3
+    training.save_checkpoint()
+    again = TokenizerTraining(recipe)
+    assert again.resume() and again.step == 3
+
+
 def test_another_recipe_is_not_resumed(trained, pictures, tmp_path):
     folder = tmp_path / "tokenizer"
     shutil.copytree(trained, folder)

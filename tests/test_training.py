@@ -85,6 +85,21 @@ def test_stopped_and_resumed_run_equals_an_unbroken_one_bit_for_bit(world: Path,
     assert len(list((world / "broken" / "checkpoints").glob("step-*"))) == 2
 
 
+def test_stopping_before_what_is_done_is_refused(world: Path) -> None:
+    train(recipe_in(world, stop_after=6))
+    with pytest.raises(ValueError, match="stop_after=3: the run in .*run has done 6 steps already; name more"):
+        train(recipe_in(world, stop_after=3))
+    train(recipe_in(world, stop_after=6))  # nothing is left
+
+
+def test_a_second_precision_in_one_python_process_is_refused(world: Path) -> None:
+    Accelerator(mixed_precision="no")
+    with pytest.raises(
+        ValueError, match="mixed_precision='bf16': this Python process began with 'no', which accelerate"
+    ):
+        TrainingRun(recipe_in(world, mixed_precision="bf16"))
+
+
 def test_pipelines_while_training_are_the_averages_of_their_steps(world: Path) -> None:
     """Each is what a run that stops there saves; a killed run makes up for one it lost; the training is the same."""
     train(recipe_in(world, "plain"))

@@ -105,15 +105,32 @@ def test_other_classes_begin_as_the_null_class_and_this_is_said(
     torch.testing.assert_close(own, null)
 
 
-def test_classes_that_only_one_side_has_are_said(trained: Path, world: Path, capsys) -> None:  # noqa: F811
-    run = TrainingRun(recipe_in(world, "without", init_from=str(trained), conditional=False))
-    assert "no classes here, 3 there: the class embedding is not taken" in capsys.readouterr().out
-    run.transformer.save_pretrained(world / "without")
-    other, expected = TrainingRun(recipe_in(world, "with", init_from=str(world / "without"))), weights(trained)
+@pytest.mark.parametrize("time_conditioning", ["none", "time"])
+def test_without_classes_a_run_begins_as_the_null_class_and_back(world: Path, capsys, time_conditioning) -> None:  # noqa: F811
+    model = TransformerOptions(
+        num_layers=1, num_attention_heads=2, attention_head_dim=8, time_conditioning=time_conditioning
+    )
+    changes = {"gradient_accumulation_steps": 1, "model": model}
+    train(recipe_in(world, "trained", max_steps=30, learning_rate=0.03, **changes))
+    source = XDLMPipeline.from_pretrained(world / "trained" / "pipeline").transformer.eval()
+    z, t = torch.randint(17, (4, 4)), torch.rand(4)
+    with torch.no_grad():
+        null = source(z, timestep=t, class_labels=torch.full((4,), len(CLASSES))).sample
+        first = source(z, timestep=t, class_labels=torch.zeros(4, dtype=torch.int64)).sample
+    assert (null - first).abs().max() > 1e-3
+
+    run = TrainingRun(recipe_in(world, "without", init_from=str(world / "trained"), conditional=False, **changes))
+    told = "no classes here, 3 there: the class embedding is not taken, the null class there is part of the biases"
+    assert told in capsys.readouterr().out
+    beginning(run)
+    run.transformer.eval().save_pretrained(world / "without")
+    other = TrainingRun(recipe_in(world, "with", init_from=str(world / "without"), **changes))
     assert "3 classes here, no there: the class embedding is not taken" in capsys.readouterr().out
-    for state in (beginning(run), beginning(other)):
-        assert all(torch.equal(state[name], expected[name]) for name in expected if name != CLASS_ROWS)
-    assert CLASS_ROWS in other.transformer.state_dict()
+    state = beginning(other)
+    with torch.no_grad():
+        torch.testing.assert_close(run.transformer(z, timestep=t).sample, null, rtol=1e-4, atol=1e-5)
+    expected = run.transformer.state_dict()
+    assert all(torch.equal(state[name], expected[name]) for name in expected) and CLASS_ROWS in state
 
 
 def test_what_does_not_fit_is_refused_with_the_remedy(trained: Path, world: Path) -> None:  # noqa: F811

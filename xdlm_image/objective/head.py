@@ -10,10 +10,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from ..schedulers import XDLMProcess
-from .nelbo import backend_for, passes_for, rows_of
+from .nelbo import backend_for, passes_for, refuse_second_derivative, rows_of
 from .row_scalars import Rows
 
 BLOCK_BYTES = 24 << 20  # of logits; with fewer rows the weight gradient would be added up too often
@@ -128,8 +127,8 @@ class _XDLMHeadNelbo(torch.autograd.Function):
         return (token_weight * loss).mean(), loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_mean, _):
+        refuse_second_derivative()
         scale = grad_mean / max(1, ctx.rows)  # of no rows the mean is NaN, and the gradients are 0
         grads = [_scaled(*given, scale) for given in zip(ctx.saved_tensors, ctx.dtypes)]
         return *grads, None, None, None

@@ -104,7 +104,9 @@ class XDLMLoss(nn.Module):
 def _plain_head(transformer: nn.Module) -> nn.Linear | None:
     """The output projection, if it is a linear layer and nothing else."""
     head = transformer.proj_out if isinstance(transformer, XDLMTransformer2DModel) else None
-    if type(head) is not nn.Linear or head._forward_hooks or head._forward_pre_hooks or head._backward_hooks:
+    if type(head) is not nn.Linear or "forward" in vars(head):  # accelerate's and diffusers' hooks put another there
+        return None
+    if head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or head._backward_pre_hooks:
         return None
     is_sharded = hasattr(head.weight, "device_mesh")  # `fully_shard` of the network alone gathers it for its own call
     return None if is_sharded else head

@@ -13,7 +13,6 @@ import warnings
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from ..schedulers import XDLMProcess
 from . import nelbo_cpu, nelbo_eager
@@ -186,6 +185,17 @@ def _triton_runs(device: torch.device, dtype: torch.dtype) -> bool:
         return False
 
 
+def refuse_second_derivative() -> None:
+    """Raise RuntimeError in a backward pass that is to be differentiated again: its result would pass for a constant.
+
+    `once_differentiable` sees it only where the gradient that comes in has one itself, and that of a mean has none.
+    """
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # in a backward pass: create_graph=True
+        raise RuntimeError(
+            "the objective has no second derivative (create_graph=True); take objective.reference_nelbo for it"
+        )
+
+
 class _XDLMNelbo(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, z, x, alpha, beta, c, process, passes, in_place):  # (R, V), then (R,) each
@@ -196,8 +206,8 @@ class _XDLMNelbo(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_loss):  # (R,)
+        refuse_second_derivative()
         process, passes, in_place, scalars_type = ctx.settings
         logits, z, x, alpha, beta, c, *scalars = ctx.saved_tensors
         rows, scalars = Rows(z, x, alpha, beta, c), scalars_type(*scalars)

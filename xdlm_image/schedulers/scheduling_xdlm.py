@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Self
 
 import torch
@@ -114,7 +115,8 @@ class XDLMScheduler(SchedulerMixin, ConfigMixin):
         if timesteps is None:
             assert num_inference_steps is not None
             n, grid = num_inference_steps, TIME_GRIDS[self.config.time_grid]
-            if isinstance(n, bool) or n != int(n) or not 1 <= n <= MAX_STEPS:
+            is_number = isinstance(n, Real) and not isinstance(n, bool) and math.isfinite(n)
+            if not is_number or n != int(n) or not 1 <= n <= MAX_STEPS:
                 raise ValueError(
                     f"num_inference_steps={num_inference_steps!r}: must be a whole number from 1 to {MAX_STEPS:,}"
                 )
@@ -173,6 +175,11 @@ class XDLMScheduler(SchedulerMixin, ConfigMixin):
         t = torch.as_tensor(timesteps, dtype=torch.float64, device="cpu")
         if not bool(((t >= 0) & (t <= 1)).all()):
             raise ValueError(f"timesteps={timesteps!r}: times lie in [0, 1]")
+        if t.shape not in ((), original_samples.shape[:1]):
+            raise ValueError(
+                f"timesteps: shape {tuple(t.shape)} for codes {tuple(original_samples.shape)}; give one time, or one "
+                "an image"
+            )
         alpha, beta = self.process.alpha_beta(t.expand(original_samples.shape[0]))
         dtype = torch.float32 if original_samples.device.type == "mps" else torch.float64
         device = original_samples.device

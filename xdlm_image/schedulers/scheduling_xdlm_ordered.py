@@ -12,6 +12,7 @@ import functools
 import math
 from collections.abc import Sequence
 from numbers import Real
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import register_to_config
@@ -77,6 +78,13 @@ class XDLMOrderedScheduler(XDLMScheduler):
         self.choice_temperature: float = float(temperature)
         if choice_temperature is not None:
             self.register_to_config(choice_temperature=self.choice_temperature)  # plain: JSON knows none of NumPy's
+
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """As diffusers'; a choice temperature in the config is the confidence order's, and goes with it."""
+        if kwargs.get("unmasking", "confidence") != "confidence":
+            kwargs.setdefault("choice_temperature", None)
+        return super().from_config(config, return_unused_kwargs, **kwargs)
 
     def draw_ahead(
         self, generator: Generators, shape: Sequence[int], device: torch.device | str | None = None

@@ -281,14 +281,15 @@ class TokenizerTraining:
         return True
 
     def _bound(self) -> dict:
-        """What must not change between checkpoint and resume."""
+        """What must not change between checkpoint and resume, as JSON gives it back."""
         options = {k: v for k, v in dataclasses.asdict(self.recipe).items() if k not in FREE_TO_CHANGE}
         options["data"] = {k: v for k, v in options["data"].items() if k not in WHERE_IMAGES_ARE}
-        return options | {
+        options |= {
             "images": self.images.fingerprint,
             "perceptual": None if self.perceptual is None else self.perceptual.weights_hash,
             "number of processes": self.processes,
         }
+        return dict(json.loads(json.dumps(options)))
 
     # ------------------------------------------------------------------------------------------ the run
 
@@ -341,7 +342,9 @@ class TokenizerTraining:
         values = {name: float(value) for name, value in scalars.items()}
         if not math.isfinite(values["loss"]):
             raise ValueError(f"step {self.step}: the loss is {values['loss']}: lower learning_rate")
-        recent = self.last_use > max(self.recipe.plain_steps, self.step - max(self.recipe.revive_after, 1))
+        recent = self.last_use > max(
+            self.recipe.plain_steps, self.step - (self.recipe.revive_after or TokenizerRecipe.revive_after)
+        )
         used = int(recent.sum())
         psnr = 10 * math.log10(4 / max(values["squared_error"], 1e-12))  # the range of pixels is 2, its square 4
         if self.accelerator.is_main_process:

@@ -12,6 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.nn.functional as F
+
 from ..data.labels import labels_of_folders
 from ..models import XDLMTransformer2DModel
 from ..recipes import TransformerOptions
@@ -28,8 +31,9 @@ def begin_at(
 ) -> list[str]:
     """Give a new network the weights of a trained one.
 
-    Where the classes are others (another number, or other names), every class begins at the row of the null class, so
-    that the network begins as the unconditional one that it holds; all other weights are taken as they are.
+    Where the classes are others (another number, other names, or none), the network begins as the unconditional one
+    that it holds: every class at the row of the null class, or, without classes, that row in the biases. All other
+    weights are taken as they are.
 
     Args:
         transformer: The new network; changed in place.
@@ -66,8 +70,11 @@ def begin_at(
         kind = f"{ours or 'no'} classes here, {theirs or 'no'} there"
         if ours == theirs:
             kind = f"the classes have other names there (if they are the same, name {str(network)!r})"
-        if ours is None or rows is None:
+        if rows is None:
             notes.append(f"{kind}: the class embedding is not taken")
+        elif ours is None:
+            notes.append(f"{kind}: the class embedding is not taken, the null class there is part of the biases")
+            _fold(rows[-1], weights)
         else:
             notes.append(f"{kind}: the class embedding is not taken, every class begins as the null class there")
             weights[CLASSES] = rows[-1:].repeat(ours + 1, 1)
@@ -81,6 +88,22 @@ def begin_at(
     if pipeline is None:
         notes.append("a network without its tokenizer: that the codes are those it knows cannot be checked")
     return notes
+
+
+def _fold(row: torch.Tensor, weights: dict[str, torch.Tensor]) -> None:
+    """Put one row of a class embedding (C,) into biases, so that a network without classes computes the same.
+
+    The conditioning is silu(time embedding + row), which the adaLN layers read: without a time embedding it is the same
+    for every image, c = silu(row), and their biases take W c; with one, its last bias takes the row.
+    """
+    last = "conditioning.time_embed.linear_2.bias"
+    if last in weights:
+        weights[last] = weights[last] + row
+        return
+    c = F.silu(row.double())
+    for name in [name for name in weights if name.endswith(("adaln.weight", "adaln_out.weight"))]:
+        bias = name.removesuffix("weight") + "bias"
+        weights[bias] = (weights[bias].double() + weights[name].double() @ c).to(weights[bias].dtype)
 
 
 def find_network(folder: str | Path) -> tuple[Path, Path | None]:

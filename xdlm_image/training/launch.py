@@ -9,6 +9,7 @@ import os
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, is_initialized
 from accelerate.utils import GradientAccumulationPlugin, parse_flag_from_env
 
 from ..devices import process_group_timeout, warn_if_slow
@@ -41,13 +42,19 @@ def make_accelerator(recipe: TrainRecipe | TokenizerRecipe) -> Accelerator:
     Batches a step are the recipe's: `accelerate launch` exports a number even where nobody named one.
 
     Raises:
-        ValueError: The launcher asks for a precision that trainings do not know, or for another compiler.
+        ValueError: The launcher asks for a precision that trainings do not know, or for another compiler; or an earlier
+            training of this Python process had another precision.
     """
     launched = os.environ.get(PRECISION)
     if recipe.mixed_precision is None and launched not in (None, "no", "fp16", "bf16"):
         raise ValueError(f"{PRECISION}={launched}: train takes no, fp16 or bf16; name one as mixed_precision")
     if os.environ.get(COMPILER, "no").lower() != "no":
         raise ValueError(f"{COMPILER}={os.environ[COMPILER]}: unset it; what compiles a training is compile=true")
+    if is_initialized() and AcceleratorState().mixed_precision != (recipe.mixed_precision or launched or "no"):
+        raise ValueError(
+            f"mixed_precision={recipe.mixed_precision!r}: this Python process began with "
+            f"{AcceleratorState().mixed_precision!r}, which accelerate keeps; train in a process of its own"
+        )
     accelerator = Accelerator(
         cpu=on_cpu(),
         mixed_precision=recipe.mixed_precision,

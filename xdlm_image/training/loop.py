@@ -398,6 +398,11 @@ class TrainingRun:
         saved = newest.state["bound"]
         self.init_from = saved.get("init_from")
         notes = changes_of(saved, self._bound(), newest.step, self.output_dir)
+        if self.recipe.stop_after is not None and self.recipe.stop_after < newest.step:
+            raise ValueError(
+                f"stop_after={self.recipe.stop_after}: the run in {self.output_dir} has done {newest.step} steps "
+                "already; name more, or leave it out"
+            )
         self._learned().unpack(newest)
         self.schedule.load_state_dict(newest.state["schedule"])
         self.meter.restore(newest.tensors["meter"], self.accelerator)
