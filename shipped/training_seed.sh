@@ -5,25 +5,27 @@
 #
 #   shipped/training_seed.sh 1     trains from seed 1: hours on two CPU cores
 #   shipped/training_seed.sh 0     draws from the shipped models, in float32 like those of the other seeds
+#   RUNS=runs/time shipped/training_seed.sh 0 --model.time_conditioning time     trains with options of `train`, from seed 0
 #
 # RUNS=FOLDER says where everything goes. Killed, the same command goes on where it was.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 seed=${1:-}
-[[ "$seed" =~ ^[0-9]+$ ]] || { sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 2; }
+[[ "$seed" =~ ^[0-9]+$ ]] || { sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 2; }
+shift
 runs=${RUNS:-runs/training_seeds}
 models=shipped/fashion_mnist
 pipelines=$models/pipelines
 export OMP_NUM_THREADS=1 # one core a training
-if ((seed)); then
+if ((seed || $#)); then
     xdlm-image encode --config fashion_mnist/encode --tokenizer "$pipelines/mdlm/vqvae" --output_dir "$runs/codes"
     running=()
     trap '((${#running[@]})) && kill "${running[@]}" 2>/dev/null' EXIT
     for name in mdlm xdlm-0.1; do
         xdlm-image train --config "$models/training/$name/recipe.yaml" --seed "$seed" --mixed_precision no \
             --codes "$runs/codes/train" --validation_codes "$runs/codes/validation" \
-            --tokenizer "$pipelines/mdlm/vqvae" --output_dir "$runs/$name-seed$seed" &
+            --tokenizer "$pipelines/mdlm/vqvae" --output_dir "$runs/$name-seed$seed" "$@" &
         running+=($!)
     done
     for process in "${running[@]}"; do wait "$process"; done
