@@ -57,7 +57,7 @@ def _content(path):
 
 def test_a_folder_gives_the_numbers_of_the_images_without_them(parts, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(sweep, "GRID_IMAGES", 1)
-    assert not (folder / "floors").exists() and str(parts.data.root) not in (folder / "reference.json").read_text()
+    assert not (folder / ".floors").exists() and str(parts.data.root) not in (folder / "reference.json").read_text()
     direct = _content(evaluate(parts.recipe(tmp_path / "direct", num_steps=[2], seeds=[0])))
     monkeypatch.setattr("xdlm_image.evaluation.plan.open_reference_images", None)  # the images are not at hand
     through = _content(evaluate(_recipe(parts, tmp_path / "through", folder)))
@@ -91,7 +91,7 @@ def test_floors_have_the_metrics_of_the_sweep_and_are_computed_once(parts, tmp_p
     whole = floors()
     assert computed == ["distances", "distances"] and whole["train_against_reference"]["kid"]["mean"] is not None
     assert 0 <= whole["reconstruction"][0]["coverage"] <= 1
-    damaged = max((tmp_path / "reference" / "floors").glob("distances-*.json"), key=lambda path: path.stat().st_size)
+    damaged = max((tmp_path / "reference" / ".floors").glob("distances-*.json"), key=lambda path: path.stat().st_size)
     damaged.write_text(damaged.read_text()[:-20])
     assert floors() == whole and computed == ["distances"]
 
