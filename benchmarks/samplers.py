@@ -93,8 +93,13 @@ def cells(arguments: argparse.Namespace, folder: str, pipelines: dict[str, str],
         "dtype": arguments.dtype,
         "compile": True,
     }
-    evaluate(EvaluateRecipe(output_dir=str(output), pipelines=pipelines, **{**usual, **changes}))
-    return json.loads((output / "fid.json").read_text())["cells"]
+    recipe = EvaluateRecipe(output_dir=str(output), pipelines=pipelines, **{**usual, **changes})
+    evaluate(recipe)
+    found = json.loads((output / "fid.json").read_text())["cells"]
+    wanted = len(recipe.pipelines) * len(recipe.variants) * len(recipe.num_steps) * len(recipe.seeds)
+    if len(found) != wanted:
+        raise RuntimeError(f"{output / 'fid.json'}: {len(found)} cells of {wanted}; is another command at work there?")
+    return found
 
 
 def trials_of(arguments: argparse.Namespace) -> list[dict]:

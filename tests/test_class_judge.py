@@ -88,7 +88,7 @@ def test_a_small_judge_of_other_images_is_refused_at_once(tmp_path):
 
 
 def test_an_independent_classifier_judges_the_sweep_and_its_floors(tmp_path, monkeypatch):
-    monkeypatch.setattr(sweep, "_pictures", lambda *args: None)
+    monkeypatch.setattr(sweep, "_draw_pictures", lambda *args: None)
     parts = build_parts(tmp_path / "parts")
     judge = train_extractor(extractor_recipe(parts.data, tmp_path / "judge", seed=9, epochs=1, width=16))
     recipe = parts.recipe(tmp_path / "out", num_steps=[1], seeds=[0], classifier=str(judge))

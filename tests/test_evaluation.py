@@ -140,12 +140,18 @@ def test_a_killed_sweep_goes_on_and_gives_the_same_numbers(parts, finished, tmp_
     assert _numbers(tmp_path) == [cell for cell in _numbers(finished) if cell["pipeline"] == "mdlm"]
     grid, strip = tmp_path / "grid_mdlm.png", tmp_path / "strip_mdlm.png"
     stamps = grid.stat().st_mtime_ns, strip.stat().st_mtime_ns
-    evaluate(recipe)
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep, "open_any_pipeline", lambda *args: pytest.fail("opened"))
+        evaluate(recipe)
     assert len(measured) == 5  # nothing is measured twice, or drawn
     assert (grid.stat().st_mtime_ns, strip.stat().st_mtime_ns) == stamps
     pixels = grid.read_bytes()
     evaluate(dataclasses.replace(recipe, seeds=recipe.seeds[::-1]))
     assert len(measured) == 5 and grid.read_bytes() != pixels
+    measured[:] = [None]  # dies in the second of two cells more
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(dataclasses.replace(recipe, num_steps=[2, *recipe.num_steps]))
+    assert [cell["num_steps"] for cell in _numbers(tmp_path)] == [2, 1, 1, 3, 3]  # with what was finished
 
 
 def test_a_sweep_killed_in_every_block_draws_each_image_once(parts, finished, tmp_path, monkeypatch):
@@ -159,7 +165,7 @@ def test_a_sweep_killed_in_every_block_draws_each_image_once(parts, finished, tm
         return original(pipeline, labels, indices, seed, settings)
 
     monkeypatch.setattr(drawing, "draw_codes", dies_after_each_block)
-    monkeypatch.setattr(sweep, "_pictures", lambda *args: None)
+    monkeypatch.setattr(sweep, "_draw_pictures", lambda *args: None)
     recipe = parts.recipe(tmp_path, pipelines={"mdlm": parts.pipelines["mdlm"]}, num_steps=[3], seeds=[1])
     for _ in range(2):  # 18 images are three blocks of 7
         with pytest.raises(KeyboardInterrupt):
@@ -238,7 +244,7 @@ def test_numbers_do_not_depend_on_the_batch_size(parts, finished, tmp_path):
 
 
 def test_a_sweep_over_settings_has_a_row_for_each(parts, finished, tmp_path, monkeypatch):
-    monkeypatch.setattr(sweep, "_pictures", lambda *args: None)
+    monkeypatch.setattr(sweep, "_draw_pictures", lambda *args: None)
     axes = {"num_steps": [3], "seeds": [0], "guidance_scale": [1.0, 2.0], "time_grid": ["linear", "cosine"]}
     evaluate(parts.recipe(tmp_path, pipelines={"mdlm": parts.pipelines["mdlm"]}, **axes))
     content = json.loads((tmp_path / "fid.json").read_text())
@@ -265,7 +271,7 @@ def test_a_sweep_over_settings_has_a_row_for_each(parts, finished, tmp_path, mon
 
 def test_samplers_are_an_axis_and_cells_from_before_it_stay_good(parts, finished, tmp_path, monkeypatch):
     """The cells of `finished` lose what they know of samplers, as if they were measured before there were any."""
-    monkeypatch.setattr(sweep, "_pictures", lambda *args: None)
+    monkeypatch.setattr(sweep, "_draw_pictures", lambda *args: None)
     measured, original = [], sweep.measure
 
     def notes(extractor, batches, *rest):

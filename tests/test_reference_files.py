@@ -105,7 +105,7 @@ def inception(parts, monkeypatch):
         small, compute=compute, feature_dims=dims, logits_layer=None, config=None, is_inception=True
     )
     monkeypatch.setattr(plan, "load_extractor", lambda name, device: extractor)
-    monkeypatch.setattr(sweep, "_pictures", lambda *args: None)
+    monkeypatch.setattr(sweep, "_draw_pictures", lambda *args: None)
     return extractor
 
 

@@ -71,7 +71,7 @@ def test_a_folder_gives_the_numbers_of_the_images_without_them(parts, folder, tm
 
 
 def test_floors_have_the_metrics_of_the_sweep_and_are_computed_once(parts, tmp_path, monkeypatch):
-    monkeypatch.setattr(sweep, "_pictures", lambda *args: None)
+    monkeypatch.setattr(sweep, "_draw_pictures", lambda *args: None)
     computed = []
     for name in ("distances", "fids"):
         function = getattr(references, name)
@@ -134,7 +134,7 @@ def test_given_images_stand_over_the_floor_of_as_many(parts, folder, tmp_path):
 
 
 def test_fid_against_further_references_is_that_against_each_alone(parts, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(sweep, "_pictures", lambda *args: None)
+    monkeypatch.setattr(sweep, "_draw_pictures", lambda *args: None)
     of_training = ReferenceRecipe(str(tmp_path / "train"), parts.data, str(parts.extractor), "train", device="cpu")
     reference(of_training)
     one = {"num_steps": [2], "seeds": [0], "images": {"val": f"{parts.data.root}/val"}}

@@ -34,7 +34,7 @@ def parts(tmp_path_factory):
 def finished(parts, tmp_path_factory):
     """Output folder of a sweep of one cell."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sweep, "_pictures", lambda *args: None)
+        patch.setattr(sweep, "_draw_pictures", lambda *args: None)
         pipelines = {"mdlm": parts.pipelines["mdlm"]}
         recipe = parts.recipe(tmp_path_factory.mktemp("sweep"), pipelines=pipelines, num_steps=[3], seeds=[1])
         return evaluate(recipe).parent
@@ -87,7 +87,7 @@ def test_images_on_disk_are_judged_as_the_pipeline_that_drew_them(parts, finishe
 
 
 def test_drawn_images_are_written_where_it_is_asked_for(parts, finished, tmp_path, monkeypatch):
-    monkeypatch.setattr(sweep, "_pictures", lambda *args: None)
+    monkeypatch.setattr(sweep, "_draw_pictures", lambda *args: None)
     shutil.copytree(finished, tmp_path / "out")
     recipe = parts.recipe(tmp_path / "out", pipelines={"mdlm": parts.pipelines["mdlm"]}, num_steps=[3], seeds=[1])
     asking = dataclasses.replace(recipe, images_dir=str(tmp_path / "images"))
@@ -143,7 +143,7 @@ def test_drawn_images_are_written_where_it_is_asked_for(parts, finished, tmp_pat
 
 
 def test_images_that_were_written_anew_are_measured_anew(parts, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(sweep, "_pictures", lambda *args: None)
+    monkeypatch.setattr(sweep, "_draw_pictures", lambda *args: None)
     root = tmp_path / "images"
     shutil.copytree(parts.data.root, root)
 
@@ -173,7 +173,7 @@ def test_images_that_were_written_anew_are_measured_anew(parts, tmp_path, monkey
 
 
 def test_images_of_an_unconditional_pipeline_have_no_class(parts, tmp_path, monkeypatch):
-    monkeypatch.setattr(sweep, "_pictures", lambda *args: None)
+    monkeypatch.setattr(sweep, "_draw_pictures", lambda *args: None)
     free = {"free": str(save_pipeline(tmp_path / "free", num_classes=None))}
     recipe = parts.recipe(tmp_path / "out", pipelines=free, num_steps=[1], seeds=[0])
     recipe = dataclasses.replace(recipe, images_dir=str(tmp_path / "images"), images_npz=True)
@@ -190,7 +190,7 @@ def test_images_of_an_unconditional_pipeline_have_no_class(parts, tmp_path, monk
 
 
 def test_codes_that_are_judged_anew_keep_who_drew_them(parts, finished, tmp_path, monkeypatch):
-    monkeypatch.setattr(sweep, "_pictures", lambda *args: None)
+    monkeypatch.setattr(sweep, "_draw_pictures", lambda *args: None)
     shutil.copytree(finished, tmp_path / "out")
     recipe = parts.recipe(tmp_path / "out", pipelines={"mdlm": parts.pipelines["mdlm"]}, num_steps=[3], seeds=[1])
     monkeypatch.setattr(drawing, "draw_codes", None)

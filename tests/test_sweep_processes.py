@@ -42,7 +42,7 @@ def test_verbs_ask_for_processes_that_wait_long(monkeypatch):
 
 
 def test_two_processes_killed_on_the_way_give_what_one_gives(tmp_path, monkeypatch):
-    monkeypatch.setattr(sweep, "_pictures", lambda *args: None)
+    monkeypatch.setattr(sweep, "_draw_pictures", lambda *args: None)
     parts = build_parts(tmp_path / "parts")
     one = parts.recipe(tmp_path / "one", num_steps=[2], seeds=[0, 1], images_dir=str(tmp_path / "images of one"))
     whole = json.loads(evaluate(one).read_text())

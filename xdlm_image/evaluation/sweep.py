@@ -8,7 +8,7 @@ This file owns the order of a sweep and what `fid.json` holds. Numbers come from
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,25 +100,35 @@ def _sweep(plan: Plan, output: Path) -> None:
             **floors_further(reference, plan.further, tokenizers),
         },
         "image_sets": [_image_set(plan, name, reference) for name in plan.given],
-        "cells": [],
     }
     main = rank_and_world()[0] == 0
-    cells = len(recipe.pipelines) * len(recipe.variants) * len(recipe.num_steps) * len(recipe.seeds)
-    with tqdm(total=cells, desc="cells", unit="cell", disable=not main) as progress:
+    cells = [
+        _cell(plan, name, SamplerSettings(num_steps, *variant), seed, reference)
+        for name, variant, num_steps, seed in itertools.product(
+            recipe.pipelines, recipe.variants, recipe.num_steps, recipe.seeds
+        )
+    ]
+    done = sum(cell.result is not None for cell in cells)
+    with tqdm(total=len(cells), initial=done, desc="cells", unit="cell", disable=not main) as progress:
         for name in recipe.pipelines:
+            left = [cell for cell in cells if cell.pipeline == name and cell.result is None]
+            key = _key_of_pictures(plan, name)
+            if not left and all(has_key(path, key) for path in _pictures_of(name, output)):
+                continue
             dtype = getattr(torch, recipe.dtype)
             pipeline = open_any_pipeline(plan.pipelines[name]["folder"], plan.device, f"pipelines.{name}", dtype)
             if recipe.compile:
                 _denoiser(pipeline).compile(fullgraph=not isinstance(pipeline, ForeignPipeline))
-            for variant, num_steps, seed in itertools.product(recipe.variants, recipe.num_steps, recipe.seeds):
-                cell = _cell(plan, pipeline, name, SamplerSettings(num_steps, *variant), seed, reference)
-                content["cells"].append(cell)
+            for cell in left:
+                cell.result = _measured(cell, plan, pipeline, reference)
+                content["cells"] = [cell.result for cell in cells if cell.result is not None]
                 if main:
                     write_report(output, content)
                 progress.update()
             if main:
                 with uncompiled(recipe.compile):
-                    _pictures(plan, pipeline, name, output)
+                    _draw_pictures(plan, pipeline, name, output, key)
+    content["cells"] = [cell.result for cell in cells]
     if main:
         write_report(output, content)
         write_plots(output, content)
@@ -197,17 +207,26 @@ def _judged_by(plan: Plan, reference: Reference) -> dict[str, Any]:
     }
 
 
-def _cell(
-    plan: Plan,
-    pipeline: Any,
-    name: str,
-    settings: SamplerSettings,
-    seed: int,
-    reference: Reference,
-) -> dict[str, Any]:
-    """One pipeline at one step count and seed: from its file if it was measured under this protocol, else now."""
+@dataclass
+class _Cell:
+    """One pipeline at one step count and seed."""
+
+    pipeline: str
+    settings: SamplerSettings
+    seed: int
+    label: str
+    drawn: dict[str, Any]  # what decides its images
+    key: dict[str, Any]  # what decides its numbers
+    axes: dict[str, Any]  # the settings by name, as in fid.json
+    path: Path
+    pictures: DrawnPictures | None
+    result: dict[str, Any] | None  # None: to be measured
+
+
+def _cell(plan: Plan, name: str, settings: SamplerSettings, seed: int, reference: Reference) -> _Cell:
+    """A cell, with its result if it was measured under this protocol and its images are where they are asked for."""
     recipe = plan.recipe
-    num_classes, conditional = len(plan.class_names), plan.pipelines[name]["conditional"]
+    conditional = plan.pipelines[name]["conditional"]
     reconstructions = reference.reconstructions.get(plan.pipelines[name]["tokenizer_hash"])
     axes = {
         "num_steps": settings.num_steps,
@@ -251,12 +270,21 @@ def _cell(
     if recipe.images_dir is not None:
         folders = plan.class_names if conditional else None
         pictures = DrawnPictures(Path(recipe.images_dir) / label, drawn, recipe.num_samples, folders)
-    lacks_pictures = pictures is not None and sum_over_ranks(not pictures.is_whole(), plan.device) > 0
-    done = read_cell(path, key, "fid")
-    if done is not None and not lacks_pictures:
+    done, result = read_cell(path, key, "fid"), None
+    lacks = done is None or (pictures is not None and not pictures.is_whole())
+    if sum_over_ranks(lacks, plan.device) == 0:  # of all ranks: none has written a cell before all have read theirs
+        assert done is not None
         if pictures is not None and recipe.images_npz:
             pictures.pack()
-        return {"pipeline": name, **axes, **{key: value for key, value in done.items() if key != "pipeline"}}
+        result = {"pipeline": name, **axes, **{key: value for key, value in done.items() if key != "pipeline"}}
+    return _Cell(name, settings, seed, label, drawn, key, axes, path, pictures, result)
+
+
+def _measured(cell: _Cell, plan: Plan, pipeline: Any, reference: Reference) -> dict[str, Any]:
+    """Draw a cell's images, measure them and keep the numbers in its file."""
+    recipe, label, settings, pictures = plan.recipe, cell.label, cell.settings, cell.pictures
+    conditional = plan.pipelines[cell.pipeline]["conditional"]
+    reconstructions = reference.reconstructions.get(plan.pipelines[cell.pipeline]["tokenizer_hash"])
     main, world = rank_and_world()[0] == 0, rank_and_world()[1]
     now: dict[str, Any] = {
         "batch_size": recipe.batch_size,
@@ -265,15 +293,16 @@ def _cell(
         "versions": versions(),
     }
     if main:
-        others = set(path.parent.glob(f"{label}-" + "?" * 12 + ".json")) - {path}
+        others = set(cell.path.parent.glob(f"{label}-" + "?" * 12 + ".json")) - {cell.path}
         if others:
             tqdm.write(f"{label}: {len(others)} result(s) of another protocol are left aside; measuring anew")
     store = num_codes = None
     if isinstance(pipeline, XDLMPipeline):
         num_codes = int(pipeline.vqvae.config.num_vq_embeddings)
-        codes_folder = Path(recipe.output_dir) / "codes" / f"{label}-{short_hash(drawn)}"
-        store = DrawnCodes(codes_folder, drawn, recipe.num_samples, pipeline.transformer.grid, num_codes, now)
-    batches = DrawnBatches(pipeline, recipe.num_samples, num_classes, seed, settings, recipe.batch_size, store)
+        codes_folder = Path(recipe.output_dir) / "codes" / f"{label}-{short_hash(cell.drawn)}"
+        store = DrawnCodes(codes_folder, cell.drawn, recipe.num_samples, pipeline.transformer.grid, num_codes, now)
+    num_classes = len(plan.class_names)
+    batches = DrawnBatches(pipeline, recipe.num_samples, num_classes, cell.seed, settings, recipe.batch_size, store)
     rows_before = 0 if store else pipeline.rows
     with tqdm(total=-(-recipe.num_samples // world), desc=label, unit="image", leave=False, disable=not main) as bar:
         kept = batches if pictures is None else pictures.keep(batches)
@@ -285,10 +314,10 @@ def _cell(
         raise RuntimeError(f"{label}: {count} images were measured, num_samples is {recipe.num_samples}")
     drawn_by = store.drawn_by if store and store.drawn_by else [now]  # by an earlier start, maybe
     result = {
-        "pipeline": name,
-        **axes,
+        "pipeline": cell.pipeline,
+        **cell.axes,
         "nfe": nfe(pipeline, settings) if store else (pipeline.rows - rows_before) / max(1, batches.called),
-        "seed": seed,
+        "seed": cell.seed,
         "num_samples": count,
         **distances(measured, reference.images, plan.device, recipe.feature_metrics),
         **fids_further(measured, plan.further),
@@ -300,7 +329,7 @@ def _cell(
         **({"drawn_by": drawn_by} if len(drawn_by) > 1 else {}),
     }
     if main:
-        write_json(path, {"key": key, "result": result})
+        write_json(cell.path, {"key": cell.key, "result": result})
     barrier()
     return result
 
@@ -320,22 +349,30 @@ def _against_reconstructions(measured: Measured, reconstructions: Measured | Non
     }
 
 
-def _pictures(plan: Plan, pipeline: Any, name: str, output: Path) -> None:
-    """A class grid at 8 steps (or the nearest count), and the same seeds over all step counts; first settings."""
-    recipe, seed = plan.recipe, plan.recipe.seeds[0]
-    grid, strip = output / f"grid_{name}.png", output / f"strip_{name}.png"
-    key = short_hash(
+def _pictures_of(name: str, output: Path) -> tuple[Path, Path]:
+    return output / f"grid_{name}.png", output / f"strip_{name}.png"
+
+
+def _key_of_pictures(plan: Plan, name: str) -> str:
+    recipe = plan.recipe
+    return short_hash(
         {
             "pipeline_weights": plan.pipelines[name]["weights_hash"],
             "settings": recipe.variants[0],
             "num_steps": sorted(recipe.num_steps),
-            "seed": seed,
+            "seed": recipe.seeds[0],
             "seed_rule": SEED_RULE,
             "dtype": recipe.dtype,
             "classes": plan.class_names,
             "layout": [GRID_STEPS, GRID_CLASSES, GRID_IMAGES],
         }
     )
+
+
+def _draw_pictures(plan: Plan, pipeline: Any, name: str, output: Path, key: str) -> None:
+    """A class grid at 8 steps (or the nearest count), and the same seeds over all step counts; first settings."""
+    recipe, seed = plan.recipe, plan.recipe.seeds[0]
+    grid, strip = _pictures_of(name, output)
     if has_key(grid, key) and has_key(strip, key):
         return
     names = labels_of_folders(plan.class_names).id2label
