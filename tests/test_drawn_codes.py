@@ -60,9 +60,14 @@ def test_who_drew_is_kept_and_who_only_reads_is_not_told_of(tmp_path):
     there = open_set(tmp_path, now="there")
     there.write(8, some_codes(2), 0.5)
     assert there.drawn_by == [{"device": "here"}, {"device": "there"}] == open_set(tmp_path, now="elsewhere").drawn_by
+    larger = open_set(tmp_path, 30, now="elsewhere")
+    larger.write(10, some_codes(20), 0.5)
+    assert [start["device"] for start in larger.drawn_by] == ["elsewhere", "here", "there"]  # by images
+    assert open_set(tmp_path, 8).drawn_by == [{"device": "here"}]  # the others drew none of these
     about = json.loads((tmp_path / "about.json").read_text())
     del about["drawn_by"]  # of before it was kept
     (tmp_path / "about.json").write_text(json.dumps(about))
+    (tmp_path / "starts.bin").unlink()
     assert open_set(tmp_path).drawn_by == []
 
 
@@ -78,6 +83,19 @@ def test_no_room_is_said_before_anything_is_drawn(tmp_path, monkeypatch):
             open_set(tmp_path, 10)
     assert open_set(tmp_path, 4).is_drawn(0, 4) and not open_set(tmp_path, 10).is_drawn(4, 10)
     assert (tmp_path / "codes.bin").stat().st_blocks * 512 >= 10 * 6 * 2  # no hole
+
+
+def test_a_start_that_is_killed_while_its_files_grow_loses_nothing(tmp_path):
+    open_set(tmp_path, 4).write(0, some_codes(4), 0.25)
+    for name in ("codes.bin", "starts.bin", "seconds.bin"):
+        with open(tmp_path / name, "ab") as file:
+            file.write(bytes(17))  # of an image, a part
+        larger = open_set(tmp_path, 10)
+        assert torch.equal(larger.read(0, 4), some_codes(4)) and larger.is_drawn(0, 4) and not larger.is_drawn(4, 5)
+        assert larger.drawn_by == [{"device": "here"}]
+        for file in ("codes.bin", "starts.bin", "seconds.bin"):
+            path = tmp_path / file
+            path.write_bytes(path.read_bytes()[: path.stat().st_size * 4 // 10])  # as before it grew
 
 
 def test_another_set_and_damage_are_refused(tmp_path):

@@ -2,13 +2,13 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import accelerate
+import psutil
 import pytest
 from evaluation_parts import build_parts, one_thread  # noqa: F401
 
@@ -58,14 +58,20 @@ def test_two_processes_killed_on_the_way_give_what_one_gives(tmp_path, monkeypat
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = [*launch, "-m", "xdlm_image.cli", "evaluate", *options]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, start_new_session=True)
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
     deadline = time.time() + 300
     while process.poll() is None and time.time() < deadline and not list((tmp_path / "two" / "cells").glob("*.json")):
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)  # in the second of four cells
+    workers = psutil.Process(process.pid).children(recursive=True)  # which have process groups of their own
+    for running in [*workers, process]:
+        running.kill()  # in the second of four cells
     process.wait()
+    psutil.wait_procs(workers, timeout=60)
+    killed = {path: path.stat().st_mtime_ns for path in (tmp_path / "two" / "cells").glob("*.json")}
+    assert 1 <= len(killed) < 4
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in killed.items())
     content = json.loads((tmp_path / "two" / "fid.json").read_text())
     assert content["cells"][-1]["processes"] == 2
     for part in ("cells", "floors"):

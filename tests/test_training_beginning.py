@@ -125,10 +125,12 @@ def test_without_classes_a_run_begins_as_the_null_class_and_back(world: Path, ca
     beginning(run)
     run.transformer.eval().save_pretrained(world / "without")
     other = TrainingRun(recipe_in(world, "with", init_from=str(world / "without"), **changes))
-    assert "3 classes here, no there: the class embedding is not taken" in capsys.readouterr().out
+    assert "3 classes here, no there: every class begins at 0" in capsys.readouterr().out
     state = beginning(other)
     with torch.no_grad():
         torch.testing.assert_close(run.transformer(z, timestep=t).sample, null, rtol=1e-4, atol=1e-5)
+        own = other.transformer.eval()(z, timestep=t, class_labels=torch.tensor([0, 1, 2, 3])).sample
+        torch.testing.assert_close(own, null, rtol=1e-4, atol=1e-5)
     expected = run.transformer.state_dict()
     assert all(torch.equal(state[name], expected[name]) for name in expected) and CLASS_ROWS in state
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +28,14 @@ def process_state() -> PartialState | None:
     from xdlm_image.devices import process_group_timeout
 
     return PartialState(cpu=on_cpu(), **process_group_timeout().to_kwargs())
+
+
+@contextmanager
+def main_process_first() -> Iterator[None]:
+    """What the main process does before the others do it, who then find a file that it fetched."""
+    processes = process_state()
+    with nullcontext() if processes is None else processes.main_process_first():
+        yield
 
 
 @contextmanager
@@ -59,7 +67,7 @@ def only_command(output_dir: Path, is_main: bool) -> Iterator[None]:
         try:
             yield
         finally:
-            lock.unlink(missing_ok=True)  # nobody waits for it
+            lock.unlink(missing_ok=True)  # who opened it just before finds it nameless, and opens another
 
 
 def on_cpu() -> bool:

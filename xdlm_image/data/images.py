@@ -39,7 +39,7 @@ from xdlm_image.pipelines.init_images import (
     to_8_bits,
     values_of_16_bits,
 )
-from xdlm_image.processes import process_state
+from xdlm_image.processes import main_process_first
 from xdlm_image.recipes import DataOptions
 
 SPLITS = ("train", "validation", "test")
@@ -267,10 +267,7 @@ def _open_fashion_mnist(data: DataOptions, split: str, transform: Transform | No
 
 def _fashion_mnist_folder(data: DataOptions) -> Path:
     """The folder of the four files, downloaded if need be: by one process first, the others then find them."""
-    processes = process_state()
-    if processes is None:
-        return _find_or_download_fashion_mnist(data)
-    with processes.main_process_first():
+    with main_process_first():
         return _find_or_download_fashion_mnist(data)
 
 

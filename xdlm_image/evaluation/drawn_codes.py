@@ -2,8 +2,9 @@
 
 This file owns the folder of one set; it never draws and never decodes.
 
-    about.json    everything that decides the codes: weights, sampler, seed; and who drew them
+    about.json    everything that decides the codes: weights, sampler, seed; and the starts that drew
     codes.bin     (N, h, w) uint16 (int32 for 65,536 codes and more)
+    starts.bin    (N,) uint16, which start drew the image, from 1 on; 0 where it is not known
     seconds.bin   (N,) float32, seconds that an image took; 0 where it is still to be drawn
 
 Sets grow: image i is the same in a set of 1,000 and in one of 5,000. Several processes write at once, each its own
@@ -37,10 +38,6 @@ class DrawnCodes:
         num_codes: Codebook size.
         now: JSON that says who draws what is still missing.
 
-    Attributes:
-        drawn_by: The `now` of each start that drew, where they differ; empty of a set that was drawn before this was
-            kept.
-
     Raises:
         ValueError: The folder holds another set, or damaged files.
         OSError: There is no room for the codes.
@@ -62,8 +59,10 @@ class DrawnCodes:
         if rank_and_world()[0] == 0:
             self._prepare({"key": key, "grid": list(grid), "dtype": self._dtype.str}, now)
         barrier()
-        self.drawn_by: list[dict[str, Any]] = json.loads((self.folder / "about.json").read_text("utf-8"))["drawn_by"]
+        self._known_starts = json.loads((self.folder / "about.json").read_text(encoding="utf-8"))["drawn_by"]
+        self._start = self._known_starts.index(now) + 1 if now in self._known_starts else 0  # 0: all are there
         self._codes = np.memmap(self.folder / "codes.bin", self._dtype, "r+", shape=self._shape)
+        self._starts = np.memmap(self.folder / "starts.bin", "<u2", "r+", shape=num_samples)
         self._seconds = np.memmap(self.folder / "seconds.bin", "<f4", "r+", shape=num_samples)
 
     def _prepare(self, about: dict[str, Any], now: dict[str, Any]) -> None:
@@ -79,16 +78,17 @@ class DrawnCodes:
             if held != json.loads(json.dumps(about)):
                 raise ValueError(f"{self.folder}: holds the codes of another set of images; remove it")
         self.folder.mkdir(parents=True, exist_ok=True)
-        items = {"codes.bin": int(np.prod(self._shape[1:])) * self._dtype.itemsize, "seconds.bin": 4}  # bytes an image
-        sizes = {}
+        # bytes an image; codes grow first, so that seconds never tell of codes that are not there
+        items = {"codes.bin": int(np.prod(self._shape[1:])) * self._dtype.itemsize, "starts.bin": 2, "seconds.bin": 4}
+        whole = {}  # images; a start that was killed while a file grew leaves a part of one
         for name, item in items.items():
             (self.folder / name).touch()
-            sizes[name] = (self.folder / name).stat().st_size / item
-        # codes grow first, so that seconds never tell of codes that are not there
-        if not all(size.is_integer() for size in sizes.values()) or sizes["codes.bin"] < sizes["seconds.bin"]:
-            raise ValueError(f"{self.folder}: codes.bin or seconds.bin was cut off: damaged; remove the folder")
+            whole[name] = (self.folder / name).stat().st_size // item
+        if whole["codes.bin"] < whole["seconds.bin"]:
+            raise ValueError(f"{self.folder}: codes.bin was cut off: damaged; remove the folder")
         for name, item in items.items():
-            if sizes[name] < self.num_samples:
+            if whole[name] < self.num_samples:
+                os.truncate(self.folder / name, whole[name] * item)
                 self._grow(self.folder / name, self.num_samples * item)
         is_whole = (np.fromfile(self.folder / "seconds.bin", "<f4", self.num_samples) > 0).all()
         if not is_whole and now not in drawn_by:
@@ -127,8 +127,20 @@ class DrawnCodes:
         stop = start + len(codes)
         self._codes[start:stop] = codes.cpu().numpy().astype(self._dtype)
         self._codes.flush()
+        self._starts[start:stop] = self._start
+        self._starts.flush()
         self._seconds[start:stop] = max(seconds, 1e-9)
         self._seconds.flush()
+
+    @property
+    def drawn_by(self) -> list[dict[str, Any]]:
+        """The `now` of each start that drew some of the images, the one that drew most of them first.
+
+        Empty of a set that was drawn before this was kept.
+        """
+        counts = np.bincount(self._starts, minlength=len(self._known_starts) + 1)[1:]
+        found = [(count, start) for count, start in zip(counts, self._known_starts) if count]
+        return [start for _, start in sorted(found, key=lambda pair: -pair[0])]
 
     @property
     def seconds(self) -> float:

@@ -23,6 +23,7 @@ from xdlm_image.evaluation.measuring import Measured
 from xdlm_image.evaluation.references import Reference
 from xdlm_image.evaluation.statistics import StreamedStatistics
 from xdlm_image.files import sha256_of_file
+from xdlm_image.processes import main_process_first
 
 # names of (mean, covariance) in files seen in the wild -> Inception's layer
 NAMES = {("mu", "sigma"): "2048", ("mu_s", "sigma_s"): "spatial"}
@@ -90,8 +91,9 @@ def find_reference_file(reference: str) -> FoundFile:
     if reference in KNOWN:
         known = KNOWN[reference]
         path = CACHE / known.file
-        if not path.is_file():
-            _fetch(known, path)
+        with main_process_first():
+            if not path.is_file():
+                _fetch(known, path)
         sha256 = sha256_of_file(path)
         if not _is(known, path, sha256):
             raise ValueError(f"reference={reference!r}: {path} is not the file of {known.digest}; remove it")

@@ -92,11 +92,13 @@ def _found(content: Content) -> list[Content]:
 
 
 def _flat(found: Content, prefix: str = "") -> dict[str, Any]:
-    """Nested numbers as columns `outer.inner`; versions and the values of single classes stay in `fid.json`."""
+    """Nested numbers as columns `outer.inner`; what is no setting and no result stays in `fid.json`."""
     flat: dict[str, Any] = {}
     for name, value in found.items():
+        if name in ("versions", "kid_of_classes", "drawn_by"):
+            continue
         if isinstance(value, dict):
-            flat |= {} if name in ("versions", "kid_of_classes") else _flat(value, f"{prefix}{name}.")
+            flat |= _flat(value, f"{prefix}{name}.")
         else:
             flat[prefix + name] = text(value) if isinstance(value, list | tuple) else value
     return flat

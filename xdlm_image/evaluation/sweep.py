@@ -324,8 +324,8 @@ def _measured(cell: _Cell, plan: Plan, pipeline: Any, reference: Reference) -> d
         **_against_reconstructions(measured, reconstructions),
         "class_accuracy": measured.class_accuracy if conditional else None,
         "sampling_seconds": round(batches.seconds(plan.device), 3),  # of all processes together
-        "images_per_second": float(f"{batches.images_per_second(plan.device, drawn_by[-1]['processes']):.4g}"),
-        **drawn_by[-1],
+        "images_per_second": float(f"{batches.images_per_second(plan.device, drawn_by[0]['processes']):.4g}"),
+        **drawn_by[0],
         **({"drawn_by": drawn_by} if len(drawn_by) > 1 else {}),
     }
     if main:

@@ -75,6 +75,8 @@ def write_card(
         raise ValueError(f"dataset={dataset!r}: give the id of a data set on the hub, OWNER/NAME")
     if row is not None and evaluation is None:
         raise ValueError(f"row={row!r}: it names a row of evaluation, which is not given")
+    if pipeline.vqvae is None:
+        raise ValueError("vqvae is None: the card tells of the tokenizer and shows images; load it, or give card")
     sources = read_sources(pipeline, evaluation, row, tokenizer)
     sections = [
         how_to_load(pipeline, name),

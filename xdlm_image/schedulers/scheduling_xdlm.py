@@ -171,11 +171,11 @@ class XDLMScheduler(SchedulerMixin, ConfigMixin):
     def add_noise(
         self, original_samples: torch.Tensor, timesteps: torch.Tensor, generator: Generators = None
     ) -> torch.Tensor:
-        """z ~ q(z_t | x) for codes (B, ...) at times (B,) or () in [0, 1]."""
+        """z ~ q(z_t | x) for codes (B, ...) at times (B,), (1,) or () in [0, 1]."""
         t = torch.as_tensor(timesteps, dtype=torch.float64, device="cpu")
         if not bool(((t >= 0) & (t <= 1)).all()):
             raise ValueError(f"timesteps={timesteps!r}: times lie in [0, 1]")
-        if t.shape not in ((), original_samples.shape[:1]):
+        if t.shape not in ((), (1,), original_samples.shape[:1]):
             raise ValueError(
                 f"timesteps: shape {tuple(t.shape)} for codes {tuple(original_samples.shape)}; give one time, or one "
                 "an image"

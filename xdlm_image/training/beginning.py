@@ -32,8 +32,8 @@ def begin_at(
     """Give a new network the weights of a trained one.
 
     Where the classes are others (another number, other names, or none), the network begins as the unconditional one
-    that it holds: every class at the row of the null class, or, without classes, that row in the biases. All other
-    weights are taken as they are.
+    that it holds: every class at the row of the null class, at 0 where there were no classes, or, without classes, that
+    row in the biases. All other weights are taken as they are.
 
     Args:
         transformer: The new network; changed in place.
@@ -71,7 +71,8 @@ def begin_at(
         if ours == theirs:
             kind = f"the classes have other names there (if they are the same, name {str(network)!r})"
         if rows is None:
-            notes.append(f"{kind}: the class embedding is not taken")
+            notes.append(f"{kind}: every class begins at 0, as the network without classes there")
+            weights[CLASSES] = torch.zeros_like(transformer.state_dict()[CLASSES])
         elif ours is None:
             notes.append(f"{kind}: the class embedding is not taken, the null class there is part of the biases")
             _fold(rows[-1], weights)
