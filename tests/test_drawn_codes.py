@@ -1,6 +1,7 @@
 """Codes of drawn images on disk: they come back, sets grow, and nothing of another set or damaged is taken."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -87,15 +88,15 @@ def test_no_room_is_said_before_anything_is_drawn(tmp_path, monkeypatch):
 
 def test_a_start_that_is_killed_while_its_files_grow_loses_nothing(tmp_path):
     open_set(tmp_path, 4).write(0, some_codes(4), 0.25)
-    for name in ("codes.bin", "starts.bin", "seconds.bin"):
+    grown = {"codes.bin": 12, "starts.bin": 2, "seconds.bin": 4}  # bytes an image, in the order in which they grow
+    for name in grown:
         with open(tmp_path / name, "ab") as file:
-            file.write(bytes(17))  # of an image, a part
+            file.write(bytes(grown[name] + 1))  # an image and a part of one
         larger = open_set(tmp_path, 10)
         assert torch.equal(larger.read(0, 4), some_codes(4)) and larger.is_drawn(0, 4) and not larger.is_drawn(4, 5)
         assert larger.drawn_by == [{"device": "here"}]
-        for file in ("codes.bin", "starts.bin", "seconds.bin"):
-            path = tmp_path / file
-            path.write_bytes(path.read_bytes()[: path.stat().st_size * 4 // 10])  # as before it grew
+        for later in list(grown)[list(grown).index(name) + 1 :]:
+            os.truncate(tmp_path / later, 4 * grown[later])  # as before it grew
 
 
 def test_another_set_and_damage_are_refused(tmp_path):
