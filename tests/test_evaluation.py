@@ -170,13 +170,16 @@ def test_a_sweep_killed_in_every_block_draws_each_image_once(parts, finished, tm
     for _ in range(2):  # 18 images are three blocks of 7
         with pytest.raises(KeyboardInterrupt):
             evaluate(recipe)
-    evaluate(dataclasses.replace(recipe, batch_size=6))  # gone on with, otherwise
+    installed = sweep.versions()
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep, "versions", lambda: {"torch": "another"})
+        evaluate(recipe)
     cell = json.loads((tmp_path / "fid.json").read_text())["cells"][0]
-    assert cell["batch_size"] == 7 and [start["batch_size"] for start in cell["drawn_by"]] == [7, 6]
-    assert "drawn_by" not in (tmp_path / "fid.csv").read_text()
+    assert [start["versions"] for start in cell["drawn_by"]] == [installed, {"torch": "another"}]
+    assert cell["versions"] == installed and "drawn_by" not in (tmp_path / "fid.csv").read_text()
     blocks = [block for block in drawn if block is not None]
-    assert [block[:2] for block in blocks] == [[0, 1], [7, 8], [12, 13]]
-    assert [len(block) for block in blocks] == [7, 7, 6]
+    assert [block[:2] for block in blocks] == [[0, 1], [7, 8], [14, 15]]
+    assert {len(block) for block in blocks} == {7}  # the last is filled up, and cut off
     expected = [c for c in _numbers(finished) if (c["pipeline"], c["num_steps"], c["seed"]) == ("mdlm", 3, 1)]
     assert _numbers(tmp_path) == expected
 
