@@ -97,9 +97,12 @@ def fit_masks(
         name = f"mask_image[{i}]" if len(masks) > 1 else "mask_image"
         for size in pictures[i : i + 1] if len(pictures) == len(masks) else pictures:
             if not _alike(tuple(mask.shape), size):
+                turned = _alike(tuple(mask.shape), size[::-1])
                 raise ValueError(
                     f"{name} has {mask.shape[1]} x {mask.shape[0]} pixels, its picture {size[1]} x {size[0]}: it may "
                     "be larger or smaller, but must have the picture's proportions"
+                    + " (a picture is turned as its EXIF says; PIL.ImageOps.exif_transpose does it too)"
+                    * turned
                 )
         scaled = covering((mask.shape[0], mask.shape[1]), (height, width))
         refuse_strip(scaled, name)

@@ -44,7 +44,8 @@ class XDLMPipeline(SelfContainedPipeline):
         id2synset: Class id -> WordNet id, "n01443537", by which a class can be named too. Saved with the pipeline.
 
     Raises:
-        ValueError: If a key of `id2label` or `id2synset` is no class id of the transformer, or a text no name.
+        ValueError: If transformer or scheduler is of another kind, a key of `id2label` or `id2synset` is no class id
+            of the transformer, or a text no name.
     """
 
     model_cpu_offload_seq = "transformer->vqvae"
@@ -61,6 +62,10 @@ class XDLMPipeline(SelfContainedPipeline):
         id2synset: dict | None = None,
     ):
         super().__init__()
+        if transformer is not None:  # a part that was not loaded
+            _check_transformer(transformer)
+        if scheduler is not None:
+            _check_scheduler(scheduler)
         self.register_modules(transformer=transformer, scheduler=scheduler, vqvae=vqvae)
         num_classes = None if transformer is None else transformer.config.num_classes or 0
         labels = read_names("id2label", id2label, num_classes)
@@ -156,20 +161,16 @@ class XDLMPipeline(SelfContainedPipeline):
         output_type: str,
         callback_on_step_end_tensor_inputs: Sequence[str],
         guidance_interval: Interval = None,
+        callback_on_step_end: Any = None,
     ) -> None:
         """Refuse parts that do not fit each other and arguments out of range, before any work.
 
         Raises:
             ValueError: Names the argument, its value and the remedy.
         """
-        process = getattr(self.scheduler, "process", None)
-        if process is None:
-            raise ValueError(
-                f"scheduler is a {type(self.scheduler).__name__}: must be an XDLMScheduler, which knows the noise"
-            )
-        config: Any = getattr(self.transformer, "config", None)
-        if not hasattr(config, "num_embeds"):
-            raise ValueError(f"transformer is a {type(self.transformer).__name__}: must be an XDLMTransformer2DModel")
+        _check_transformer(self.transformer)
+        _check_scheduler(self.scheduler)
+        process, config = self.scheduler.process, self.transformer.config
         if config.num_embeds != process.num_ids or config.out_channels != process.logits_width:
             raise ValueError(
                 f"transformer takes {config.num_embeds} ids and gives {config.out_channels} logits, "
@@ -199,6 +200,8 @@ class XDLMPipeline(SelfContainedPipeline):
             )
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type={output_type!r}: must be one of {', '.join(OUTPUT_TYPES)}")
+        if callback_on_step_end is not None and not callable(callback_on_step_end):
+            raise ValueError(f"callback_on_step_end={callback_on_step_end!r}: must be a function, or None")
         names = callback_on_step_end_tensor_inputs
         if not isinstance(names, list | tuple) or any(name not in self._callback_tensor_inputs for name in names):
             raise ValueError(
@@ -360,6 +363,7 @@ class XDLMPipeline(SelfContainedPipeline):
             output_type,
             callback_on_step_end_tensor_inputs,
             guidance_interval,
+            callback_on_step_end,
         )
         num_images_per_prompt = operator.index(num_images_per_prompt)
         num_steps = same_steps(num_steps, num_inference_steps, timesteps)
@@ -445,6 +449,16 @@ class XDLMPipeline(SelfContainedPipeline):
 
 def _listed(times: Sequence[float]) -> str:
     return ", ".join(f"{t:.4g}" for t in times[:8]) + (", ..." if len(times) > 8 else "")
+
+
+def _check_scheduler(scheduler: Any) -> None:
+    if getattr(scheduler, "process", None) is None:
+        raise ValueError(f"scheduler is a {type(scheduler).__name__}: must be an XDLMScheduler, which knows the noise")
+
+
+def _check_transformer(transformer: Any) -> None:
+    if not hasattr(getattr(transformer, "config", None), "num_embeds"):
+        raise ValueError(f"transformer is a {type(transformer).__name__}: must be an XDLMTransformer2DModel")
 
 
 def count(name: str, value: Any) -> int:

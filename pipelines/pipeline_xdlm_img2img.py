@@ -109,6 +109,7 @@ class XDLMImg2ImgPipeline(XDLMPipeline):
             output_type,
             callback_on_step_end_tensor_inputs,
             guidance_interval,
+            callback_on_step_end,
         )
         num_images_per_prompt = operator.index(num_images_per_prompt)
         times = self._times(strength, num_steps, num_inference_steps)

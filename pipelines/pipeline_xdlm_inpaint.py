@@ -86,7 +86,10 @@ class XDLMInpaintPipeline(XDLMImg2ImgPipeline):
             output_type,
             callback_on_step_end_tensor_inputs,
             guidance_interval,
+            callback_on_step_end,
         )
+        if not isinstance(keep_pixels, bool):
+            raise ValueError(f"keep_pixels={keep_pixels!r}: must be True or False")
         num_images_per_prompt = operator.index(num_images_per_prompt)
         times = self._times(strength, num_steps, num_inference_steps)
         ids = self._class_ids(class_labels)

@@ -16,6 +16,7 @@ from typing import Any
 
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from huggingface_hub import CommitInfo, HfApi, ModelCard, snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from .folder_check import CARD, PICTURE, check_all_loaded, check_index, own_file, part_classes, refuse_other_content
 from .plain_card import plain_card
@@ -334,13 +335,16 @@ def _download(cls: type[DiffusionPipeline], path: Any, kwargs: Mapping[str, Any]
         raise FileNotFoundError(f"{str(path)!r}: no such folder, and no id of a repository, OWNER/NAME")
     parts = [part for part in cls._get_signature_keys(cls)[0] if part not in kwargs]
     names = ("revision", "cache_dir", "token", "force_download", "local_files_only")
-    return snapshot_download(
-        str(path),
-        allow_patterns=[
-            "model_index.json",
-            CARD,
-            PICTURE,
-            *(f"{part}/*.{end}" for part in parts for end in ("json", "safetensors")),
-        ],
-        **{name: kwargs[name] for name in names if kwargs.get(name) is not None},
-    )
+    patterns = [
+        "model_index.json",
+        CARD,
+        PICTURE,
+        *(f"{part}/*.{end}" for part in parts for end in ("json", "safetensors")),
+    ]
+    options = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+    try:
+        return snapshot_download(str(path), allow_patterns=patterns, **options)
+    except LocalEntryNotFoundError as error:
+        raise FileNotFoundError(
+            f"{str(path)!r}: no such folder, and no repository of that id could be had ({error})"
+        ) from error

@@ -236,6 +236,9 @@ def test_paths_of_the_home_folder_are_found_where_no_shell_expands_them(monkeypa
             "splits=train: must be a list; lists stand in brackets, as in --splits '[t",
         ),
         (["train-tokenizer", "--model.block_out_channels", "32,64"], "as in --model.block_out_channels '[32,64]'"),
+        (["train", "--process.k", "nan"], "error: process.k=nan: must be a finite number\n"),
+        (["train", "--max_steps", "1.5"], "error: max_steps=1.5: must be a whole number\n"),
+        (["train", "--optimizer", "sgd"], "error: optimizer=sgd: must be one of ['adamw', 'muon']\n"),
         (["train", "--log_with", "foo"], "log_with=foo: must be one of ['tensorboard', 'wandb', 'none'], list["),
     ],
 )

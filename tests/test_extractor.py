@@ -163,6 +163,9 @@ def test_damaged_folders_are_named(folder, tmp_path):
     config.write_text(config.read_text()[:40])
     with pytest.raises(ValueError, match=r"config\.json is damaged"):
         load_extractor(broken, "cpu")
+    config.write_text('{"_class_name": "VQModel"}')
+    with pytest.raises(ValueError, match="holds a VQModel, no extractor"):
+        load_extractor(broken, "cpu")
     values = json.loads((fresh() / "config.json").read_text())
     (broken / "config.json").write_text(json.dumps({**values, "feature_dim": 32}))
     with pytest.raises(ValueError, match="do not fit the sizes"):

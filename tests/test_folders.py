@@ -107,6 +107,19 @@ def test_images_without_class_folders_are_one_class(tmp_path):
         train_extractor(ExtractorRecipe(str(tmp_path / "extractor"), data))
 
 
+def test_files_of_other_kinds_are_told_of(tmp_path, capsys):
+    class_folder(tmp_path, "a", 3)
+    for name in ("a/1.gif", "a/2.GIF", "a/notes", "a/.hidden", "list.csv"):
+        (tmp_path / name).touch()
+    open_images(folder_data(tmp_path), "train")
+    told = capsys.readouterr().err
+    assert "not taken (.gif 2, notes 1); .jpg .jpeg .png" in told and "csv" not in told and "hidden" not in told
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "1.heic").touch()
+    with pytest.raises(ValueError, match=r"no images in b; files of other kinds are .*\.heic 1; \.jpg .* are taken"):
+        open_images(folder_data(tmp_path), "train")
+
+
 def test_fingerprint_tells_images_and_splits_apart(tmp_path):
     for split in ("train", "val", "test"):
         class_folder(tmp_path / split, "a")
@@ -132,8 +145,11 @@ def test_folder_errors_say_what_to_do(tmp_path):
     with pytest.raises(ValueError, match="the link .*loop leads to .*take the link away"):
         open_images(folder_data(tmp_path), "train")
     (tmp_path / "a" / "loop").unlink()
-    with pytest.raises(ValueError, match="split 'validation' is empty"):
+    with pytest.raises(ValueError, match=r"split 'validation' is empty.* raise data\.validation_fraction"):
         open_images(folder_data(tmp_path), "validation")
+    (tmp_path / "a" / "001.png").unlink()
+    with pytest.raises(ValueError, match="split 'test' is empty.* test yourself, or leave the split out"):
+        open_images(folder_data(tmp_path), "test")
     with pytest.raises(ValueError, match="split='dev'.*train, validation, test"):
         open_images(folder_data(tmp_path), "dev")
 

@@ -317,6 +317,8 @@ def test_other_code_and_no_folder_are_refused(saved):
         XDLMPipeline.from_pretrained(saved, custom_pipeline="me/other")
     with pytest.raises(FileNotFoundError, match="no such folder, and no id of a repository"):
         XDLMPipeline.from_pretrained("runs/not/there/pipeline")
+    with pytest.raises(FileNotFoundError, match="'runs/nothere': no such folder, and no repository of that id"):
+        XDLMPipeline.from_pretrained("runs/nothere", local_files_only=True)
 
 
 def test_loads_draws_and_saves_without_the_package(saved, exported, tmp_path):

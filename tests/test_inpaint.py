@@ -248,7 +248,7 @@ def test_turned_pictures_have_the_size_that_they_are_seen_in(tmp_path):
         (np.ones((6, 10), np.int64), "mask_image is an array of int64"),
         (np.ones((2, 6, 10)), r"mask_image has shape \(2, 6, 10\)"),
         (torch.eye(3)[:, :, None, None].expand(3, 3, 6, 10).flatten(0, 1)[:3], "mask_image has colours.*B, 1, H, W"),
-        (np.ones((10, 6)), "mask_image has 6 x 10 pixels, its picture 10 x 6: .*proportions"),
+        (np.ones((10, 6)), "mask_image has 6 x 10 pixels, its picture 10 x 6: .*proportions .*exif_transpose"),
         (np.ones((6, 12)), "mask_image has 12 x 6 pixels, its picture 10 x 6"),
         (np.ones((3, 6, 10, 1)), "image holds 2 pictures, mask_image 3 masks, class_labels 1 labels: give as many"),
         (Image.new("RGBA", (10, 6), (255, 255, 255, 0)), "mask_image is transparent"),
@@ -261,6 +261,11 @@ def test_what_is_no_mask(pipe, mask, message):
     pipe.vqvae.forward = pipe.vqvae.encode = None  # any work would fail otherwise
     with pytest.raises(ValueError, match=message):
         pipe([PIXELS, PIXELS], mask, 0)
+
+
+def test_keep_pixels_is_no_word(pipe):
+    with pytest.raises(ValueError, match="keep_pixels='no': must be True or False"):
+        pipe(PIXELS, np.ones((6, 10)), 0, keep_pixels="no")
 
 
 def test_a_mask_of_16_bits_with_a_transparent_grey_is_refused(tmp_path):

@@ -351,6 +351,8 @@ def test_callback_replaces_latents(pipe):
     assert torch.equal(
         draw(pipe, 0, callback_on_step_end=nothing, callback_on_step_end_tensor_inputs=[]), draw(pipe, 0)
     )
+    with pytest.raises(ValueError, match="callback_on_step_end=5: must be a function"):
+        draw(pipe, 0, callback_on_step_end=5)
     with pytest.raises(ValueError, match="latents holds ids"):
         draw(pipe, 0, callback_on_step_end=lambda *a: {"latents": torch.full((1, 3, 5), 99)})
     for code in (-1, 600):
@@ -474,5 +476,9 @@ def test_parts_and_arguments_of_other_kinds_are_named(pipe):
             refuses(message)
         finally:
             setattr(pipe, part, own)
+    with pytest.raises(ValueError, match="scheduler is a DDIMScheduler: must be"):
+        XDLMPipeline(pipe.transformer, DDIMScheduler(), pipe.vqvae)
+    with pytest.raises(ValueError, match="transformer is a VQModel: must be"):
+        XDLMPipeline(pipe.vqvae, pipe.scheduler, pipe.transformer)
     with pytest.raises(ValueError, match="k='x': must be a number"):
         XDLMScheduler(k="x")

@@ -105,6 +105,21 @@ def test_noise_draws_from_the_marginal(k: float, definition: str) -> None:
     assert_drawn_from(process.prior((2, DRAWS), torch.Generator().manual_seed(4)), process.prior_probs())
 
 
+@pytest.mark.parametrize(
+    ("t", "message"),
+    [
+        (torch.full((2,), 2.0), r"alpha: runs from -1\.0 to -1\.0, must lie in \[0, 1\]"),
+        (torch.full((2,), torch.nan), "alpha: runs from nan to nan"),
+        (torch.rand(3), r"alpha \(3,\): for codes \(2, 6\) give one an image \(B,\), or one a code"),
+        (torch.rand(2, 6, 1), r"alpha \(2, 6, 1\)"),
+    ],
+)
+def test_times_that_are_none_are_refused(t, message):
+    process = process_of(0.1, 5, "A")
+    with pytest.raises(ValueError, match=message):
+        process.noise(torch.zeros(2, 6, dtype=torch.int64), *process.alpha_beta(t))
+
+
 @pytest.mark.parametrize("k", KS)
 def test_chain_of_true_posteriors_keeps_the_marginal(k: float) -> None:
     """sum_z q(z_t = z | x) q(z_s | z, x) = q(z_s | x): the mixture is the process's own posterior."""

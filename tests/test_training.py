@@ -249,7 +249,7 @@ def test_first_loss_is_that_of_the_uniform_prediction(world: Path, k: float) -> 
     [
         ({"codes": "nowhere"}, "nowhere"),
         ({"tokenizer": "nowhere"}, "nowhere"),
-        ({"validation_codes": "nowhere"}, "nowhere"),
+        ({"validation_codes": "nowhere"}, "validation_codes='nowhere'"),
         ({"model": TransformerOptions(num_attention_heads=3, attention_head_dim=7)}, "attention_head_dim"),
     ],
 )

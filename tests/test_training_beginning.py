@@ -76,6 +76,8 @@ def test_a_resumed_run_goes_on_at_its_checkpoint(trained: Path, world: Path, cap
     capsys.readouterr()
     train(dataclasses.replace(recipe, stop_after=6))
     assert "not read again" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"init_from='elsewhere': the run in .* began at '.*name another output_dir"):
+        train(dataclasses.replace(recipe, init_from="elsewhere"))
     train(dataclasses.replace(recipe, init_from=None))
     assert yaml.safe_load((world / "broken" / "recipe.yaml").read_text())["init_from"] == str(trained)
     whole, broken = weights(world / "whole"), weights(world / "broken")

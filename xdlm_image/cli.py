@@ -96,6 +96,7 @@ VERBS: dict[str, tuple[type, str, str]] = {
     ),
 }
 
+KINDS = {"float": "a finite number", "int": "a whole number", "bool": "true or false", "str": "a text"}
 SHARING = ("train-tokenizer", "encode", "train", "evaluate", "nelbo")  # verbs that share their work over processes
 
 
@@ -120,6 +121,11 @@ class RecipeParser(ArgumentParser):
         if bare_list := re.search(r'key "([\w.]+)":\s+Expected a <class \'list\'>\. Got value: (.*)', message):
             name, value = bare_list.groups()
             message = f"{name}={value}: must be a list; lists stand in brackets, as in --{name} '[{value}]'"
+        if typed := re.search(
+            r'key "([\w.]+)":\s+Expected a (<class \'(\w+)\'>|typing\.Literal(\[.+?\]))\. Got value: (.*)', message
+        ):
+            name, _, kind, choices, value = typed.groups()
+            message = f"{name}={value}: must be {f'one of {choices}' if choices else KINDS.get(kind, kind)}"
         print(f"{self.prog}: error: {message}\nAll options: {self.prog} --help", file=sys.stderr)
         sys.exit(2)
 

@@ -12,6 +12,8 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from xdlm_image.files import refuse_unwritable
+
 if TYPE_CHECKING:
     from accelerate import PartialState
 
@@ -48,13 +50,14 @@ def only_command(output_dir: Path, is_main: bool) -> Iterator[None]:
 
     Raises:
         ValueError: Another command is at work there.
+        OSError: It cannot be made, or written to.
     """
     if not is_main:
         yield
         return
     from filelock import FileLock, Timeout
 
-    output_dir.mkdir(parents=True, exist_ok=True)
+    refuse_unwritable(output_dir, "output_dir")
     lock = output_dir / ".lock"
     try:
         held = FileLock(lock).acquire(timeout=0)

@@ -91,8 +91,12 @@ class CodeCache:
         self.labels = labels
 
     @classmethod
-    def open(cls, path: str | os.PathLike) -> CodeCache:
+    def open(cls, path: str | os.PathLike, argument: str = "codes") -> CodeCache:
         """Open a cache; sizes are checked now, checksums by `verify`.
+
+        Args:
+            path: Its folder.
+            argument: What the caller calls it, for errors.
 
         Raises:
             FileNotFoundError: No cache there.
@@ -100,15 +104,17 @@ class CodeCache:
         """
         folder = Path(path)
         if not (folder / MANIFEST).is_file():
-            raise FileNotFoundError(f"codes={str(path)!r}: no code cache ({MANIFEST}) there; write one with encode")
+            raise FileNotFoundError(
+                f"{argument}={str(path)!r}: no code cache ({MANIFEST}) there; write one with encode"
+            )
         try:
             content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
             version = content["schema_version"]
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"codes={str(path)!r}: {MANIFEST} is damaged ({error!r}); encode again") from error
+            raise ValueError(f"{argument}={str(path)!r}: {MANIFEST} is damaged ({error!r}); encode again") from error
         if version != SCHEMA_VERSION:
             raise ValueError(
-                f"codes={str(path)!r}: schema_version={version!r}, but this xdlm_image reads {SCHEMA_VERSION}; "
+                f"{argument}={str(path)!r}: schema_version={version!r}, but this xdlm_image reads {SCHEMA_VERSION}; "
                 "encode again, or use the version that wrote it"
             )
         try:
@@ -118,7 +124,7 @@ class CodeCache:
             codes = _map(folder / CODES, code_type, shape)
             labels = _map(folder / LABELS, label_type, shape[:1])
         except TypeError as error:  # fields missing or unknown, or of the wrong kind
-            raise ValueError(f"codes={str(path)!r}: {MANIFEST} is damaged ({error}); encode again") from error
+            raise ValueError(f"{argument}={str(path)!r}: {MANIFEST} is damaged ({error}); encode again") from error
         return cls(folder, manifest, codes, labels)
 
     def __len__(self) -> int:

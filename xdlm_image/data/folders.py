@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -25,6 +26,8 @@ from xdlm_image.recipes import DataOptions
 VALIDATION_FRACTION = DataOptions().validation_fraction
 TEST_FRACTION = 0.05  # of a folder that has no test images of its own
 LIKE_SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
+SHARE_OF = {"validation": "validation (data.validation_fraction)", "test": "test"}
+TAKEN = " ".join(IMG_EXTENSIONS)
 ONE_CLASS = "images"  # name of the class of images that lie in no class folder
 
 
@@ -97,13 +100,14 @@ def find_split(data: DataOptions, split: str) -> FolderSplit:
         files = "\n".join(os.path.relpath(path, train) for path, _ in samples)
         how = {"of": hashlib.sha256(files.encode(errors="surrogateescape")).hexdigest()} | cut
         samples = [s for s in samples if hashed_split(os.path.relpath(s[0], train), cut) == split]
-        if shares := " and ".join(f"{100 * share:.3g} % for {name}" for name, share in cut.items() if share):
-            why = f"{all_of_train:,} in {train}, cut by file name: {shares} (data.validation_fraction)"
+        if shares := " and ".join(f"{100 * share:.3g} % for {SHARE_OF[name]}" for name, share in cut.items() if share):
+            why = f"{all_of_train:,} in {train}, cut by file name: {shares}"
     if not samples:
+        more = "raise data.validation_fraction (alike in every verb), " if split == "validation" else ""
         raise ValueError(
             f"data.root={data.root!r}: the split {split!r} is empty: cut by file name, {100 * cut.get(split, 1):.3g} % "
-            "of so few images came to none; add images, make the folders train, val and test yourself, raise "
-            "data.validation_fraction (alike in every verb), or leave the split out where splits are named"
+            f"of so few images came to none; add images, make the folders train, val and test yourself, {more}or leave "
+            "the split out where splits are named"
         )
     digest = hashlib.sha256(f"folder {split}\n".encode())
     slow = len(samples) > 100_000
@@ -145,34 +149,52 @@ def _list_folder(folder: Path) -> tuple[list[str], list[tuple[str, int]]]:
 
     Images that lie in the folder itself, beside no other folder, are one class.
     """
-    root, names, files = next(walk(str(folder)))
+    others: Counter[str] = Counter()
+    root, names, files = next(walk(str(folder), others=others))
+    if names:
+        others.clear()  # lists and the like, beside the class folders
     if not names and files:
+        _tell_of_others(folder, others)
         return [ONE_CLASS], [(os.path.join(root, name), 0) for name in sorted(files)]
     samples = [
         (os.path.join(inner, name), label)
         for label, folder_name in enumerate(names)
-        for inner, _, files_there in sorted(walk(os.path.join(root, folder_name)))
+        for inner, _, files_there in sorted(walk(os.path.join(root, folder_name), others=others))
         for name in sorted(files_there)
     ]
     hollow = [names[label] for label in sorted(set(range(len(names))) - {label for _, label in samples})]
     if hollow or not names:
         found = f"no images in {', '.join(hollow[:5])}" if hollow else "no folders in it"
+        found += f"; files of other kinds are {_kinds(others)}; {TAKEN} are taken" if others else ""
         raise ValueError(
             f"data.root: {folder} is no folder of class folders with images ({found}); put the images of each class "
             "into a folder of its name there, or loose ones of one class (for Fashion-MNIST set data.name: "
             "fashion-mnist)"
         )
+    _tell_of_others(folder, others)
     if files:
         _say_once(f"note: {len(files):,} images beside the class folders of {folder} are of no class and not taken")
     return names, samples
 
 
-def walk(top: str, argument: str = "data.root") -> Iterator[tuple[str, list[str], list[str]]]:
+def _kinds(others: Counter[str]) -> str:
+    return ", ".join(f"{kind} {count:,}" for kind, count in others.most_common(5)) + ", ..." * (len(others) > 5)
+
+
+def _tell_of_others(folder: Path, others: Counter[str]) -> None:
+    if others:
+        _say_once(f"note: files of other kinds in {folder} are not taken ({_kinds(others)}); {TAKEN} are")
+
+
+def walk(
+    top: str, argument: str = "data.root", others: Counter[str] | None = None
+) -> Iterator[tuple[str, list[str], list[str]]]:
     """`os.walk` through links: sorted folders and images, without what systems and programs hide among them.
 
     Args:
         top: A folder.
         argument: What the caller calls it, for errors.
+        others: Where files that are no images are counted, by suffix.
 
     Raises:
         ValueError: A link leads to a folder above itself, where it would be met again and again.
@@ -186,7 +208,11 @@ def walk(top: str, argument: str = "data.root") -> Iterator[tuple[str, list[str]
                     f"{argument}: the link {link} leads to {target}, above itself, so that every image there would "
                     "come again and again; take the link away"
                 )
-        yield root, folders, [n for n in files if n.lower().endswith(IMG_EXTENSIONS) and not is_hidden(n)]
+        shown = [name for name in files if not is_hidden(name)]
+        images = [name for name in shown if name.lower().endswith(IMG_EXTENSIONS)]
+        if others is not None:
+            others.update(Path(name).suffix.lower() or name for name in set(shown) - set(images))
+        yield root, folders, images
 
 
 def is_hidden(name: str) -> bool:

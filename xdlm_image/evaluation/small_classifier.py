@@ -186,6 +186,8 @@ def read_extractor_config(folder: str | Path) -> ExtractorConfig:
         raise FileNotFoundError(f"extractor={str(folder)!r}: there is no config.json in it; {REMEDY}")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
+        if "_class_name" in values:
+            raise ValueError(f"extractor={str(folder)!r}: holds a {values['_class_name']}, no extractor; {REMEDY}")
         known = {field.name for field in fields(ExtractorConfig)}
         config = ExtractorConfig(**{key: value for key, value in values.items() if key in known})
     except (json.JSONDecodeError, UnicodeDecodeError, TypeError, AttributeError) as error:

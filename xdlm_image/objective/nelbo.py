@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ..schedulers import XDLMProcess
+from ..schedulers.process_xdlm import check_share
 from . import nelbo_cpu, nelbo_eager
 from .row_scalars import Rows
 
@@ -114,8 +115,7 @@ def _per_token(name: str, value: torch.Tensor, x: torch.Tensor, dtype: torch.dty
         spread = value.detach().to(dtype).reshape(value.shape + (1,) * (x.ndim - value.ndim)).expand(x.shape)
     except RuntimeError:
         raise ValueError(f"{name} {tuple(value.shape)}: {shapes}") from None
-    if x.device.type == "cpu" and not bool(((value >= 0) & (value <= 1)).all()):
-        raise ValueError(f"{name}: runs from {float(value.min())} to {float(value.max())}, must lie in [0, 1]")
+    check_share(name, value)
     return spread
 
 

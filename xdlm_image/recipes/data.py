@@ -42,6 +42,13 @@ class DataOptions:
         if self.name is None:  # what is written down anywhere is the name that it stands for
             self.name = "fashion-mnist" if self.root is None else "folder"
         require(self.name != "folder" or self.root is not None, "data.root", self.root, "name the image folder")
+        for name, choices in (
+            ("name", ("fashion-mnist", "folder")),
+            ("channels", (1, 3)),
+            ("crop", ("center", "random")),
+        ):
+            require(getattr(self, name) in choices, f"data.{name}", getattr(self, name), f"must be one of {choices}")
+        require(isinstance(self.image_size, int), "data.image_size", self.image_size, "must be a whole number")
         require_at_least(self, 8, "image_size", group="data.")
         require(
             0 <= self.validation_fraction <= 0.5,

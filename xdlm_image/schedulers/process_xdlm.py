@@ -230,9 +230,16 @@ class XDLMProcess:
             Noisy codes, int64, the shape of x.
 
         Raises:
-            ValueError: If x holds ids that are no codes (looked for on the CPU only).
+            ValueError: If x holds ids that are no codes or alpha, beta lie outside [0, 1] (both looked for on the CPU
+                only), or their shape does not fit.
         """
         self.check_ids("x", x, self.num_codes)
+        for name, value in (("alpha", alpha), ("beta", beta)):
+            check_share(name, value)
+            if value.ndim > x.ndim or any(m not in (1, n) for m, n in zip(value.shape, x.shape)):
+                raise ValueError(
+                    f"{name} {tuple(value.shape)}: for codes {tuple(x.shape)} give one an image (B,), or one a code"
+                )
         u, v = draw_uniforms(x.shape, generator, x.device)
         beta = _per_image(beta, x).to(u.dtype)
         drawn = self._uniform_id(v)
@@ -282,6 +289,12 @@ class XDLMProcess:
         w_noise = beta_s * torch.where(alpha_s > 0, gain / alpha_s, torch.zeros_like(gain)) * share
         w_uniform, w_mask = self.k * w_noise, (1.0 - self.k) * w_noise
         return MixtureWeights(w_model, w_uniform, w_mask, (1.0 - w_model - w_noise).clamp(min=0.0))
+
+
+def check_share(name: str, value: torch.Tensor) -> None:
+    """Raise ValueError if alpha or beta lies outside [0, 1], or is NaN: no accelerator waits for that."""
+    if value.device.type == "cpu" and not bool(((value >= 0) & (value <= 1)).all()):
+        raise ValueError(f"{name}: runs from {float(value.min())} to {float(value.max())}, must lie in [0, 1]")
 
 
 def _per_image(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ FREE = {
     "output_dir", "tokenizer", "codes", "validation_codes", "log_every", "validate_every", "validation_samples",
     "sample_every", "sample_steps", "checkpoint_every", "keep_checkpoints", "pipeline_every", "resume", "stop_after",
     "log_with", "gradient_checkpointing",  # computes the same again
-    "init_from",  # a checkpoint's weights win, and the folder need no longer be there
+    "init_from",  # see `refuse_other_beginning`; the folder need no longer be there
 }  # fmt: skip
 SAME_BUT_ROUNDED = ("attention_backend", "compile", "mixed_precision")
 PROCESSES = "number of processes"
@@ -95,6 +96,15 @@ def changes_of(saved: Mapping[str, Any], now: Mapping[str, Any], step: int, fold
     old, new = ({name: value for name, value in values.items() if name not in may_change} for values in (saved, now))
     refuse_other_recipe(old, new, folder)
     return notes
+
+
+def refuse_other_beginning(init_from: str | None, began: str | None, folder: str | Path) -> None:
+    """Raise ValueError where `init_from` names other weights than those at which the run in `folder` began."""
+    if init_from is not None and (began is None or os.path.abspath(init_from) != os.path.abspath(began)):
+        raise ValueError(
+            f"init_from={init_from!r}: the run in {folder} began at {'new weights' if began is None else repr(began)}, "
+            "and goes on from its checkpoint; leave init_from out for that, or name another output_dir to begin there"
+        )
 
 
 def _flat(recipe: TrainRecipe) -> dict[str, Any]:

@@ -37,7 +37,7 @@ from ..tokenizer.codes import load_tokenizer
 from .batches import batch_indices, rank_positions, step_seed, stratified_times
 from .beginning import begin_at
 from .checkpoints import Checkpoint, CheckpointFolder, Learned, MetricLines, refuse_other_folders
-from .going_on import changes_of, what_binds
+from .going_on import changes_of, refuse_other_beginning, what_binds
 from .launch import make_accelerator, refuse_sharding
 from .meters import LossMeter
 from .trackers import log_picture, refuse_missing, start_trackers
@@ -116,7 +116,9 @@ class TrainingRun:
             )
         self.vqvae = load_tokenizer(recipe.tokenizer)
         self.cache = self._open_cache(recipe.codes)
-        self.validation_cache = self._open_cache(recipe.validation_codes) if recipe.validation_codes else None
+        self.validation_cache: CodeCache | None = None
+        if recipe.validation_codes:
+            self.validation_cache = self._open_cache(recipe.validation_codes, "validation_codes")
         notes = [] if self.validation_cache is None else refuse_other_images(self.cache, self.validation_cache)
         self.accelerator = make_accelerator(recipe)
         manifest = self.cache.manifest
@@ -169,8 +171,8 @@ class TrainingRun:
         self.learning_rate = 0.0  # of the last step
         self.gradient_norm: torch.Tensor | None = None  # before clipping; None where nothing is clipped
 
-    def _open_cache(self, path: str) -> CodeCache:
-        cache = CodeCache.open(path)
+    def _open_cache(self, path: str, argument: str = "codes") -> CodeCache:
+        cache = CodeCache.open(path, argument)
         cache.check(tokenizer=self.vqvae)
         cache.verify()
         return cache
@@ -398,6 +400,7 @@ class TrainingRun:
         saved = newest.state["bound"]
         self.init_from = saved.get("init_from")
         notes = changes_of(saved, self._bound(), newest.step, self.output_dir)
+        refuse_other_beginning(self.recipe.init_from, self.init_from, self.output_dir)
         if self.recipe.stop_after is not None and self.recipe.stop_after < newest.step:
             raise ValueError(
                 f"stop_after={self.recipe.stop_after}: the run in {self.output_dir} has done {newest.step} steps "
