@@ -136,6 +136,23 @@ def measured(arguments: argparse.Namespace, model: str, sampler: str, value: flo
     return rows
 
 
+def against_lowest(results: list[dict]) -> list[dict]:
+    """Every model and sampler against the one of the lowest mean distance at its step count, paired by seed."""
+    rows = []
+    for steps in sorted({row["num_steps"] for row in results}):
+        here = [row for row in results if row["num_steps"] == steps]
+        for layer in here[0]["fid"]:
+            lowest = min(here, key=lambda row: statistics.mean(row["fid"][layer]))
+            for row in here:
+                values = [a - b for a, b in zip(row["fid"][layer], lowest["fid"][layer])]
+                names = {"model": row["model"], "sampler": row["sampler"], "num_steps": steps, "layer": layer}
+                lowest_of = f"{lowest['model']} {lowest['sampler']}"
+                rows.append(
+                    names | {"lowest": lowest_of, "mean": statistics.mean(values), "interval": interval(values)}
+                )
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=Path, default=ROOT / "shipped" / "fashion_mnist", help="as shipped/train.sh's")
@@ -182,6 +199,7 @@ def main() -> None:
             "trials": trials,
             "results": results,
             "differences": differences,
+            "against_lowest": against_lowest(results),
         }
         arguments.output.write_text(json.dumps(content, indent=2) + "\n")
         for row in results:
@@ -192,6 +210,10 @@ def main() -> None:
             low, high = row["interval"]
             place = f"{row['sampler']:12} {row['num_steps']} steps {row['layer']:8}"
             print(f"{place} {row['model']} - {arguments.names[0]} {row['mean']:+.3f} [{low:+.3f}, {high:+.3f}]")
+        for row in content["against_lowest"]:
+            low, high = row["interval"]
+            place = f"{row['model']:9} {row['sampler']:12} {row['num_steps']} steps {row['layer']:8}"
+            print(f"{place} - {row['lowest']} {row['mean']:+.3f} [{low:+.3f}, {high:+.3f}]")
         print(arguments.output)
 
 

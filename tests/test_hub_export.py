@@ -306,12 +306,6 @@ def test_a_class_that_the_package_lacks_is_named(exported, tmp_path):
         load(other)
 
 
-@pytest.mark.parametrize("revision", [None, "main", "v1.0", "a1b2c3d", "A" * 40])
-def test_remote_code_needs_a_pinned_revision(revision):
-    with pytest.raises(ValueError, match=f"revision={revision!r}: trust_remote_code=True runs code of 'me/tiny'"):
-        XDLMPipeline.from_pretrained("me/tiny", trust_remote_code=True, revision=revision)
-
-
 def test_other_code_and_no_folder_are_refused(saved):
     with pytest.raises(ValueError, match="custom_pipeline='me/other'.*runs its own code"):
         XDLMPipeline.from_pretrained(saved, custom_pipeline="me/other")

@@ -235,3 +235,9 @@ def test_an_own_part_stands_for_a_missing_one(saved):
         assert XDLMPipeline.from_pretrained(saved.parent, scheduler=pipe.scheduler).scheduler is pipe.scheduler
     finally:
         saved.write_text(whole)
+
+
+@pytest.mark.parametrize("revision", [None, "main", "v1.0", "a1b2c3d", "A" * 40])
+def test_remote_code_needs_a_pinned_revision(revision):
+    with pytest.raises(ValueError, match=f"revision={revision!r}: trust_remote_code=True runs code of 'me/tiny'"):
+        XDLMPipeline.from_pretrained("me/tiny", trust_remote_code=True, revision=revision)

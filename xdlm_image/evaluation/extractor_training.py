@@ -25,7 +25,7 @@ from xdlm_image.devices import best_device
 from xdlm_image.evaluation.batches import Uint8Images, real_batches
 from xdlm_image.evaluation.extractor import load_extractor
 from xdlm_image.evaluation.small_classifier import ExtractorConfig, SmallClassifier, read_extractor_config
-from xdlm_image.files import refuse_unwritable, sha256_of_file, write_atomic, write_json
+from xdlm_image.files import sha256_of_file, write_atomic, write_json
 from xdlm_image.processes import only_command
 from xdlm_image.recipes import WHERE_IMAGES_ARE, ExtractorRecipe
 from xdlm_image.training.checkpoints import Checkpoint, CheckpointFolder, refuse_other_recipe
@@ -86,7 +86,6 @@ def train_extractor(recipe: ExtractorRecipe) -> Path:
     if _is_trained(output, recipe, train.fingerprint):
         print(f"{output}: this extractor is already trained; delete the folder to train it again")
         return output
-    refuse_unwritable(output, "output_dir")
     with only_command(output, is_main=True):
         _train(recipe, train, test)
     return output

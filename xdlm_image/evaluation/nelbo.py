@@ -34,7 +34,7 @@ from xdlm_image.evaluation.nelbo_estimate import (
 from xdlm_image.evaluation.nelbo_report import write_curves, write_plot, write_report
 from xdlm_image.evaluation.plan import device_name, versions
 from xdlm_image.evaluation.statistics import rank_and_world
-from xdlm_image.files import refuse_unwritable, write_json
+from xdlm_image.files import write_json
 from xdlm_image.objective import XDLMLoss
 from xdlm_image.processes import only_command, process_state
 from xdlm_image.recipes import NelboRecipe
@@ -82,7 +82,6 @@ def nelbo(recipe: NelboRecipe) -> Path:
     process_state()
     plan = check(recipe)
     output = Path(recipe.output_dir)
-    refuse_unwritable(output, "output_dir")
     with only_command(output, rank_and_world()[0] == 0):
         _measure(plan, output)
         barrier()

@@ -75,7 +75,6 @@ def evaluate(recipe: EvaluateRecipe) -> Path:
     process_state()
     plan = check(recipe)
     output = Path(recipe.output_dir)
-    refuse_unwritable(output, "output_dir")
     if recipe.images_dir is not None:
         refuse_unwritable(recipe.images_dir, "images_dir")
     with only_command(output, rank_and_world()[0] == 0):
@@ -217,18 +216,13 @@ class _Cell:
     label: str
     drawn: dict[str, Any]  # what decides its images
     key: dict[str, Any]  # what decides its numbers
-    axes: dict[str, Any]  # the settings by name, as in fid.json
     path: Path
     pictures: DrawnPictures | None
     result: dict[str, Any] | None  # None: to be measured
 
 
-def _cell(plan: Plan, name: str, settings: SamplerSettings, seed: int, reference: Reference) -> _Cell:
-    """A cell, with its result if it was measured under this protocol and its images are where they are asked for."""
-    recipe = plan.recipe
-    conditional = plan.pipelines[name]["conditional"]
-    reconstructions = reference.reconstructions.get(plan.pipelines[name]["tokenizer_hash"])
-    axes = {
+def _axes(settings: SamplerSettings) -> dict[str, Any]:
+    return {
         "num_steps": settings.num_steps,
         "guidance_scale": settings.guidance_scale,
         "temperature": settings.temperature,
@@ -236,6 +230,14 @@ def _cell(plan: Plan, name: str, settings: SamplerSettings, seed: int, reference
         "sampler": settings.sampler,
         "guidance_interval": settings.guidance_interval,
     }
+
+
+def _cell(plan: Plan, name: str, settings: SamplerSettings, seed: int, reference: Reference) -> _Cell:
+    """A cell, with its result if it was measured under this protocol and its images are where they are asked for."""
+    recipe = plan.recipe
+    conditional = plan.pipelines[name]["conditional"]
+    reconstructions = reference.reconstructions.get(plan.pipelines[name]["tokenizer_hash"])
+    axes = _axes(settings)
     drawn = {
         "pipeline_weights": plan.pipelines[name]["weights_hash"],
         # what is not chosen is no key: cells from before there was the choice stay good
@@ -277,7 +279,7 @@ def _cell(plan: Plan, name: str, settings: SamplerSettings, seed: int, reference
         if pictures is not None and recipe.images_npz:
             pictures.pack()
         result = {"pipeline": name, **axes, **{key: value for key, value in done.items() if key != "pipeline"}}
-    return _Cell(name, settings, seed, label, drawn, key, axes, path, pictures, result)
+    return _Cell(name, settings, seed, label, drawn, key, path, pictures, result)
 
 
 def _measured(cell: _Cell, plan: Plan, pipeline: Any, reference: Reference) -> dict[str, Any]:
@@ -315,7 +317,7 @@ def _measured(cell: _Cell, plan: Plan, pipeline: Any, reference: Reference) -> d
     drawn_by = store.drawn_by if store and store.drawn_by else [now]  # by an earlier start, maybe
     result = {
         "pipeline": cell.pipeline,
-        **cell.axes,
+        **_axes(settings),
         "nfe": nfe(pipeline, settings) if store else (pipeline.rows - rows_before) / max(1, batches.called),
         "seed": cell.seed,
         "num_samples": count,
