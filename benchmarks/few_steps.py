@@ -3,10 +3,11 @@
     python benchmarks/few_steps.py [shipped/fashion_mnist/evaluation/fid.json] [--output FILE.json]
     python benchmarks/few_steps.py FIRST/fid.json SECOND/fid.json ... [--output FILE.json]
 
-For every step count, layer and reference: FID of each pipeline minus FID of the baseline at the same sampling seed,
-their mean over seeds, and Student's 95 % interval of that mean. It holds for these weights: one training seed says
-nothing of how much another training would differ. Of several sweeps each holds models trained with a seed of its own;
-what is compared then are these means, one a training, and the interval is that of trainings.
+For every measure (FID by layer and reference, precision, recall, coverage, share of images of the class asked for) and
+step count: that of each pipeline minus that of the baseline at the same sampling seed, their mean over seeds, and
+Student's 95 % interval of that mean. It holds for these weights: one training seed says nothing of how much another
+training would differ. Of several sweeps each holds models trained with a seed of its own; what is compared then are
+these means, one a training, and the interval is that of trainings.
 """
 
 import argparse
@@ -21,7 +22,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = ROOT / "shipped" / "fashion_mnist" / "evaluation" / "fid.json"
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # 97.5 % points, 1 to 10 degrees
 MOST = len(STUDENT) + 1
-REFERENCES = {"real images": "fid", "reconstructions": "fid_against_reconstructions"}
+DISTANCES = {"fid": "FID against real images", "fid_against_reconstructions": "FID against reconstructions"}
+HIGHER_IS_BETTER = ("precision", "recall", "coverage", "class_accuracy")
 
 
 def interval(differences: list[float]) -> tuple[float, float]:
@@ -66,21 +68,23 @@ def shared(sweeps: list[dict], key: str) -> list:
     return [value for value in held[0] if all(value in others for others in held)]
 
 
-def differences_of(sweeps: list[dict], baseline: str) -> Iterator[tuple[str, str, int, str, list[list[float]]]]:
-    """Reference, layer, step count, pipeline, and its differences: a list over sampling seeds for each sweep."""
-    layers = sweeps[0]["protocol"]["extractor"]["fid_layers"]
+def measures_of(cell: dict) -> dict[str, float]:
+    """What a cell measured, by the name it is printed under."""
+    distances = {
+        f"{of}, {layer} features": v for key, of in DISTANCES.items() for layer, v in (cell[key] or {}).items()
+    }
+    return distances | {key: cell[key] for key in HIGHER_IS_BETTER if cell.get(key) is not None}
+
+
+def differences_of(sweeps: list[dict], baseline: str) -> Iterator[tuple[str, int, str, list[list[float]]]]:
+    """Measure, step count, pipeline, and its differences: a list over sampling seeds for each sweep."""
     names = [name for name in shared(sweeps, "pipelines") if name != baseline]
-    cells = [{(c["pipeline"], c["num_steps"], c["seed"]): c for c in sweep["cells"]} for sweep in sweeps]
-    axes = product(REFERENCES.items(), layers, shared(sweeps, "num_steps"), names)
-    for (against, key), layer, steps, name in axes:
-        differences = [
-            [
-                of[name, steps, s][key][layer] - of[baseline, steps, s][key][layer]
-                for s in sweeps[0]["protocol"]["seeds"]
-            ]
-            for of in cells
-        ]
-        yield against, layer, steps, name, differences
+    found = [{(c["pipeline"], c["num_steps"], c["seed"]): measures_of(c) for c in sweep["cells"]} for sweep in sweeps]
+    every = [measures for of in found for measures in of.values()]
+    measures = [measure for measure in every[0] if all(measure in others for others in every)]
+    for measure, steps, name in product(measures, shared(sweeps, "num_steps"), names):
+        pairs = [[(of[name, steps, s], of[baseline, steps, s]) for s in sweeps[0]["protocol"]["seeds"]] for of in found]
+        yield measure, steps, name, [[own[measure] - base[measure] for own, base in of] for of in pairs]
 
 
 def main() -> None:
@@ -100,13 +104,14 @@ def main() -> None:
         parser.error(f"{count} {what}; 2 to {MOST} give an interval here")
     refuse_unlike(sweeps, paths, parser)
     rows, before = [], None
-    for against, layer, steps, name, of_sweeps in differences_of(sweeps, arguments.baseline):
-        if before != (before := (against, layer)):
-            print(f"\nFID ({layer} features) against {against}, minus that of {arguments.baseline}")
+    for measure, steps, name, of_sweeps in differences_of(sweeps, arguments.baseline):
+        if before != (before := measure):
+            print(f"\n{measure}, minus that of {arguments.baseline}")
         differences = [statistics.mean(over_seeds) for over_seeds in of_sweeps] if trainings else of_sweeps[0]
         low, high = interval(differences)
-        verdict = "better" if high < 0 else "worse" if low > 0 else "not told apart"
-        row = {"against": against, "layer": layer, "num_steps": steps, "pipeline": name}
+        words = ("higher", "lower") if measure in HIGHER_IS_BETTER else ("worse", "better")
+        verdict = words[0] if low > 0 else words[1] if high < 0 else "not told apart"
+        row = {"measure": measure, "num_steps": steps, "pipeline": name}
         row |= {"differences": differences, "mean": statistics.mean(differences), "interval": [low, high]}
         rows.append(row | {"verdict": verdict})
         print(f"{steps:4} steps  {name:10} {row['mean']:+8.3f}  [{low:+.3f}, {high:+.3f}]  {verdict}")

@@ -1,0 +1,75 @@
+"""The numbers that README.md tells are those of the committed files, and scripts make those files."""
+
+import json
+import re
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FEW_STEPS = ROOT / "benchmarks" / "few_steps.py"
+FIRST = "Fréchet distance to the test images"
+MODELS = ("mdlm", "xdlm-0.1", "xdlm-0.5", "udlm")
+
+
+def table_of_readme(header: str) -> list[list[str]]:
+    """Cells of the rows under a header of README.md, without bold."""
+    _, table = (ROOT / "README.md").read_text().split(f"| {header} |", 1)
+    rows = table.split("\n\n")[0].splitlines()[2:]
+    return [[cell.strip().replace("*", "") for cell in row.strip("|").split("|")] for row in rows]
+
+
+def test_first_table_is_of_the_shipped_evaluation():
+    found = json.loads((ROOT / "shipped/fashion_mnist/evaluation/fid.json").read_text())
+    rows = table_of_readme(FIRST)
+    assert len(rows) == len(MODELS)
+    for model, (name, *told) in zip(MODELS, rows):
+        k = re.search(r"k = ([\d.]+)", name)[1]
+        assert {"mdlm": "0", "udlm": "1"}.get(model, model.removeprefix("xdlm-")) == k
+        for steps, text in zip(found["protocol"]["sampler"]["num_steps"], told, strict=True):
+            of = [c["fid"]["pooled"] for c in found["cells"] if (c["pipeline"], c["num_steps"]) == (model, steps)]
+            assert text == f"{statistics.mean(of):.2f} ± {statistics.stdev(of):.2f}", (model, steps)
+
+
+def test_table_of_tuned_samplers_is_of_its_benchmark():
+    results = json.loads((ROOT / "benchmarks/samplers.json").read_text())["results"]
+    samplers = {
+        "Psi": "psi",
+        "temperature": "ancestral",
+        "temperature annealed": "annealed",
+        "Psi and temperature annealed": "psi-annealed",
+        "Halton order, temperature": "halton",
+        "confidence order": "confidence",
+    }
+    told = {name: cells for name, *cells in table_of_readme("Fréchet distance at 4 / 8 steps")}
+    assert set(told) == {"plain ancestral", *samplers}
+    plain = [f"{row[3].split()[0]} / {row[4].split()[0]}" for row in table_of_readme(FIRST)]
+    assert told["plain ancestral"] == [of for of, model in zip(plain, MODELS, strict=True) if model != "xdlm-0.5"]
+    for name, sampler in samplers.items():
+        for model, text in zip(("mdlm", "xdlm-0.1", "udlm"), told[name], strict=True):
+            own = [row for row in results if (row["model"], row["sampler"]) == (model, sampler)]
+            means = [statistics.mean(r["fid"]["pooled"]) for r in sorted(own, key=lambda row: row["num_steps"])]
+            assert text == (" / ".join(f"{mean:.2f}" for mean in means) or "no masks"), (name, model)
+
+
+@pytest.mark.parametrize(
+    ("committed", "sweeps"),
+    [
+        ("few_steps.json", ["evaluation"]),
+        ("few_steps_trainings.json", ["training_seeds/seed0", "training_seeds/seed1", "training_seeds/seed2"]),
+    ],
+)
+def test_comparisons_are_what_the_script_makes_of_the_sweeps(tmp_path, committed, sweeps):
+    paths = [ROOT / "shipped/fashion_mnist" / sweep / "fid.json" for sweep in sweeps]
+    output = tmp_path / "compared.json"
+    subprocess.run([sys.executable, FEW_STEPS, *paths, "--output", output], check=True, capture_output=True)
+    made, kept = json.loads(output.read_text()), json.loads((ROOT / "benchmarks" / committed).read_text())
+    assert {**made, "rows": None} == {**kept, "rows": None}
+    for ours, theirs in zip(made["rows"], kept["rows"], strict=True):
+        numbers = ("mean", "interval", "differences")
+        assert {**ours, **dict.fromkeys(numbers)} == {**theirs, **dict.fromkeys(numbers)}
+        for name in numbers:
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-9, abs=1e-12)
