@@ -1,4 +1,4 @@
-"""The numbers that README.md tells are those of the committed files, and scripts make those files."""
+"""The tables of README.md and docs/few_steps.md are those of the committed files, and scripts make those files."""
 
 import json
 import re
@@ -15,16 +15,16 @@ FIRST = "Fréchet distance to the test images"
 MODELS = ("mdlm", "xdlm-0.1", "xdlm-0.5", "udlm")
 
 
-def table_of_readme(header: str) -> list[list[str]]:
-    """Cells of the rows under a header of README.md, without bold."""
-    _, table = (ROOT / "README.md").read_text().split(f"| {header} |", 1)
+def table_of(document: str, header: str) -> list[list[str]]:
+    """Cells of the rows under a header, without bold."""
+    _, table = (ROOT / document).read_text().split(f"| {header} |", 1)
     rows = table.split("\n\n")[0].splitlines()[2:]
     return [[cell.strip().replace("*", "") for cell in row.strip("|").split("|")] for row in rows]
 
 
 def test_first_table_is_of_the_shipped_evaluation():
     found = json.loads((ROOT / "shipped/fashion_mnist/evaluation/fid.json").read_text())
-    rows = table_of_readme(FIRST)
+    rows = table_of("README.md", FIRST)
     assert len(rows) == len(MODELS)
     for model, (name, *told) in zip(MODELS, rows):
         k = re.search(r"k = ([\d.]+)", name)[1]
@@ -44,15 +44,25 @@ def test_table_of_tuned_samplers_is_of_its_benchmark():
         "Halton order, temperature": "halton",
         "confidence order": "confidence",
     }
-    told = {name: cells for name, *cells in table_of_readme("Fréchet distance at 4 / 8 steps")}
+    told = {name: cells for name, *cells in table_of("docs/few_steps.md", "Fréchet distance at 4 / 8 steps")}
     assert set(told) == {"plain ancestral", *samplers}
-    plain = [f"{row[3].split()[0]} / {row[4].split()[0]}" for row in table_of_readme(FIRST)]
+    plain = [f"{row[3].split()[0]} / {row[4].split()[0]}" for row in table_of("README.md", FIRST)]
     assert told["plain ancestral"] == [of for of, model in zip(plain, MODELS, strict=True) if model != "xdlm-0.5"]
     for name, sampler in samplers.items():
         for model, text in zip(("mdlm", "xdlm-0.1", "udlm"), told[name], strict=True):
             own = [row for row in results if (row["model"], row["sampler"]) == (model, sampler)]
             means = [statistics.mean(r["fid"]["pooled"]) for r in sorted(own, key=lambda row: row["num_steps"])]
             assert text == (" / ".join(f"{mean:.2f}" for mean in means) or "no masks"), (name, model)
+
+
+def test_table_of_trainings_is_of_their_sweeps():
+    rows = table_of("docs/few_steps.md", "training seed")
+    assert len(rows) == 3
+    for seed, row in enumerate(rows):
+        cells = json.loads((ROOT / f"shipped/fashion_mnist/training_seeds/seed{seed}/fid.json").read_text())["cells"]
+        for model, text in zip(("mdlm", "xdlm-0.1"), row[1:], strict=True):
+            of = {cell["num_steps"]: cell["fid"]["pooled"] for cell in cells if cell["pipeline"] == model}
+            assert text == f"{of[4]:.2f} / {of[8]:.2f}"
 
 
 @pytest.mark.parametrize(
