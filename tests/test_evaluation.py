@@ -405,7 +405,8 @@ def test_wrong_recipes_are_refused_before_anything_is_drawn(parts, tmp_path, mon
         (dict(guidance_scale=[1.0, math.inf]), ValueError, "guidance_scale=inf: must be a finite number"),
         (dict(temperature=math.nan), ValueError, "temperature=nan: must be a finite number"),
         (dict(num_steps=[4, 4]), ValueError, r"num_steps=\[4, 4\]"),
-        (dict(seeds=[-1]), ValueError, "seed=-1"),
+        (dict(num_steps=[4, 10**6]), ValueError, r"pipelines\.mdlm=.*steps=1000000: .* from 1 to 100,000"),
+        (dict(seeds=[-1]), ValueError, "seeds=-1"),
         (dict(batch_size=0), ValueError, "batch_size=0"),
         (dict(sampler=["halton", "halton"]), ValueError, "sampler=.*each only once"),
         (

@@ -15,6 +15,7 @@ from PIL import Image
 from xdlm_image.evaluation import grids
 from xdlm_image.evaluation.drawing import open_pipeline
 from xdlm_image.evaluation.grids import GAP, class_ids, sample, save_grid
+from xdlm_image.models import XDLMTransformer2DModel
 from xdlm_image.recipes import SampleRecipe
 
 
@@ -148,7 +149,7 @@ def test_images_of_two_calls_are_not_mixed(pipeline, tmp_path):
         sample(_recipe(pipeline, tmp_path / "a.png", images_dir=str(tmp_path / "images"), images_per_class=1))
 
 
-def test_wrong_requests_are_refused(pipeline, tmp_path):
+def test_wrong_requests_are_refused_before_anything_is_drawn(pipeline, tmp_path, monkeypatch):
     cases = [
         (dict(class_labels=["dragonfly"]), "dragonfly"),
         (dict(class_labels=["3"]), "'3'.*0 to 2"),
@@ -157,7 +158,12 @@ def test_wrong_requests_are_refused(pipeline, tmp_path):
         (dict(temperature=0.0), "temperature=0"),
         (dict(batch_size=0), "batch_size=0"),
         (dict(seed=2**20), "seed=1048576"),
+        (dict(seed="one"), "seed='one': must be a whole number in"),
+        (dict(num_steps=10**8), "num_inference_steps=100000000: .*a pipeline's num_steps is meant"),
+        (dict(images_per_class=2**19), "images_per_class=524288: at most 262144"),
+        (dict(images_per_class=2**17), "images_per_class=131072: of 3 classes; at most 262144 images"),
     ]
+    monkeypatch.setattr(XDLMTransformer2DModel, "forward", lambda *_, **__: pytest.fail("the network has run"))
     for changes, message in cases:
         with pytest.raises(ValueError, match=message):
             sample(_recipe(pipeline, tmp_path / "x.png", **changes))

@@ -187,9 +187,9 @@ def with_scheduler(pipeline: XDLMPipeline, settings: SamplerSettings) -> XDLMPip
 
 def check_settings(pipeline: XDLMPipeline, settings: SamplerSettings) -> None:
     """Raise ValueError, before anything is drawn, if the pipeline does not take the settings."""
-    with_scheduler(pipeline, settings)
     scale, interval = settings.guidance_scale, settings.guidance_interval
     pipeline.check_inputs(scale, settings.temperature, 1, "latent", [], interval)
+    nfe(pipeline, settings)  # a scheduler and a step count that can be
 
 
 def nfe(pipeline: XDLMPipeline, settings: SamplerSettings) -> int:

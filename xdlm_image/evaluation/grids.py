@@ -17,6 +17,7 @@ from xdlm_image.devices import best_device
 from xdlm_image.evaluation.drawing import SamplerSettings, check_settings, class_names, draw_all, open_pipeline
 from xdlm_image.evaluation.foreign_pipelines import ForeignPipeline
 from xdlm_image.evaluation.pictures import save_images, save_picture, to_picture
+from xdlm_image.evaluation.seeds import MAX_IMAGES
 from xdlm_image.evaluation.trace_pictures import check_trace, write_trace
 from xdlm_image.files import refuse_unwritable
 from xdlm_image.pipelines import XDLMImg2ImgPipeline, XDLMInpaintPipeline, XDLMPipeline
@@ -128,8 +129,6 @@ def sample(recipe: SampleRecipe) -> Path:
     """
     if Path(recipe.output).suffix.lower() != ".png":
         raise ValueError(f"output={recipe.output!r}: name a .png file")
-    if recipe.batch_size < 1:
-        raise ValueError(f"batch_size={recipe.batch_size!r}: at least 1 image")
     pipeline = open_pipeline(recipe.pipeline, best_device(recipe.device))
     ids = class_ids(pipeline, recipe.class_labels)
     start: dict[str, Any] = {}
@@ -153,6 +152,11 @@ def sample(recipe: SampleRecipe) -> Path:
     )
     check_settings(pipeline, settings)
     check_trace(recipe, len(ids))
+    if len(ids) * recipe.images_per_class > MAX_IMAGES:
+        raise ValueError(
+            f"images_per_class={recipe.images_per_class}: of {len(ids)} classes; at most {MAX_IMAGES} images are drawn "
+            "from one seed, so that no two share random numbers"
+        )
     refuse_unwritable(Path(recipe.output).parent, "the folder of output")
     labels = [label for label in ids for _ in range(recipe.images_per_class)]
     numbered = [f"{i:05d}_class{label:04d}.png" for i, label in enumerate(labels)]

@@ -10,6 +10,7 @@ import json
 import platform
 import warnings
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -292,9 +293,9 @@ def _check_pipeline(
             f"{argument}: its classes are {class_names(pipeline)[:5]}..., the data's are {names[:5]}...; the ids would "
             "not mean the same"
         )
-    for variant in recipe.variants:
+    for steps, variant in product(recipe.num_steps, recipe.variants):
         try:
-            check_settings(pipeline, SamplerSettings(1, *variant))
+            check_settings(pipeline, SamplerSettings(steps, *variant))
         except ValueError as error:
             raise ValueError(f"{argument}: {error}") from error
     return {

@@ -6,6 +6,7 @@ This file owns the rule (seed, image index) -> generator, and nothing else.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from numbers import Integral
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -15,6 +16,14 @@ INDEX_BITS = 18  # torch's CPU generator (mt19937) uses 32 bits of a seed: 18 fo
 MAX_IMAGES = 2**INDEX_BITS
 MAX_SEED = 2 ** (32 - INDEX_BITS)
 SEED_RULE = "image i of seed s: mt19937 seeded with MurmurHash3's finalizer of (s * 2**18 + i)"  # for protocols
+
+
+def check_seed(seed: int, argument: str = "seed") -> None:
+    """Raise ValueError outside [0, 16384)."""
+    if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= seed < MAX_SEED:
+        raise ValueError(
+            f"{argument}={seed!r}: must be a whole number in [0, {MAX_SEED}) so that no two images share random numbers"
+        )
 
 
 def image_seed(seed: int, index: int) -> int:
@@ -31,8 +40,7 @@ def image_seed(seed: int, index: int) -> int:
     Raises:
         ValueError: Outside these ranges.
     """
-    if not 0 <= seed < MAX_SEED:
-        raise ValueError(f"seed={seed!r}: must lie in [0, {MAX_SEED}) so that no two images share random numbers")
+    check_seed(seed)
     if not 0 <= index < MAX_IMAGES:
         raise ValueError(f"image index {index!r}: must lie in [0, {MAX_IMAGES}); draw fewer images or a second seed")
     h = (seed << INDEX_BITS) | index

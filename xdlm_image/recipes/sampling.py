@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import Any, Literal, get_args
 
-from xdlm_image.evaluation.seeds import MAX_IMAGES
+from xdlm_image.evaluation.seeds import MAX_IMAGES, check_seed
 
 from .checks import require, require_at_least, require_finite, require_in_time
 from .data import DataOptions
@@ -74,7 +74,9 @@ class SampleRecipe:
     trace_frame_ms: int = 500
 
     def __post_init__(self) -> None:
-        require_at_least(self, 1, "num_steps", "images_per_class")
+        require_at_least(self, 1, "num_steps", "images_per_class", "batch_size")
+        require(self.images_per_class <= MAX_IMAGES, "images_per_class", self.images_per_class, f"at most {MAX_IMAGES}")
+        check_seed(self.seed)
         require_in_time("guidance_scale", self.guidance_scale)
         require_in_time("temperature", self.temperature)
         require(self.strength is None or 0 < self.strength <= 1, "strength", self.strength, "above 0, at most 1")
@@ -134,6 +136,8 @@ class NeighboursRecipe:
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "images_per_class", "num_neighbours", "num_steps", "batch_size")
+        require(self.images_per_class <= MAX_IMAGES, "images_per_class", self.images_per_class, f"at most {MAX_IMAGES}")
+        check_seed(self.seed)
         require_at_least(self, 20, "held_out", remedy="at least 20: their nearest 5 % are the measure")
         require_finite("guidance_scale", self.guidance_scale)
         require_finite("temperature", self.temperature)
@@ -269,6 +273,8 @@ class EvaluateRecipe:
                 len(values) > 0 and len(set(values)) == len(values), name, values, "name at least one, each only once"
             )
         require(all(n >= 1 for n in self.num_steps), "num_steps", self.num_steps, "every step count is at least 1")
+        for seed in self.seeds:
+            check_seed(seed, "seeds")
         require_at_least(self, 2, "num_samples", remedy="at least 2 images, and far more for numbers that mean much")
         require(
             self.num_samples <= MAX_IMAGES,
