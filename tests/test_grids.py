@@ -14,6 +14,7 @@ from PIL import Image
 
 from xdlm_image.evaluation import grids
 from xdlm_image.evaluation.drawing import open_pipeline
+from xdlm_image.evaluation.given_images import GivenImages
 from xdlm_image.evaluation.grids import GAP, class_ids, sample, save_grid
 from xdlm_image.models import XDLMTransformer2DModel
 from xdlm_image.recipes import SampleRecipe
@@ -65,8 +66,11 @@ def test_wrong_grids_are_refused(tmp_path):
 def test_sampling_does_not_depend_on_the_batch(pipeline, tmp_path):
     a = sample(_recipe(pipeline, tmp_path / "a.png", images_dir=str(tmp_path / "a")))
     b = sample(_recipe(pipeline, tmp_path / "b.png", images_dir=str(tmp_path / "b"), batch_size=9))
-    names = sorted(p.name for p in (tmp_path / "a").iterdir())
-    assert names == [f"{i:05d}_class{i // 3:04d}.png" for i in range(9)]
+    files = [path.relative_to(tmp_path / "a").as_posix() for path in (tmp_path / "a").rglob("*.png")]
+    names = sorted(files, key=os.path.basename)
+    assert names == [f"{CLASSES[i // 3]}/{i:07d}.png" for i in range(9)]
+    given = GivenImages(tmp_path / "a", 3, 16, CLASSES)
+    assert given.labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2] and not given.notes  # as `evaluate --images` takes them
     pictures = [np.array(Image.open(tmp_path / "a" / name)).astype(int) for name in names]
     for name, picture in zip(names, pictures):
         other = np.array(Image.open(tmp_path / "b" / name)).astype(int)
@@ -145,7 +149,7 @@ def test_images_of_two_calls_are_not_mixed(pipeline, tmp_path):
     recipe = _recipe(pipeline, tmp_path / "a.png", images_dir=str(tmp_path / "images"))
     sample(recipe)
     sample(_recipe(pipeline, tmp_path / "a.png", images_dir=str(tmp_path / "images"), seed=3))  # every one is replaced
-    with pytest.raises(ValueError, match=r"images_dir=.*holds 00001_class0000.png and 7 more images of another call"):
+    with pytest.raises(ValueError, match=r"images_dir=.*holds ant/0000001.png and 7 more images of another call"):
         sample(_recipe(pipeline, tmp_path / "a.png", images_dir=str(tmp_path / "images"), images_per_class=1))
 
 

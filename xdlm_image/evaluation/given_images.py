@@ -11,6 +11,7 @@ import re
 import struct
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -23,13 +24,14 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.v2 import functional as tv
 from tqdm import tqdm
 
-from xdlm_image.data.folders import walk
+from xdlm_image.data.folders import TAKEN, walk
 from xdlm_image.data.images import read_image
 from xdlm_image.evaluation.batches import NO_CLASS, Batch, blocks_of_rank
 from xdlm_image.files import sha256_of_file
 
 LOSSY = (".jpg", ".jpeg", ".webp")
-NAMED = 5  # strange class folders that a note names
+NAMED = 5  # strange class folders, or kinds of files, that a note names
+BESIDE_IMAGES = {".json", ".npz", ".txt", ".csv", ".md"}  # what programs write about images
 
 
 class GivenImages:
@@ -102,12 +104,17 @@ class GivenImages:
     # -- folders ------------------------------------------------------------------------------------------------------
 
     def _open_folder(self, class_names: list[str]) -> None:
-        found = [Path(inner) / name for inner, _, names in walk(str(self.path), "images") for name in names]
+        others: Counter[str] = Counter()
+        walked = walk(str(self.path), "images", others)
+        found = [Path(inner) / name for inner, _, names in walked for name in names]
         self._files = sorted(found, key=lambda p: (p.name, p))  # not class by class: Inception Score splits in order
         if not self._files:
             raise FileNotFoundError(f"images={str(self.path)!r}: no image file in it ({', '.join(IMG_EXTENSIONS)})")
         self._read(self._files[0])
         self._refuse_other_sizes()
+        if strange := others.keys() - BESIDE_IMAGES:
+            kinds = ", ".join(f"{kind} {others[kind]:,}" for kind in sorted(strange)[:NAMED])
+            self.notes.append(f"{self.path}: files of other kinds are not taken ({kinds}); {TAKEN} are")
         ids = {name: i for names in (class_folders(class_names), class_names) for i, name in enumerate(names)}
         below = [file.relative_to(self.path).parts[0] for file in self._files]
         self.labels = np.array([ids.get(name, NO_CLASS) for name in below], dtype=np.int64)

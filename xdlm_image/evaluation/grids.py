@@ -14,8 +14,16 @@ from PIL import Image, ImageDraw, ImageFont
 
 from xdlm_image.data.images import read_image
 from xdlm_image.devices import best_device
-from xdlm_image.evaluation.drawing import SamplerSettings, check_settings, class_names, draw_all, open_pipeline
+from xdlm_image.evaluation.drawing import (
+    SamplerSettings,
+    check_settings,
+    class_names,
+    draw_all,
+    folder_names,
+    open_pipeline,
+)
 from xdlm_image.evaluation.foreign_pipelines import ForeignPipeline
+from xdlm_image.evaluation.given_images import class_folders
 from xdlm_image.evaluation.pictures import save_images, save_picture, to_picture
 from xdlm_image.evaluation.seeds import MAX_IMAGES
 from xdlm_image.evaluation.trace_pictures import check_trace, write_trace
@@ -159,7 +167,8 @@ def sample(recipe: SampleRecipe) -> Path:
         )
     refuse_unwritable(Path(recipe.output).parent, "the folder of output")
     labels = [label for label in ids for _ in range(recipe.images_per_class)]
-    numbered = [f"{i:05d}_class{label:04d}.png" for i, label in enumerate(labels)]
+    folders = class_folders(folder_names(pipeline))
+    numbered = [f"{folders[label]}/{i:07d}.png" for i, label in enumerate(labels)]  # as `evaluate` has them
     if recipe.images_dir is not None:
         refuse_unwritable(recipe.images_dir, "images_dir")
         _refuse_others(recipe.images_dir, numbered)
@@ -174,7 +183,8 @@ def sample(recipe: SampleRecipe) -> Path:
 
 def _refuse_others(folder: str, names: Sequence[str]) -> None:
     """Images that an earlier call left and this one would not replace: a folder is judged as one set."""
-    others = {path.name for path in Path(folder).glob("?????_class????.png")} - set(names)
+    found = (path.relative_to(folder).as_posix() for path in Path(folder).glob("*/???????.png"))
+    others = set(found) - set(names)
     if others:
         raise ValueError(
             f"images_dir={folder!r}: holds {min(others)} and {len(others) - 1} more images of another call; move them "

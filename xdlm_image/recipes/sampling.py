@@ -35,7 +35,8 @@ class SampleRecipe:
         temperature: Divides the logits. A pair as for guidance: `[1, 0.3]` anneals.
         sampler, time_grid: As in `evaluate`; None is the pipeline's own.
         seed: Image i of the grid has its own generator, made of (seed, i), whatever the batch.
-        images_dir: Also write each image there as PNG; None writes the grid only.
+        images_dir: Also write each image there, as `CLASS/IIIIIII.png`, which `evaluate --images` takes; None writes
+            the grid only.
         batch_size: Images drawn at once.
         device: torch device; None picks the best there is.
         image: Picture file that every image begins at, scaled to cover the pipeline's size, the middle kept; None
