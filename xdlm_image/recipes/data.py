@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from .checks import require, require_at_least
 
+ImageSetName = Literal["fashion-mnist", "folder"]
+Channels = Literal[1, 3]
+Crop = Literal["center", "random"]
 # Options that decide nothing of what is trained on images whose fingerprint is known.
 WHERE_IMAGES_ARE = ("root", "download", "validation_fraction")
 
@@ -30,11 +33,11 @@ class DataOptions:
         download: Fetch Fashion-MNIST through torchvision when no local copy is found.
     """
 
-    name: Literal["fashion-mnist", "folder"] | None = None
+    name: ImageSetName | None = None
     root: str | None = None
     image_size: int = 28
-    channels: Literal[1, 3] = 1
-    crop: Literal["center", "random"] = "center"
+    channels: Channels = 1
+    crop: Crop = "center"
     validation_fraction: float = 0.05
     download: bool = True
 
@@ -42,12 +45,9 @@ class DataOptions:
         if self.name is None:  # what is written down anywhere is the name that it stands for
             self.name = "fashion-mnist" if self.root is None else "folder"
         require(self.name != "folder" or self.root is not None, "data.root", self.root, "name the image folder")
-        for name, choices in (
-            ("name", ("fashion-mnist", "folder")),
-            ("channels", (1, 3)),
-            ("crop", ("center", "random")),
-        ):
-            require(getattr(self, name) in choices, f"data.{name}", getattr(self, name), f"must be one of {choices}")
+        for name, kind in (("name", ImageSetName), ("channels", Channels), ("crop", Crop)):
+            value, choices = getattr(self, name), get_args(kind)
+            require(value in choices, f"data.{name}", value, f"must be one of {choices}")
         require(isinstance(self.image_size, int), "data.image_size", self.image_size, "must be a whole number")
         require_at_least(self, 8, "image_size", group="data.")
         require(
