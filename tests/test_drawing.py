@@ -8,8 +8,9 @@ import torch
 from evaluation_parts import one_thread, save_pipeline  # noqa: F401
 
 from xdlm_image.evaluation import drawing
-from xdlm_image.evaluation.drawing import DrawnBatches, SamplerSettings, draw_all, nfe, open_pipeline
+from xdlm_image.evaluation.drawing import DrawnBatches, draw_all, open_pipeline
 from xdlm_image.evaluation.drawn_codes import DrawnCodes
+from xdlm_image.evaluation.sampler_settings import SamplerSettings, nfe
 from xdlm_image.evaluation.seeds import MAX_IMAGES, MAX_SEED, image_generators, image_seed
 from xdlm_image.schedulers import XDLMOrderedScheduler, XDLMScheduler
 from xdlm_image.tokenizer.codes import decode_codes

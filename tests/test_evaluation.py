@@ -18,12 +18,13 @@ from xdlm_image.data.images import normalise, open_images
 from xdlm_image.evaluation import drawing, references, sweep
 from xdlm_image.evaluation.batches import Uint8Images, real_batches, reconstructed_batches
 from xdlm_image.evaluation.code_pairs import PairFrequencies
-from xdlm_image.evaluation.drawing import SamplerSettings, decode, draw_codes, open_pipeline
+from xdlm_image.evaluation.drawing import decode, draw_codes, open_pipeline
 from xdlm_image.evaluation.extractor import load_extractor
 from xdlm_image.evaluation.feature_metrics import kid_of_classes, manifold_metrics, unbiased_mmd
 from xdlm_image.evaluation.fid import fid_of_images
 from xdlm_image.evaluation.measuring import cached_measure
 from xdlm_image.evaluation.report import markdown
+from xdlm_image.evaluation.sampler_settings import SamplerSettings, with_scheduler
 from xdlm_image.evaluation.seeds import image_generators
 from xdlm_image.evaluation.sweep import evaluate
 from xdlm_image.evaluation.tables import mean_and_spread
@@ -335,16 +336,16 @@ def test_a_sampler_is_chosen_whatever_the_pipeline_was_saved_with(parts, tmp_pat
     pipeline.scheduler = XDLMOrderedScheduler.from_config(pipeline.scheduler.config, choice_temperature=0.5)
     pipeline.save_pretrained(tmp_path)
     saved = open_pipeline(tmp_path, torch.device("cpu"))
-    kept = drawing.with_scheduler(saved, SamplerSettings(1, time_grid="arccos")).scheduler
+    kept = with_scheduler(saved, SamplerSettings(1, time_grid="arccos")).scheduler
     assert kept.choice_temperature == 0.5 and kept.config.time_grid == "arccos"
     samplers = ("ancestral", "confidence", "halton", "psi")
-    chosen = {name: drawing.with_scheduler(saved, SamplerSettings(1, sampler=name)) for name in samplers}
+    chosen = {name: with_scheduler(saved, SamplerSettings(1, sampler=name)) for name in samplers}
     assert type(chosen["ancestral"].scheduler) is XDLMScheduler
     assert chosen["confidence"].scheduler.choice_temperature == 4.5
     assert chosen["halton"].scheduler.config.unmasking == "halton"
     assert type(chosen["psi"].scheduler) is XDLMPsiScheduler and chosen["psi"].scheduler.config.kappa == 0.2
     assert all(other.transformer is saved.transformer for other in chosen.values())
-    assert drawing.with_scheduler(saved, SamplerSettings(1)) is saved and saved.scheduler.choice_temperature == 0.5
+    assert with_scheduler(saved, SamplerSettings(1)) is saved and saved.scheduler.choice_temperature == 0.5
 
 
 def test_a_network_in_bfloat16_draws_almost_the_same_and_is_told_of(parts, finished, tmp_path, monkeypatch):

@@ -18,8 +18,9 @@ from diffusers import (
 from evaluation_parts import SIZE, build_parts, one_thread  # noqa: F401
 
 from xdlm_image.evaluation import sweep
-from xdlm_image.evaluation.drawing import SamplerSettings, open_any_pipeline
+from xdlm_image.evaluation.drawing import open_any_pipeline
 from xdlm_image.evaluation.foreign_pipelines import ForeignPipeline
+from xdlm_image.evaluation.sampler_settings import SamplerSettings
 from xdlm_image.evaluation.seeds import image_generators
 from xdlm_image.evaluation.sweep import evaluate
 

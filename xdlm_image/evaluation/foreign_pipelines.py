@@ -12,17 +12,15 @@ import json
 from collections.abc import Sequence
 from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 
 from xdlm_image.devices import warn_if_slow
+from xdlm_image.evaluation.sampler_settings import SamplerSettings
 from xdlm_image.evaluation.seeds import image_generators, image_seed
 from xdlm_image.tokenizer.codes import tokenizer_hash
-
-if TYPE_CHECKING:
-    from xdlm_image.evaluation.drawing import SamplerSettings
 
 OURS = "XDLMPipeline"
 DENOISERS = ("transformer", "unet", "prior")

@@ -14,17 +14,11 @@ from PIL import Image, ImageDraw, ImageFont
 
 from xdlm_image.data.images import read_image
 from xdlm_image.devices import best_device
-from xdlm_image.evaluation.drawing import (
-    SamplerSettings,
-    check_settings,
-    class_names,
-    draw_all,
-    folder_names,
-    open_pipeline,
-)
+from xdlm_image.evaluation.drawing import class_names, draw_all, folder_names, open_pipeline
 from xdlm_image.evaluation.foreign_pipelines import ForeignPipeline
 from xdlm_image.evaluation.given_images import class_folders
 from xdlm_image.evaluation.pictures import save_images, save_picture, to_picture
+from xdlm_image.evaluation.sampler_settings import SamplerSettings, check_settings
 from xdlm_image.evaluation.seeds import MAX_IMAGES
 from xdlm_image.evaluation.trace_pictures import check_trace, write_trace
 from xdlm_image.files import refuse_unwritable

@@ -23,15 +23,7 @@ from xdlm_image.devices import best_device
 from xdlm_image.evaluation.batches import UINT8_RULE
 from xdlm_image.evaluation.cells import refuse_name
 from xdlm_image.evaluation.class_judge import load_class_judge
-from xdlm_image.evaluation.drawing import (
-    SamplerSettings,
-    check_settings,
-    class_names,
-    folder_names,
-    image_shape,
-    open_any_pipeline,
-    pipeline_hash,
-)
+from xdlm_image.evaluation.drawing import class_names, folder_names, image_shape, open_any_pipeline, pipeline_hash
 from xdlm_image.evaluation.extractor import FeatureExtractor, load_extractor
 from xdlm_image.evaluation.features import MOST_KEPT
 from xdlm_image.evaluation.foreign_pipelines import ForeignPipeline
@@ -40,6 +32,7 @@ from xdlm_image.evaluation.given_images import GivenImages, images_in_npz
 from xdlm_image.evaluation.inception import RELEASED
 from xdlm_image.evaluation.reference_files import KNOWN, is_reference_file, open_reference_file
 from xdlm_image.evaluation.references import Reference, open_reference, open_reference_images, subset
+from xdlm_image.evaluation.sampler_settings import SamplerSettings, check_settings
 from xdlm_image.evaluation.seeds import SEED_RULE, image_seed
 from xdlm_image.evaluation.statistics import rank_and_world
 from xdlm_image.processes import process_state

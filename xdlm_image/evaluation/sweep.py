@@ -20,13 +20,7 @@ from xdlm_image.data.labels import labels_of_folders
 from xdlm_image.devices import uncompiled
 from xdlm_image.evaluation.cells import read_cell
 from xdlm_image.evaluation.comparing import distances, fids
-from xdlm_image.evaluation.drawing import (
-    DrawnBatches,
-    SamplerSettings,
-    draw_all,
-    nfe,
-    open_any_pipeline,
-)
+from xdlm_image.evaluation.drawing import DrawnBatches, draw_all, open_any_pipeline
 from xdlm_image.evaluation.drawn_codes import DrawnCodes
 from xdlm_image.evaluation.drawn_pictures import DrawnPictures
 from xdlm_image.evaluation.features import FeatureSet
@@ -40,6 +34,7 @@ from xdlm_image.evaluation.plan import Plan, check, device_name, metric_name, pr
 from xdlm_image.evaluation.plots import write_plots
 from xdlm_image.evaluation.references import Reference, make_reference
 from xdlm_image.evaluation.report import write_html, write_report
+from xdlm_image.evaluation.sampler_settings import SamplerSettings, nfe
 from xdlm_image.evaluation.seeds import SEED_RULE
 from xdlm_image.evaluation.statistics import rank_and_world
 from xdlm_image.evaluation.tables import SETTINGS, text

@@ -24,8 +24,9 @@ from tqdm.auto import tqdm
 from ..data.code_cache import CodeCache
 from ..data.labels import labels_of_folders
 from ..devices import uncompiled
-from ..evaluation.drawing import SamplerSettings, class_names
+from ..evaluation.drawing import class_names
 from ..evaluation.grids import class_grid, save_grid
+from ..evaluation.sampler_settings import SamplerSettings
 from ..files import new_folder, write_text
 from ..models import XDLMTransformer2DModel
 from ..objective import XDLMLoss

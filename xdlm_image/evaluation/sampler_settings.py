@@ -1,0 +1,99 @@
+"""How a pipeline is called for images that are judged: the settings, whether it takes them, and what they cost.
+
+This file owns the meaning of a sweep's or a grid's settings for our pipeline; it never draws.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from xdlm_image.evaluation.seeds import image_generators
+from xdlm_image.pipelines import XDLMPipeline
+from xdlm_image.pipelines.schedules import Interval, InTime, guidance_at
+from xdlm_image.schedulers import XDLMOrderedScheduler, XDLMPsiScheduler, XDLMScheduler
+from xdlm_image.schedulers.scheduling_xdlm_psi import KAPPA
+
+
+@dataclass(frozen=True)
+class SamplerSettings:
+    """How a pipeline is called.
+
+    Attributes:
+        num_steps: Reverse steps.
+        guidance_scale: 1 is no guidance; a pair runs from its first at t = 1 to its second at t = 0.
+        temperature: Divides the logits; a pair as for guidance.
+        time_grid: Of `scheduling_xdlm.TIME_GRIDS`; None is the pipeline's own.
+        sampler: `ancestral`, `psi`, or an order of `scheduling_xdlm_ordered.UNMASKING`; None is the pipeline's own.
+        guidance_interval: Times (low, high] that are guided; None is all.
+        start: Further arguments of a call that begins at a picture: that, its mask, the strength.
+    """
+
+    num_steps: int
+    guidance_scale: InTime = 1.0
+    temperature: InTime = 1.0
+    time_grid: str | None = None
+    sampler: str | None = None
+    guidance_interval: Interval = None
+    start: Mapping[str, Any] = field(default_factory=dict)
+
+
+def with_scheduler(pipeline: XDLMPipeline, settings: SamplerSettings) -> XDLMPipeline:
+    """The pipeline with the sampler and the time grid of the settings; all other parts are shared.
+
+    Raises:
+        ValueError: Noise without masks (k = 1) has no order of unmasking.
+    """
+    if settings.sampler is None and settings.time_grid is None:
+        return pipeline
+    own = pipeline.scheduler
+    changes: dict[str, Any] = {} if settings.time_grid is None else {"time_grid": settings.time_grid}
+    if settings.sampler is None:
+        scheduler = type(own).from_config(own.config, **changes)
+    elif settings.sampler == "ancestral":
+        scheduler = XDLMScheduler.from_config(own.config, **changes)
+    elif settings.sampler == "psi":
+        scheduler = XDLMPsiScheduler.from_config(own.config, kappa=KAPPA, correct_within=None, **changes)
+    else:
+        changes |= {"unmasking": settings.sampler, "choice_temperature": None}
+        try:
+            scheduler = XDLMOrderedScheduler.from_config(own.config, **changes)
+        except ValueError as error:
+            raise ValueError(f"sampler={settings.sampler!r}: {error}") from error
+    changed: XDLMPipeline = type(pipeline).from_pipe(pipeline, scheduler=scheduler)
+    changed.set_progress_bar_config(disable=True)
+    return changed
+
+
+def check_settings(pipeline: XDLMPipeline, settings: SamplerSettings) -> None:
+    """Raise ValueError, before anything is drawn, if the pipeline does not take the settings."""
+    scale, interval = settings.guidance_scale, settings.guidance_interval
+    pipeline.check_inputs(scale, settings.temperature, 1, "latent", [], interval)
+    nfe(pipeline, settings)  # a scheduler and a step count that can be
+
+
+def nfe(pipeline: XDLMPipeline, settings: SamplerSettings) -> int:
+    """Network evaluations an image; a guided step takes two."""
+    own = with_scheduler(pipeline, settings).scheduler
+    scheduler = type(own).from_config(own.config)  # one that is nobody's
+    scheduler.set_timesteps(settings.num_steps)
+    scales = (guidance_at(settings.guidance_scale, settings.guidance_interval, t) for t in scheduler.timesteps.tolist())
+    return sum(1 if scale == 1 else 2 for scale in scales)
+
+
+def call_arguments(
+    pipeline: XDLMPipeline, labels: Sequence[int], indices: Sequence[int], seed: int, settings: SamplerSettings
+) -> dict[str, Any]:
+    """What the pipeline `with_scheduler` is called with for these images, see `draw_codes`."""
+    conditional = pipeline.transformer.config.num_classes is not None
+    return {
+        "class_labels": list(labels) if conditional else None,
+        "num_steps": settings.num_steps,
+        "guidance_scale": settings.guidance_scale,
+        "temperature": settings.temperature,
+        "guidance_interval": settings.guidance_interval,
+        "generator": image_generators(seed, indices),
+        "num_images_per_prompt": 1 if conditional else len(indices),
+        **settings.start,
+    }
