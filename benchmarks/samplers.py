@@ -18,9 +18,9 @@ from few_steps import interval
 
 from xdlm_image import XDLMOrderedScheduler, XDLMPipeline, XDLMPsiScheduler
 from xdlm_image.devices import best_device, fast_dtype
-from xdlm_image.evaluation.statistics import rank_and_world
 from xdlm_image.evaluation.sweep import evaluate
 from xdlm_image.processes import process_state
+from xdlm_image.ranks import rank_and_world
 from xdlm_image.recipes import EvaluateRecipe
 
 ROOT = Path(__file__).resolve().parents[1]

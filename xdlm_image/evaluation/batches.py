@@ -13,7 +13,7 @@ from diffusers import VQModel
 from torch.utils.data import DataLoader, Dataset
 
 from xdlm_image.data.images import ImageSet, normalise, to_uint8
-from xdlm_image.evaluation.statistics import rank_and_world
+from xdlm_image.ranks import rank_and_world
 from xdlm_image.tokenizer.codes import decode_codes, encode_images
 
 NO_CLASS = -1  # label of an image whose class is not known

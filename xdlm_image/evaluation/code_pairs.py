@@ -18,8 +18,8 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from xdlm_image.evaluation.statistics import rank_and_world
 from xdlm_image.files import write_atomic
+from xdlm_image.ranks import rank_and_world
 
 MAX_BINS = 2**20  # K^2 pairs are counted exactly up to K = 1024; beyond, they are hashed into this many bins
 DISTANCES = ("near", "far")

@@ -21,7 +21,7 @@ from xdlm_image.evaluation.feature_metrics import (
 )
 from xdlm_image.evaluation.fid import fid_from_statistics
 from xdlm_image.evaluation.measuring import Measured
-from xdlm_image.evaluation.statistics import rank_and_world
+from xdlm_image.ranks import rank_and_world
 from xdlm_image.recipes.sampling import FEATURE_METRICS
 
 

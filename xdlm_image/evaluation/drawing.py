@@ -22,11 +22,10 @@ from xdlm_image.devices import warn_if_slow
 from xdlm_image.evaluation.batches import NO_CLASS, Batch, blocks_of_rank
 from xdlm_image.evaluation.drawn_codes import DrawnCodes
 from xdlm_image.evaluation.foreign_pipelines import ForeignPipeline, is_foreign
-from xdlm_image.evaluation.measuring import sum_over_ranks
 from xdlm_image.evaluation.sampler_settings import SamplerSettings, call_arguments, with_scheduler
-from xdlm_image.evaluation.statistics import rank_and_world
 from xdlm_image.hub.ids import fetch_hint
 from xdlm_image.pipelines import XDLMPipeline
+from xdlm_image.ranks import rank_and_world, sum_over_ranks
 from xdlm_image.schedulers import XDLMScheduler
 from xdlm_image.tokenizer.codes import tokenizer_hash
 

@@ -22,9 +22,8 @@ import numpy as np
 import torch
 
 from xdlm_image.data.code_cache import code_dtype
-from xdlm_image.evaluation.measuring import barrier
-from xdlm_image.evaluation.statistics import rank_and_world
 from xdlm_image.files import write_json
+from xdlm_image.ranks import barrier, rank_and_world
 
 
 class DrawnCodes:

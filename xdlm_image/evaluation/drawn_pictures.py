@@ -21,10 +21,9 @@ from tqdm import tqdm
 
 from xdlm_image.evaluation.batches import Batch
 from xdlm_image.evaluation.given_images import class_folders, images_in_npz
-from xdlm_image.evaluation.measuring import barrier
 from xdlm_image.evaluation.pictures import save_images
-from xdlm_image.evaluation.statistics import rank_and_world
 from xdlm_image.files import write_atomic, write_json
+from xdlm_image.ranks import barrier, rank_and_world
 
 
 class DrawnPictures:

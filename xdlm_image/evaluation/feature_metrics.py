@@ -17,7 +17,7 @@ from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, k
 from tqdm import tqdm
 
 from xdlm_image.evaluation.batches import blocks_of_rank
-from xdlm_image.evaluation.statistics import rank_and_world, reduce_over_ranks
+from xdlm_image.ranks import rank_and_world, reduce_over_ranks
 
 KID_SUBSETS = 100
 KID_SUBSET_SIZE = 1000  # or the smaller set, where it has fewer images

@@ -14,8 +14,8 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from xdlm_image.evaluation.statistics import rank_and_world
 from xdlm_image.files import write_atomic
+from xdlm_image.ranks import rank_and_world
 
 MOST_KEPT = 50_000  # of a larger set a random part stands in, the same at every run
 SUBSET_SEED = 0

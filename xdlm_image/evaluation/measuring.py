@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
@@ -23,8 +22,9 @@ from xdlm_image.evaluation.extractor import FeatureExtractor
 from xdlm_image.evaluation.feature_metrics import inception_score
 from xdlm_image.evaluation.features import FeatureCollector, FeatureSet
 from xdlm_image.evaluation.fid import new_statistics, update_statistics
-from xdlm_image.evaluation.statistics import StreamedStatistics, rank_and_world
+from xdlm_image.evaluation.statistics import StreamedStatistics
 from xdlm_image.files import sha256_of_file, write_json
+from xdlm_image.ranks import barrier, rank_and_world, sum_over_ranks
 
 FEATURES = "features.safetensors"
 
@@ -99,15 +99,6 @@ def measure(
     return Measured(statistics, accuracy, pairs, {}, kept=kept, score=score)
 
 
-def sum_over_ranks(value: float, device: torch.device) -> float:
-    """Sum over the ranks, exact for integers below 2**24."""
-    if rank_and_world()[1] == 1:
-        return value
-    total = torch.tensor([value], dtype=torch.float32, device=device)  # MPS has no float64
-    dist.all_reduce(total)
-    return float(total)
-
-
 def of_first_rank(value: Any) -> Any:
     """The first rank's value: the ranks must decide alike, also where each has files of its own."""
     if rank_and_world()[1] == 1:
@@ -115,12 +106,6 @@ def of_first_rank(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box)
     return box[0]
-
-
-def barrier() -> None:
-    """Wait for the other ranks, if there are any."""
-    if rank_and_world()[1] > 1:
-        dist.barrier()
 
 
 def short_hash(content: Any) -> str:

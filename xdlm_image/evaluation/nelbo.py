@@ -19,7 +19,7 @@ from xdlm_image.data.labels import Labels, same_classes
 from xdlm_image.devices import best_device
 from xdlm_image.evaluation.cells import read_cell, refuse_name
 from xdlm_image.evaluation.drawing import open_pipeline, pipeline_hash
-from xdlm_image.evaluation.measuring import barrier, short_hash
+from xdlm_image.evaluation.measuring import short_hash
 from xdlm_image.evaluation.nelbo_estimate import (
     FLAT_SHARE,
     NUM_STRATA,
@@ -33,10 +33,10 @@ from xdlm_image.evaluation.nelbo_estimate import (
 )
 from xdlm_image.evaluation.nelbo_report import write_curves, write_plot, write_report
 from xdlm_image.evaluation.plan import device_name, versions
-from xdlm_image.evaluation.statistics import rank_and_world
 from xdlm_image.files import write_json
 from xdlm_image.objective import XDLMLoss
 from xdlm_image.processes import only_command, process_state
+from xdlm_image.ranks import barrier, rank_and_world
 from xdlm_image.recipes import NelboRecipe
 
 CELL_VERSION = 1  # raise it when what a cell means changes: older cells are then measured anew

@@ -25,8 +25,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from xdlm_image.evaluation.batches import blocks_of_rank
-from xdlm_image.evaluation.statistics import rank_and_world
 from xdlm_image.objective import XDLMLoss
+from xdlm_image.ranks import rank_and_world
 from xdlm_image.schedulers import XDLMProcess
 from xdlm_image.training.batches import POWER, step_seed
 

@@ -34,8 +34,8 @@ from xdlm_image.evaluation.reference_files import KNOWN, is_reference_file, open
 from xdlm_image.evaluation.references import Reference, open_reference, open_reference_images, subset
 from xdlm_image.evaluation.sampler_settings import SamplerSettings, check_settings
 from xdlm_image.evaluation.seeds import SEED_RULE, image_seed
-from xdlm_image.evaluation.statistics import rank_and_world
 from xdlm_image.processes import process_state
+from xdlm_image.ranks import rank_and_world
 from xdlm_image.recipes import DataOptions, EvaluateRecipe
 from xdlm_image.tokenizer.codes import tokenizer_hash
 

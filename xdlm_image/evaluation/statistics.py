@@ -12,7 +12,6 @@ Batches are merged by Chan, Golub and LeVeque's update, stable where sums of squ
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -21,20 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from xdlm_image.files import write_atomic
-
-
-def rank_and_world() -> tuple[int, int]:
-    """(rank, number of processes); (0, 1) where torch.distributed is not running."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
-
-
-def reduce_over_ranks(values: torch.Tensor, operation: Literal["sum", "min", "max"] = "sum") -> torch.Tensor:
-    """Element by element over the ranks, in place; on the rank's GPU under NCCL. Alone: as it is."""
-    if rank_and_world()[1] > 1:
-        dist.all_reduce(values, getattr(dist.ReduceOp, operation.upper()))
-    return values
+from xdlm_image.ranks import rank_and_world
 
 
 class StreamedStatistics:

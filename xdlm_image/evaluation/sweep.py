@@ -28,7 +28,7 @@ from xdlm_image.evaluation.foreign_pipelines import ForeignPipeline
 from xdlm_image.evaluation.further_references import fids_further, floors_further
 from xdlm_image.evaluation.given_images import GivenImages
 from xdlm_image.evaluation.grids import class_grid, save_grid
-from xdlm_image.evaluation.measuring import Measured, barrier, cached_measure, measure, short_hash, sum_over_ranks
+from xdlm_image.evaluation.measuring import Measured, cached_measure, measure, short_hash
 from xdlm_image.evaluation.pictures import has_key
 from xdlm_image.evaluation.plan import Plan, check, device_name, metric_name, protocol, versions
 from xdlm_image.evaluation.plots import write_plots
@@ -36,11 +36,11 @@ from xdlm_image.evaluation.references import Reference, make_reference
 from xdlm_image.evaluation.report import write_html, write_report
 from xdlm_image.evaluation.sampler_settings import SamplerSettings, nfe
 from xdlm_image.evaluation.seeds import SEED_RULE
-from xdlm_image.evaluation.statistics import rank_and_world
 from xdlm_image.evaluation.tables import SETTINGS, text
 from xdlm_image.files import refuse_unwritable, write_json
 from xdlm_image.pipelines import XDLMPipeline
 from xdlm_image.processes import only_command, process_state
+from xdlm_image.ranks import barrier, rank_and_world, sum_over_ranks
 from xdlm_image.recipes import EvaluateRecipe
 from xdlm_image.recipes.sampling import FEATURE_METRICS
 from xdlm_image.tokenizer.codes import load_tokenizer

@@ -50,7 +50,7 @@ def measure_tokenizer(
     """
     from xdlm_image.evaluation.batches import blocks_of_rank, real_batches
     from xdlm_image.evaluation.fid import fid_from_statistics, new_statistics, update_statistics
-    from xdlm_image.evaluation.statistics import rank_and_world, reduce_over_ranks
+    from xdlm_image.ranks import rank_and_world, reduce_over_ranks
 
     rank, world = rank_and_world()
     counts = torch.zeros(vqvae.config.num_vq_embeddings, dtype=torch.int64)
