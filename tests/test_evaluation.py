@@ -470,13 +470,14 @@ def test_cached_pairs_are_bound_to_their_statistics(parts, tmp_path, capsys):
 
 
 def test_few_samples_are_warned_of(parts, tmp_path):
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        sweep.check(parts.recipe(tmp_path, num_samples=33))
-    texts = [str(w.message) for w in caught if "images are few" in str(w.message)]
-    assert len(texts) == 1 and texts[0].startswith("33 images are few for the 64 features of 'spatial'")
-    with warnings.catch_warnings(record=True) as caught:  # 5,000 are not drawn, and not warned of
-        warnings.simplefilter("always")
-        sweep.check(parts.recipe(tmp_path, pipelines={}, images={"mine": f"{parts.data.root}/val"}, num_samples=5000))
-    texts = [str(w.message) for w in caught if "images are few" in str(w.message)]
-    assert len(texts) == 1 and texts[0].startswith("mine: 36 images are few for the 64 features of 'spatial'")
+    mine = {"mine": f"{parts.data.root}/val"}
+    for changes, sets in (
+        ({"num_samples": 33}, "33 images"),
+        ({"pipelines": {}, "images": mine, "num_samples": 5000}, "mine: 36 images"),  # 5,000 are not drawn
+        ({"images": mine | {"again": mine["mine"]}, "num_samples": 36}, "a cell, mine, again: 36 images"),  # told once
+    ):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            sweep.check(parts.recipe(tmp_path, **changes))
+        (text,) = [str(w.message) for w in caught if "images are few" in str(w.message)]
+        assert text.startswith(f"{sets} are few for the 64 features of 'spatial'")

@@ -130,7 +130,10 @@ def check(recipe: EvaluateRecipe) -> Plan:
     given = {name: GivenImages(path, *shape, names) for name, path in recipe.images.items()}
     numbers = {"": recipe.num_samples} if pipelines else {}
     numbers |= {f"{name}: ": len(images_given) for name, images_given in given.items()}
-    notes += [note for of, number in numbers.items() for note in _few(of, number, target.num_images, extractor)]
+    for number in dict.fromkeys(numbers.values()):
+        alike = [of.removesuffix(": ") or "a cell" for of in numbers if numbers[of] == number]
+        of = "" if alike == ["a cell"] else f"{', '.join(alike[:5])}{', ...' * (len(alike) > 5)}: "
+        notes += _few(of, number, target.num_images, extractor)
     for name, images_given in given.items():
         notes += images_given.notes
         if len(images_given) != recipe.num_samples and recipe.pipelines:
