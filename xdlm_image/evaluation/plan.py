@@ -20,20 +20,19 @@ from xdlm_image.data.image_check import check_images
 from xdlm_image.data.images import ImageSet
 from xdlm_image.data.labels import Labels, same_classes
 from xdlm_image.devices import best_device
+from xdlm_image.evaluation import caveats
 from xdlm_image.evaluation.batches import UINT8_RULE
 from xdlm_image.evaluation.cells import refuse_name
 from xdlm_image.evaluation.class_judge import load_class_judge
 from xdlm_image.evaluation.drawing import class_names, folder_names, image_shape, open_any_pipeline, pipeline_hash
 from xdlm_image.evaluation.extractor import FeatureExtractor, load_extractor
-from xdlm_image.evaluation.features import MOST_KEPT
 from xdlm_image.evaluation.foreign_pipelines import ForeignPipeline
 from xdlm_image.evaluation.further_references import open_further
 from xdlm_image.evaluation.given_images import GivenImages, images_in_npz
-from xdlm_image.evaluation.inception import RELEASED
 from xdlm_image.evaluation.reference_files import KNOWN, is_reference_file, open_reference_file
 from xdlm_image.evaluation.references import Reference, open_reference, open_reference_images, subset
 from xdlm_image.evaluation.sampler_settings import SamplerSettings, check_settings
-from xdlm_image.evaluation.seeds import SEED_RULE, image_seed
+from xdlm_image.evaluation.seeds import SEED_RULE
 from xdlm_image.processes import process_state
 from xdlm_image.ranks import rank_and_world
 from xdlm_image.recipes import DataOptions, EvaluateRecipe
@@ -77,8 +76,6 @@ def check(recipe: EvaluateRecipe) -> Plan:
     Raises:
         FileNotFoundError, ValueError: Names the argument, its value and the remedy.
     """
-    for seed in recipe.seeds:
-        image_seed(seed, recipe.num_samples - 1)
     for argument, names_given in (("pipelines", recipe.pipelines), ("images", recipe.images)):
         for name in names_given:
             refuse_name(argument, name)
@@ -97,99 +94,33 @@ def check(recipe: EvaluateRecipe) -> Plan:
         )
     extractor.check_images(*shape)
     further = open_further(recipe.further_references, extractor, shape)
-    notes = []
-    if extractor.unreleased:
-        notes.append(
-            f"the extractor's weights are not the released ones of Inception (SHA-256 {RELEASED}...): its FID is no "
-            "Inception FID and compares with no published number or statistics"
-        )
+    said = caveats.of_judge(extractor, names, recipe.classifier, reference)
     if extractor.config is not None and extractor.config.class_names != names:
         extractor = replace(extractor, logits_layer=None)
-        if recipe.classifier is None:
-            notes.append("the extractor was trained on other classes than the data's: no class accuracy is given")
     if recipe.classifier is not None:
         extractor = replace(extractor, judge=load_class_judge(recipe.classifier, names, shape, device))
-        if reference is not None and reference.about["class_accuracy"] is not None:
-            notes.append("the reference folder's images were judged by another classifier: their accuracy is left out")
+        if reference is not None:
             reference.forget_class_accuracy()
     pipelines = {
         name: _check_pipeline(recipe, name, folder, device, shape, names) for name, folder in recipe.pipelines.items()
     }
-    for name, about in pipelines.items():
-        if "class" in about:
-            notes.append(
-                f"{name} is a {about['class']}: that its class ids mean the reference's classes is taken on trust"
-            )
-        if about.get("draws_by_batches"):
-            notes.append(
-                f"{name} draws by its scheduler ({about['scheduler']['class']}) without a generator an image: which "
-                f"images they are depends on batch_size={recipe.batch_size} too"
-            )
+    said += caveats.of_pipelines(pipelines, recipe.batch_size)
     if recipe.nelbo is not None:
         _add_nelbo(recipe.nelbo, pipelines)
     given = {name: GivenImages(path, *shape, names) for name, path in recipe.images.items()}
-    numbers = {"": recipe.num_samples} if pipelines else {}
-    numbers |= {f"{name}: ": len(images_given) for name, images_given in given.items()}
-    for number in dict.fromkeys(numbers.values()):
-        alike = [of.removesuffix(": ") or "a cell" for of in numbers if numbers[of] == number]
-        of = "" if alike == ["a cell"] else f"{', '.join(alike[:5])}{', ...' * (len(alike) > 5)}: "
-        notes += _few(of, number, target.num_images, extractor)
-    for name, images_given in given.items():
-        notes += images_given.notes
-        if len(images_given) != recipe.num_samples and recipe.pipelines:
-            notes.append(
-                f"{name} has {len(images_given)} images, the pipelines' cells {recipe.num_samples}: FID falls with the "
-                "number of images, compare like with like"
-            )
-    if recipe.feature_metrics or extractor.score_layer is not None:
-        notes += _parts(numbers, target.num_images)
+    drawn = recipe.num_samples if pipelines else None
+    keeps_features = bool(recipe.feature_metrics) or extractor.score_layer is not None
+    said += caveats.of_numbers(drawn, given, target.num_images, extractor, keeps_features)
     if reference is not None:
-        for name, pipeline in pipelines.items():
-            if pipeline["tokenizer_hash"] not in (None, *reference.reconstructions):
-                notes.append(
-                    f"the reference holds no reconstructions by the tokenizer of {name}: no distance to "
-                    "reconstructions and none of pairs of codes is given"
-                )
-        known = list(reference.about["train"]["floors"])
-        missing = sorted({number for number in numbers.values() if str(number) not in known})
-        if known and missing:
-            notes.append(f"the reference has floors for {_listed(known)} images, none for {_listed(missing)}")
-        elif missing:
-            notes.append("the reference has no floors")
+        numbers = {len(images_given) for images_given in given.values()} | ({drawn} if drawn else set())
+        said += caveats.of_reference(reference, pipelines, numbers)
     if rank_and_world()[0] == 0:
-        for note in notes:
-            warnings.warn(note, stacklevel=3)
+        for caveat in said:
+            warnings.warn(caveat, stacklevel=3)
     if images is not None:
         check_images(images[0])
         check_images(images[1], places=subset(images[1], recipe.num_samples))
-    return Plan(recipe, device, extractor, images, reference, further, target.shown, names, pipelines, given, notes)
-
-
-def _few(of: str, number: int, reference: int | None, extractor: FeatureExtractor) -> list[str]:
-    """A warning for each layer that has many features for so many images, or for so few of the reference."""
-    smallest = number if reference is None else min(number, reference)
-    return [
-        f"{of}{smallest} images are few for the {dim} features of {layer!r} (at least {2 * dim} are wanted): FID is "
-        "biased upwards, compare only numbers of as many images"
-        for layer, dim in extractor.feature_dims.items()
-        if smallest < 2 * dim
-    ]
-
-
-def _parts(numbers: dict[str, int], reference: int | None) -> list[str]:
-    """A note for each set of which not all features are kept."""
-    of = {name.removesuffix(": ") or "a cell": number for name, number in numbers.items()}
-    of |= {} if reference is None else {"the reference": reference}
-    return [
-        f"of the {number} images of {name} {MOST_KEPT} are taken for KID, precision, recall, coverage and Inception "
-        "Score, drawn at random, at every run the same; FID is of all"
-        for name, number in of.items()
-        if number > MOST_KEPT
-    ]
-
-
-def _listed(values: list) -> str:
-    return ", ".join(map(str, values))
+    return Plan(recipe, device, extractor, images, reference, further, target.shown, names, pipelines, given, said)
 
 
 class _Target(NamedTuple):
@@ -210,7 +141,7 @@ def _open_target(recipe: EvaluateRecipe, extractor: FeatureExtractor, device: to
         return _Target(images, None, None, list(images[0].class_names), shape, len(images[0]))
     if recipe.data != DataOptions():
         usual, own = vars(DataOptions()), vars(recipe.data)
-        given = _listed([f"data.{name}={value!r}" for name, value in own.items() if value != usual[name]])
+        given = ", ".join(f"data.{name}={value!r}" for name, value in own.items() if value != usual[name])
         raise ValueError(
             f"reference={recipe.reference!r} and {given}: a reference folder or file stands for the images; give one "
             "of the two"
