@@ -4,9 +4,10 @@
 
 Every sampler of every model gets six trials of its one number (temperature; for annealed, which is ancestral, what the
 temperature falls to from 1 as t goes to 0; for confidence the choice temperature; for psi kappa; for psi-annealed, with
-kappa = 0, what annealed has): on 1,000 images of a seed of their own, against the validation images. The lowest sum of
-pooled FID over the step counts wins, one number for all of them, and is measured on 5,000 images of three other seeds,
-against the test images. Killed, the same command goes on; without torchrun it runs on one process.
+kappa = 0, what annealed has; for guided, which is ancestral, the scale): on 1,000 images of a seed of their own, against
+the validation images. The lowest sum of pooled FID over the step counts wins, one number for all of them, and is
+measured on 5,000 images of three other seeds, against the test images. A guided step evaluates the network twice: what
+is compared has as many evaluations (NFE). Killed, the same command goes on; without torchrun it runs on one process.
 """
 
 import argparse
@@ -29,6 +30,7 @@ ENDS = [0.0, 0.1, 0.2, 0.3, 0.4, 0.6]
 TRIAL = {"num_samples": 1000, "seeds": [100], "feature_metrics": [], "reference_split": "validation"}
 SEEDS = [0, 1, 2]
 KAPPAS = [0.0, 0.2, 0.4, 0.6, 0.8, 0.9]
+SCALES = [1.25, 1.5, 2.0, 2.5, 3.0, 4.0]
 VALUES = {
     "ancestral": TEMPERATURES,
     "annealed": ENDS,
@@ -36,6 +38,7 @@ VALUES = {
     "confidence": CHOICE_TEMPERATURES,
     "psi": KAPPAS,
     "psi-annealed": ENDS,
+    "guided": SCALES,
 }
 SAVED = {"confidence": "ct", "psi": "kappa"}  # whose number is the scheduler's own, saved with a pipeline -> its sign
 METRICS = ("precision", "recall", "coverage", "class_accuracy")
@@ -72,6 +75,8 @@ def settings_of(sampler: str, values: list[float]) -> dict:
         return {"temperature": [(1.0, end) for end in values]}
     if sampler == "annealed":
         return {"sampler": "ancestral", "temperature": [(1.0, end) for end in values]}
+    if sampler == "guided":
+        return {"sampler": "ancestral", "guidance_scale": values}
     return {"sampler": sampler, "temperature": values}
 
 
@@ -114,7 +119,8 @@ def trials_of(arguments: argparse.Namespace) -> list[dict]:
         for cell in cells(arguments, f"trials/{sampler}", folders, **TRIAL, **settings_of(sampler, values)):
             model, value = named[cell["pipeline"]]
             if value is None:
-                value = cell["temperature"][1] if isinstance(cell["temperature"], list) else cell["temperature"]
+                value = cell["guidance_scale" if sampler == "guided" else "temperature"]
+                value = value[1] if isinstance(value, list) else value
             row: dict = {"model": model, "sampler": sampler, "value": value, "fid": {}}
             table.setdefault((model, sampler, value), row)["fid"][str(cell["num_steps"])] = cell["fid"]
     return list(table.values())
@@ -130,22 +136,23 @@ def measured(arguments: argparse.Namespace, model: str, sampler: str, value: flo
     rows = []
     for steps in arguments.num_steps:
         own = [cell for cell in found if cell["num_steps"] == steps]
-        row = {"model": model, "sampler": sampler, "value": value, "num_steps": steps, "seeds": SEEDS}
+        row = {"model": model, "sampler": sampler, "value": value, "num_steps": steps, "nfe": own[0]["nfe"]}
+        row["seeds"] = SEEDS
         row["fid"] = {layer: [cell["fid"][layer] for cell in own] for layer in own[0]["fid"]}
         rows.append(row | {metric: [cell[metric] for cell in own] for metric in METRICS})
     return rows
 
 
 def against_lowest(results: list[dict]) -> list[dict]:
-    """Every model and sampler against the one of the lowest mean distance at its step count, paired by seed."""
+    """Every model and sampler against the one of the lowest mean distance at its NFE, paired by seed."""
     rows = []
-    for steps in sorted({row["num_steps"] for row in results}):
-        here = [row for row in results if row["num_steps"] == steps]
+    for nfe in sorted({row["nfe"] for row in results}):
+        here = [row for row in results if row["nfe"] == nfe]
         for layer in here[0]["fid"]:
             lowest = min(here, key=lambda row: statistics.mean(row["fid"][layer]))
             for row in here:
                 values = [a - b for a, b in zip(row["fid"][layer], lowest["fid"][layer])]
-                names = {"model": row["model"], "sampler": row["sampler"], "num_steps": steps, "layer": layer}
+                names = {"model": row["model"], "sampler": row["sampler"], "nfe": nfe, "layer": layer}
                 lowest_of = f"{lowest['model']} {lowest['sampler']}"
                 rows.append(
                     names | {"lowest": lowest_of, "mean": statistics.mean(values), "interval": interval(values)}
@@ -205,14 +212,17 @@ def main() -> None:
         for row in results:
             fids = "  ".join(f"{k} {statistics.mean(v):.2f} ± {statistics.stdev(v):.2f}" for k, v in row["fid"].items())
             others = "  ".join(f"{metric} {statistics.mean(row[metric]):.3f}" for metric in METRICS)
-            print(f"{row['model']:9} {row['sampler']:12} {row['value']:4} {row['num_steps']:3} steps  {fids}  {others}")
+            place = (
+                f"{row['model']:9} {row['sampler']:12} {row['value']:4} {row['num_steps']:3} steps {row['nfe']:3} NFE"
+            )
+            print(f"{place}  {fids}  {others}")
         for row in differences:
             low, high = row["interval"]
             place = f"{row['sampler']:12} {row['num_steps']} steps {row['layer']:8}"
             print(f"{place} {row['model']} - {arguments.names[0]} {row['mean']:+.3f} [{low:+.3f}, {high:+.3f}]")
         for row in content["against_lowest"]:
             low, high = row["interval"]
-            place = f"{row['model']:9} {row['sampler']:12} {row['num_steps']} steps {row['layer']:8}"
+            place = f"{row['model']:9} {row['sampler']:12} {row['nfe']:3} NFE {row['layer']:8}"
             print(f"{place} - {row['lowest']} {row['mean']:+.3f} [{low:+.3f}, {high:+.3f}]")
         print(arguments.output)
 
