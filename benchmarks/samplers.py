@@ -3,12 +3,12 @@
     torchrun --nproc-per-node 2 benchmarks/samplers.py [--models shipped/fashion_mnist] [--folder runs/samplers]
 
 Every sampler of every model gets six trials of its one number (temperature; for annealed, which is ancestral, what
-the temperature falls to from 1 as t goes to 0; for confidence the choice temperature; for psi kappa; for psi-
-annealed, with kappa = 0, what annealed has; for guided, which is ancestral, the scale): on 1,000 images of a seed of
-their own, against the validation images. The lowest sum of pooled FID over the step counts wins, one number for all
-of them, and is measured on 5,000 images of three other seeds, against the test images. A guided step evaluates the
-network twice: what is compared has as many evaluations (NFE). Killed, the same command goes on; without torchrun it
-runs on one process.
+the temperature falls to from 1 as t goes to 0; for confidence the choice temperature; for psi kappa; for
+psi-annealed, with kappa = 0, what annealed has; for guided, which is ancestral, the scale): on 1,000 images of a seed
+of their own, against the validation images. The lowest sum of pooled FID over the step counts wins, one number for
+all of them, and is measured on 5,000 images of three other seeds, against the test images. A guided step evaluates
+the network twice: what is compared has as many evaluations (NFE). Killed, the same command goes on; without torchrun
+it runs on one process.
 """
 
 import argparse
