@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from xdlm_image.pipelines import XDLMPipeline
 from xdlm_image.data.code_cache import CodeCache, Manifest, code_dtype, write_code_cache
 from xdlm_image.recipes import ProcessOptions, TrainRecipe, TransformerOptions
 from xdlm_image.tokenizer.codes import tokenizer_hash
+from xdlm_image.training import loop
 from xdlm_image.training.batches import batch_indices, rank_positions, step_seed, stratified_times
 from xdlm_image.training.loop import TrainingRun, train
 from xdlm_image.training.meters import LossMeter
@@ -313,6 +315,25 @@ def test_weights_that_one_gradient_has_spoilt_push_no_good_ones_out(world: Path)
     with pytest.raises(ValueError, match=r"step 5: model holds NaN or infinity in proj_out.bias.*step 4 stays"):
         run.save_checkpoint()
     assert run.checkpoints.steps() == [4] and run.loss.isfinite()
+
+
+def test_images_per_second_are_those_of_steps_alone(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+
+    def takes(seconds: float, method):
+        def timed(self, *args):
+            result = method(self, *args)
+            clock[0] += seconds
+            return result
+
+        return timed
+
+    monkeypatch.setattr(TrainingRun, "_draw", takes(0.25, TrainingRun._draw))
+    for name in ("validate", "draw_samples", "save_checkpoint", "save_pipeline"):
+        monkeypatch.setattr(TrainingRun, name, takes(100, getattr(TrainingRun, name)))
+    train(recipe_in(world, log_every=3, validate_every=2, sample_every=5, checkpoint_every=4, pipeline_every=7))
+    assert logged(world / "run", "train/images_per_second") == dict.fromkeys((3, 6, 9, 12), 2 * 8 / 0.5)
 
 
 def test_meter_counts_every_token() -> None:
