@@ -65,6 +65,21 @@ def test_table_of_trainings_is_of_their_sweeps():
             assert text == f"{of[4]:.2f} / {of[8]:.2f}"
 
 
+def test_table_of_the_time_input_is_of_its_sweeps():
+    *_, table = (ROOT / "docs/few_steps.md").read_text().split("## By time input")
+    told = {
+        row.split("|")[1].strip(): [cell.strip() for cell in row.split("|")[2:5]] for row in table.splitlines()[6:10]
+    }
+    files = {
+        "without time": ("training_seeds/seed0/fid.json", "time_conditioning/udlm_without.json"),
+        "with time": ("time_conditioning/fid.json",),
+    }
+    for row, names in files.items():
+        content = [json.loads((ROOT / "shipped/fashion_mnist" / name).read_text()) for name in names]
+        of = {(c["pipeline"], c["num_steps"]): c["fid"]["pooled"] for one in content for c in one["cells"]}
+        assert told[row] == [f"{of[model, 4]:.2f} / {of[model, 8]:.2f}" for model in ("mdlm", "xdlm-0.1", "udlm")]
+
+
 @pytest.mark.parametrize(
     ("committed", "sweeps"),
     [
