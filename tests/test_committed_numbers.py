@@ -66,10 +66,7 @@ def test_table_of_trainings_is_of_their_sweeps():
 
 
 def test_table_of_the_time_input_is_of_its_sweeps():
-    *_, table = (ROOT / "docs/few_steps.md").read_text().split("## By time input")
-    told = {
-        row.split("|")[1].strip(): [cell.strip() for cell in row.split("|")[2:5]] for row in table.splitlines()[6:10]
-    }
+    told = {name: cells for name, *cells in table_of("docs/few_steps.md", "distance at 4 / 8 steps")}
     files = {
         "without time": ("training_seeds/seed0/fid.json", "time_conditioning/udlm_without.json"),
         "with time": ("time_conditioning/fid.json",),
