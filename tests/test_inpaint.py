@@ -404,7 +404,7 @@ def test_the_verb_sample_paints_within_a_picture(tmp_path, capsys):
             status = stop.code
         assert status == 2 and message in capsys.readouterr().err and not (tmp_path / "grid.png").exists()
     assert main([*command, *image, *masked, "--trace"]) == 0
-    files = sorted((tmp_path / "images").iterdir())
+    files = sorted((tmp_path / "images").rglob("*.png"))
     for file in files:
         picture = np.asarray(Image.open(file))
         assert np.array_equal(picture[mask == 0, 0], pixels[mask == 0])
