@@ -1,5 +1,6 @@
 """The tables of README.md and docs/few_steps.md are those of the committed files, and scripts make those files."""
 
+import importlib
 import json
 import re
 import statistics
@@ -43,6 +44,7 @@ def test_table_of_tuned_samplers_is_of_its_benchmark():
         "Psi and temperature annealed": "psi-annealed",
         "Halton order, temperature": "halton",
         "confidence order": "confidence",
+        "guidance, 8 / 16 evaluations": "guided",
     }
     told = {name: cells for name, *cells in table_of("docs/few_steps.md", "Fréchet distance at 4 / 8 steps")}
     assert set(told) == {"plain ancestral", *samplers}
@@ -53,6 +55,20 @@ def test_table_of_tuned_samplers_is_of_its_benchmark():
             own = [row for row in results if (row["model"], row["sampler"]) == (model, sampler)]
             means = [statistics.mean(r["fid"]["pooled"]) for r in sorted(own, key=lambda row: row["num_steps"])]
             assert text == (" / ".join(f"{mean:.2f}" for mean in means) or "no masks"), (name, model)
+
+
+def test_comparisons_of_samplers_follow_from_their_results(monkeypatch):
+    monkeypatch.syspath_prepend(FEW_STEPS.parent)
+    compare = importlib.import_module("samplers").against_lowest
+    content = json.loads((ROOT / "benchmarks/samplers.json").read_text())
+    kept = content["against_lowest"]
+    for ours, theirs in zip(compare(content["results"]), kept, strict=True):
+        assert {**ours, "mean": None, "interval": None} == {**theirs, "mean": None, "interval": None}
+        assert [ours["mean"], *ours["interval"]] == pytest.approx([theirs["mean"], *theirs["interval"]], abs=1e-12)
+    values = {(r["model"], r["sampler"], r["num_steps"]): r["fid"] for r in content["results"]}
+    for row in content["differences"]:
+        of, base = (values[name, row["sampler"], row["num_steps"]][row["layer"]] for name in (row["model"], "mdlm"))
+        assert row["differences"] == pytest.approx([a - b for a, b in zip(of, base, strict=True)], abs=1e-12)
 
 
 def test_table_of_trainings_is_of_their_sweeps():
