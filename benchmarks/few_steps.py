@@ -3,11 +3,11 @@
     python benchmarks/few_steps.py [shipped/fashion_mnist/evaluation/fid.json] [--output FILE.json]
     python benchmarks/few_steps.py FIRST/fid.json SECOND/fid.json ... [--output FILE.json]
 
-For every measure (FID by layer and reference, precision, recall, coverage, share of images of the class asked for) and
-step count: that of each pipeline minus that of the baseline at the same sampling seed, their mean over seeds, and
-Student's 95 % interval of that mean. It holds for these weights: one training seed says nothing of how much another
-training would differ. Of several sweeps each holds models trained with a seed of its own; what is compared then are
-these means, one a training, and the interval is that of trainings.
+For every measure that all cells hold (FID by layer and reference, precision, recall, coverage, share of images of the
+class asked for) and step count: that of each pipeline minus that of the baseline at the same sampling seed, their mean
+over seeds, and Student's 95 % interval of that mean. It holds for these weights: one training seed says nothing of how
+much another training would differ. Of several sweeps each holds models trained with a seed of its own; what is
+compared then are these means, one a training, and the interval is that of trainings.
 """
 
 import argparse

@@ -163,8 +163,8 @@ def test_wrong_requests_are_refused_before_anything_is_drawn(pipeline, tmp_path,
         (dict(batch_size=0), "batch_size=0"),
         (dict(seed=2**20), "seed=1048576"),
         (dict(seed="one"), "seed='one': must be a whole number in"),
-        (dict(num_steps=10**8), "num_inference_steps=100000000: .*a pipeline's num_steps is meant"),
-        (dict(images_per_class=2**19), "images_per_class=524288: at most 262144"),
+        (dict(num_steps=10**8), "num_inference_steps=100000000: .*num_steps of a pipeline"),
+        (dict(images_per_class=2**19), "images_per_class=524288: of 3 classes; at most 262144 images"),
         (dict(images_per_class=2**17), "images_per_class=131072: of 3 classes; at most 262144 images"),
     ]
     monkeypatch.setattr(XDLMTransformer2DModel, "forward", lambda *_, **__: pytest.fail("the network has run"))

@@ -1,11 +1,11 @@
 """What the ranks of `torch.distributed` do together; a process that is alone does it by itself.
 
-This file owns sums and waiting; who starts the processes is `processes`'s.
+This file owns sums, agreeing and waiting; who starts the processes is `processes`'s.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -38,3 +38,12 @@ def barrier() -> None:
     """Wait for the other ranks, if there are any."""
     if rank_and_world()[1] > 1:
         dist.barrier()
+
+
+def of_first_rank(value: Any) -> Any:
+    """The first rank's value: the ranks must decide alike, also where each has files of its own."""
+    if rank_and_world()[1] == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]

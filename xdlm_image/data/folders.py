@@ -177,13 +177,18 @@ def _list_folder(folder: Path) -> tuple[list[str], list[tuple[str, int]]]:
     return names, samples
 
 
+def not_taken(folder: Path, others: Counter[str]) -> str:
+    """What is said of files in a folder that are no images."""
+    return f"files of other kinds in {folder} are not taken ({_kinds(others)}); {TAKEN} are"
+
+
 def _kinds(others: Counter[str]) -> str:
     return ", ".join(f"{kind} {count:,}" for kind, count in others.most_common(5)) + ", ..." * (len(others) > 5)
 
 
 def _tell_of_others(folder: Path, others: Counter[str]) -> None:
     if others:
-        _say_once(f"note: files of other kinds in {folder} are not taken ({_kinds(others)}); {TAKEN} are")
+        _say_once(f"note: {not_taken(folder, others)}")
 
 
 def walk(

@@ -24,13 +24,13 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.v2 import functional as tv
 from tqdm import tqdm
 
-from xdlm_image.data.folders import TAKEN, walk
+from xdlm_image.data.folders import not_taken, walk
 from xdlm_image.data.images import read_image
 from xdlm_image.evaluation.batches import NO_CLASS, Batch, blocks_of_rank
 from xdlm_image.files import sha256_of_file
 
 LOSSY = (".jpg", ".jpeg", ".webp")
-NAMED = 5  # strange class folders, or kinds of files, that a note names
+NAMED = 5  # strange class folders that a note names
 BESIDE_IMAGES = {".json", ".npz", ".txt", ".csv", ".md"}  # what programs write about images
 
 
@@ -112,9 +112,8 @@ class GivenImages:
             raise FileNotFoundError(f"images={str(self.path)!r}: no image file in it ({', '.join(IMG_EXTENSIONS)})")
         self._read(self._files[0])
         self._refuse_other_sizes()
-        if strange := others.keys() - BESIDE_IMAGES:
-            kinds = ", ".join(f"{kind} {others[kind]:,}" for kind in sorted(strange)[:NAMED])
-            self.notes.append(f"{self.path}: files of other kinds are not taken ({kinds}); {TAKEN} are")
+        if strange := Counter({kind: count for kind, count in others.items() if kind not in BESIDE_IMAGES}):
+            self.notes.append(not_taken(self.path, strange))
         ids = {name: i for names in (class_folders(class_names), class_names) for i, name in enumerate(names)}
         below = [file.relative_to(self.path).parts[0] for file in self._files]
         self.labels = np.array([ids.get(name, NO_CLASS) for name in below], dtype=np.int64)

@@ -104,6 +104,16 @@ def class_ids(pipeline: XDLMPipeline, class_labels: Sequence[str | int] | str | 
     return pipeline.get_label_ids(class_labels)
 
 
+def grid_labels(ids: Sequence[int], per_class: int) -> list[int]:
+    """The class of every image of a grid, row by row. Raises ValueError if they are more than one seed draws."""
+    if len(ids) * per_class > MAX_IMAGES:
+        raise ValueError(
+            f"images_per_class={per_class}: of {len(ids)} classes; at most {MAX_IMAGES} images are drawn from one "
+            "seed, so that no two share random numbers"
+        )
+    return [label for label in ids for _ in range(per_class)]
+
+
 def class_grid(
     pipeline: XDLMPipeline | ForeignPipeline,
     ids: Sequence[int],
@@ -113,7 +123,7 @@ def class_grid(
     batch_size: int,
 ) -> torch.Tensor:
     """uint8 (len(ids), per_class, C, S, S): row r holds images of class ids[r]; image i counts row by row."""
-    labels = [label for label in ids for _ in range(per_class)]
+    labels = grid_labels(ids, per_class)
     images = draw_all(pipeline, labels, seed, settings, batch_size)
     return images.unflatten(0, (len(ids), per_class))
 
@@ -154,13 +164,8 @@ def sample(recipe: SampleRecipe) -> Path:
     )
     check_settings(pipeline, settings)
     check_trace(recipe, len(ids))
-    if len(ids) * recipe.images_per_class > MAX_IMAGES:
-        raise ValueError(
-            f"images_per_class={recipe.images_per_class}: of {len(ids)} classes; at most {MAX_IMAGES} images are drawn "
-            "from one seed, so that no two share random numbers"
-        )
+    labels = grid_labels(ids, recipe.images_per_class)
     refuse_unwritable(Path(recipe.output).parent, "the folder of output")
-    labels = [label for label in ids for _ in range(recipe.images_per_class)]
     folders = class_folders(folder_names(pipeline))
     numbered = [f"{folders[label]}/{i:07d}.png" for i, label in enumerate(labels)]  # as `evaluate` has them
     if recipe.images_dir is not None:

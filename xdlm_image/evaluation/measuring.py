@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from tqdm import tqdm
 
 from xdlm_image.evaluation.batches import Batch
@@ -24,7 +23,7 @@ from xdlm_image.evaluation.features import FeatureCollector, FeatureSet
 from xdlm_image.evaluation.fid import new_statistics, update_statistics
 from xdlm_image.evaluation.statistics import StreamedStatistics
 from xdlm_image.files import sha256_of_file, write_json
-from xdlm_image.ranks import barrier, rank_and_world, sum_over_ranks
+from xdlm_image.ranks import barrier, of_first_rank, rank_and_world, sum_over_ranks
 
 FEATURES = "features.safetensors"
 
@@ -97,15 +96,6 @@ def measure(
     logits = None if scores is None else scores.gather(extractor.device)
     score = None if logits is None else inception_score(logits.features)
     return Measured(statistics, accuracy, pairs, {}, kept=kept, score=score)
-
-
-def of_first_rank(value: Any) -> Any:
-    """The first rank's value: the ranks must decide alike, also where each has files of its own."""
-    if rank_and_world()[1] == 1:
-        return value
-    box = [value]
-    dist.broadcast_object_list(box)
-    return box[0]
 
 
 def short_hash(content: Any) -> str:

@@ -23,7 +23,7 @@ from xdlm_image.devices import best_device
 from xdlm_image.evaluation.batches import real_batches
 from xdlm_image.evaluation.drawing import class_names, draw_all, image_shape, open_pipeline, pipeline_hash
 from xdlm_image.evaluation.extractor import FeatureExtractor, load_extractor
-from xdlm_image.evaluation.grids import class_ids, save_grid
+from xdlm_image.evaluation.grids import class_ids, grid_labels, save_grid
 from xdlm_image.evaluation.references import describe_images, open_reference_images
 from xdlm_image.evaluation.sampler_settings import SamplerSettings, check_settings
 from xdlm_image.files import refuse_unwritable, write_json
@@ -79,6 +79,7 @@ def neighbours(recipe: NeighboursRecipe) -> Path:
     ids = class_ids(pipeline, recipe.class_labels)
     settings = SamplerSettings(recipe.num_steps, recipe.guidance_scale, recipe.temperature, sampler=recipe.sampler)
     check_settings(pipeline, settings)
+    labels = grid_labels(ids, recipe.images_per_class)
     held_out, trained = open_reference_images(recipe.data, "test")
     extractor = load_extractor(recipe.extractor, device)
     extractor.check_images(recipe.data.channels, recipe.data.image_size)
@@ -94,7 +95,6 @@ def neighbours(recipe: NeighboursRecipe) -> Path:
     refuse_unwritable(Path(recipe.output).parent, "the folder of output")
     check_images(trained)
 
-    labels = [label for label in ids for _ in range(recipe.images_per_class)]
     samples = draw_all(pipeline, labels, recipe.seed, settings, recipe.batch_size)
     real = torch.stack([held_out.raw(i) for i in chosen])
     queries = {

@@ -30,9 +30,9 @@ from xdlm_image.evaluation.batches import UINT8_RULE, real_batches, reconstructe
 from xdlm_image.evaluation.cells import read_cell
 from xdlm_image.evaluation.comparing import distances, fids
 from xdlm_image.evaluation.extractor import FeatureExtractor, load_extractor
-from xdlm_image.evaluation.measuring import FEATURES, Measured, cached_measure, load_measured, of_first_rank, short_hash
+from xdlm_image.evaluation.measuring import FEATURES, Measured, cached_measure, load_measured, short_hash
 from xdlm_image.files import refuse_unwritable, write_json
-from xdlm_image.ranks import barrier, rank_and_world
+from xdlm_image.ranks import barrier, of_first_rank, rank_and_world
 from xdlm_image.recipes import DataOptions, ReferenceRecipe
 from xdlm_image.recipes.sampling import FEATURE_METRICS
 from xdlm_image.tokenizer.codes import grid_of, load_tokenizer, tokenizer_hash

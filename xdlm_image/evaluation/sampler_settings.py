@@ -70,16 +70,21 @@ def check_settings(pipeline: XDLMPipeline, settings: SamplerSettings) -> None:
     """Raise ValueError, before anything is drawn, if the pipeline does not take the settings."""
     scale, interval = settings.guidance_scale, settings.guidance_interval
     pipeline.check_inputs(scale, settings.temperature, 1, "latent", [], interval)
-    nfe(pipeline, settings)  # a scheduler and a step count that can be
+    _times(pipeline, settings)
 
 
 def nfe(pipeline: XDLMPipeline, settings: SamplerSettings) -> int:
     """Network evaluations an image; a guided step takes two."""
+    times = _times(pipeline, settings)
+    scales = (guidance_at(settings.guidance_scale, settings.guidance_interval, t) for t in times)
+    return sum(1 if scale == 1 else 2 for scale in scales)
+
+
+def _times(pipeline: XDLMPipeline, settings: SamplerSettings) -> list[float]:
     own = with_scheduler(pipeline, settings).scheduler
     scheduler = type(own).from_config(own.config)  # one that is nobody's
     scheduler.set_timesteps(settings.num_steps)
-    scales = (guidance_at(settings.guidance_scale, settings.guidance_interval, t) for t in scheduler.timesteps.tolist())
-    return sum(1 if scale == 1 else 2 for scale in scales)
+    return scheduler.timesteps.tolist()
 
 
 def call_arguments(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from xdlm_image.evaluation.seeds import check_seed
+
 from .checks import require
 
 
@@ -51,6 +53,7 @@ class ExportRecipe:
     device: str | None = None
 
     def __post_init__(self) -> None:
+        check_seed(self.seed)
         if self.push_to is None:
             for name in ("private", "revision", "commit_message"):
                 value = getattr(self, name)

@@ -76,7 +76,6 @@ class SampleRecipe:
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "num_steps", "images_per_class", "batch_size")
-        require(self.images_per_class <= MAX_IMAGES, "images_per_class", self.images_per_class, f"at most {MAX_IMAGES}")
         check_seed(self.seed)
         require_in_time("guidance_scale", self.guidance_scale)
         require_in_time("temperature", self.temperature)
@@ -137,7 +136,6 @@ class NeighboursRecipe:
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "images_per_class", "num_neighbours", "num_steps", "batch_size")
-        require(self.images_per_class <= MAX_IMAGES, "images_per_class", self.images_per_class, f"at most {MAX_IMAGES}")
         check_seed(self.seed)
         require_at_least(self, 20, "held_out", remedy="at least 20: their nearest 5 % are the measure")
         require_finite("guidance_scale", self.guidance_scale)

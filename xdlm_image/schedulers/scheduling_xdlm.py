@@ -118,8 +118,8 @@ class XDLMScheduler(SchedulerMixin, ConfigMixin):
             is_number = isinstance(n, Real) and not isinstance(n, bool) and math.isfinite(n)
             if not is_number or n != int(n) or not 1 <= n <= MAX_STEPS:
                 raise ValueError(
-                    f"num_inference_steps={num_inference_steps!r}: must be a whole number from 1 to {MAX_STEPS:,} (a "
-                    "pipeline's num_steps is meant)"
+                    f"num_inference_steps={num_inference_steps!r}: must be a whole number from 1 to {MAX_STEPS:,} "
+                    "(num_steps of a pipeline)"
                 )
             n = int(n)
             if not 1e-6 <= start <= 1.0:  # below, no code of a million is noise, and steps cannot be told apart
@@ -129,7 +129,7 @@ class XDLMScheduler(SchedulerMixin, ConfigMixin):
             if not _fall(times):
                 raise ValueError(
                     f"num_inference_steps={n}: from start={start!r} the steps of the {self.config.time_grid} grid are "
-                    "too short to be told apart; take fewer (a pipeline's num_steps)"
+                    "too short to be told apart; take fewer (num_steps of a pipeline)"
                 )
         else:
             if start != 1.0:
