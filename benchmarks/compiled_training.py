@@ -6,11 +6,10 @@ The ways are those of `xdlm-image train`: `--compile true`, `--mixed_precision b
 turns in one process; the JSON lands beside this file.
 """
 
-import json
-
 import torch
 from measuring import machine, measure, parser_of, prepare, show
 
+from xdlm_image.files import write_json
 from xdlm_image.models import XDLMTransformer2DModel
 from xdlm_image.objective import XDLMLoss
 from xdlm_image.schedulers import XDLMProcess
@@ -59,7 +58,7 @@ def main() -> None:
     )
     show(f"{arguments.batch} images", measured, "float32", "MiB")
     result = machine(arguments) | {"batch": arguments.batch, "network": SIZE, "memory_unit": "MiB", "ways": measured}
-    arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+    write_json(arguments.output, result)
     print(f"\n{arguments.output}")
 
 

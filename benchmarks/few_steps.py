@@ -18,6 +18,8 @@ from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 
+from xdlm_image.files import write_json
+
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = ROOT / "shipped" / "fashion_mnist" / "evaluation" / "fid.json"
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # 97.5 % points, 1 to 10 degrees
@@ -125,7 +127,7 @@ def main() -> None:
         "rows": rows,
     }
     output = arguments.output or ROOT / "benchmarks" / f"few_steps{'_trainings' * trainings}.json"
-    output.write_text(json.dumps(result, indent=2) + "\n")
+    write_json(output, result)
     print(f"\n{output}")
 
 

@@ -8,13 +8,13 @@ products run under autocast unless --dtype float32.
 """
 
 import inspect
-import json
 import math
 from functools import partial
 
 import torch
 from measuring import images_of, machine, measure, parser_of, prepare, show
 
+from xdlm_image.files import write_json
 from xdlm_image.objective import xdlm_head_nelbo, xdlm_nelbo
 from xdlm_image.schedulers import XDLMProcess
 
@@ -113,7 +113,7 @@ def main() -> None:
         measured = measure(candidates_at(width, features, rows, arguments), arguments.device, arguments.repeats, unit)
         result["shapes"][shape] = {"rows": rows, "candidates": measured}
         show(f"V x D = {shape}, {rows} rows", measured, "linear + cross_entropy", "logits")
-    arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+    write_json(arguments.output, result)
     print(f"\n{arguments.output}")
 
 

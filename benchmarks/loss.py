@@ -7,12 +7,12 @@ writes it down, dense and left to autograd. All take turns in one process; the J
 THP_MEM_ALLOC_ENABLE=1 in the environment gives every candidate's large tensors pages of 2 MiB.
 """
 
-import json
 import math
 
 import torch
 from measuring import images_of, machine, measure, parser_of, prepare, show
 
+from xdlm_image.files import write_json
 from xdlm_image.objective import nelbo, xdlm_nelbo
 from xdlm_image.schedulers import XDLMProcess
 
@@ -95,7 +95,7 @@ def main() -> None:
         measured = measure(candidates_at(width, rows, arguments), arguments.device, arguments.repeats, unit)
         result["widths"][width] = {"rows": rows, "candidates": measured}
         show(f"V = {width}, {rows} rows", measured, "cross_entropy", "logits")
-    arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+    write_json(arguments.output, result)
     print(f"\n{arguments.output}")
 
 

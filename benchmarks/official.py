@@ -9,7 +9,6 @@ loss is asserted before they are timed. All take turns in one process; the JSON 
 """
 
 import importlib.util
-import json
 import math
 from pathlib import Path
 from types import ModuleType
@@ -18,6 +17,7 @@ import torch
 from measuring import images_of, machine, measure, parser_of, prepare, show
 
 from xdlm_image import XDLMScheduler
+from xdlm_image.files import write_json
 from xdlm_image.objective import xdlm_nelbo
 
 SPECIAL = 3  # mask and beginning of a sequence in one, end, and one without a name: the official ids beside the codes
@@ -105,7 +105,7 @@ def main() -> None:
     for name, candidates in (("loss, forward and backward", losses), ("reverse step", steps)):
         result[name] = measure(candidates, arguments.device, arguments.repeats, unit)
         show(f"{name}: {arguments.width} ids, {rows} rows", result[name], "official", "logits")
-    arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+    write_json(arguments.output, result)
     print(f"\n{arguments.output}")
 
 

@@ -1,14 +1,15 @@
 """Does what few steps cost depend on the sampler? Ancestral, annealed, orders and correctors, tuned alike, per model.
 
-    torchrun --nproc-per-node 2 benchmarks/samplers.py [--models shipped/fashion_mnist] [--folder runs/samplers]
+    torchrun --nproc-per-node 2 benchmarks/samplers.py [--models shipped/fashion_mnist] [--samplers guided annealed]
 
-Every sampler of every model gets six trials of its one number (temperature; for annealed, which is ancestral, what
-the temperature falls to from 1 as t goes to 0; for confidence the choice temperature; for psi kappa; for
-psi-annealed, with kappa = 0, what annealed has; for guided, which is ancestral, the scale): on 1,000 images of a seed
-of their own, against the validation images. The lowest sum of pooled FID over the step counts wins, one number for
-all of them, and is measured on 5,000 images of three other seeds, against the test images. A guided step evaluates
-the network twice: what is compared has as many evaluations (NFE). Killed, the same command goes on; without torchrun
-it runs on one process.
+Every sampler of every model but the plain one (ancestral, temperature 1) gets six trials of its one number
+(temperature; for annealed, which is ancestral, what the temperature falls to from 1 as t goes to 0; for confidence the
+choice temperature; for psi kappa; for psi-annealed, with kappa = 0, what annealed has; for guided, which is ancestral,
+the scale; for guided-annealed, with the temperature of annealed as tuned, the scale): on 1,000 images of a seed of
+their own, against the validation images. The lowest sum of pooled FID over the step counts wins, one number for all of
+them, and is measured on 5,000 images of three other seeds, against the test images. A guided step evaluates the
+network twice: what is compared has as many evaluations (NFE). Killed, the same command goes on; without torchrun it
+runs on one process. Of some samplers alone, what the output holds of the others stays.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from few_steps import interval
 from xdlm_image import XDLMOrderedScheduler, XDLMPipeline, XDLMPsiScheduler
 from xdlm_image.devices import best_device, fast_dtype
 from xdlm_image.evaluation.sweep import evaluate
+from xdlm_image.files import write_json
 from xdlm_image.processes import process_state
 from xdlm_image.ranks import rank_and_world
 from xdlm_image.recipes import EvaluateRecipe
@@ -33,6 +35,7 @@ SEEDS = [0, 1, 2]
 KAPPAS = [0.0, 0.2, 0.4, 0.6, 0.8, 0.9]
 SCALES = [1.25, 1.5, 2.0, 2.5, 3.0, 4.0]
 VALUES = {
+    "plain": [1.0],
     "ancestral": TEMPERATURES,
     "annealed": ENDS,
     "halton": TEMPERATURES,
@@ -40,6 +43,7 @@ VALUES = {
     "psi": KAPPAS,
     "psi-annealed": ENDS,
     "guided": SCALES,
+    "guided-annealed": SCALES,
 }
 SAVED = {"confidence": "ct", "psi": "kappa"}  # whose number is the scheduler's own, saved with a pipeline -> its sign
 METRICS = ("precision", "recall", "coverage", "class_accuracy")
@@ -68,16 +72,28 @@ def names_with(arguments: argparse.Namespace, sampler: str) -> list[str]:
     return [name for name in arguments.names if sampler not in ("halton", "confidence") or k[name] < 1]
 
 
-def settings_of(sampler: str, values: list[float]) -> dict:
-    """Options of a sweep for values of the sampler's number."""
+def best_of(trials: list[dict], model: str, sampler: str) -> float:
+    """The sampler's number of the lowest distances of the model."""
+    tried = [trial for trial in trials if (trial["model"], trial["sampler"]) == (model, sampler)]
+    best: float = min(tried, key=lambda trial: sum(fid["pooled"] for fid in trial["fid"].values()))["value"]
+    return best
+
+
+def settings_of(trials: list[dict], model: str, sampler: str, values: list[float]) -> dict:
+    """Options of a sweep for values of the sampler's number, after the trials of those before it."""
     if sampler in SAVED:
         return {}
     if sampler == "psi-annealed":
         return {"temperature": [(1.0, end) for end in values]}
+    if sampler == "plain":
+        return {"sampler": "ancestral"}
     if sampler == "annealed":
         return {"sampler": "ancestral", "temperature": [(1.0, end) for end in values]}
     if sampler == "guided":
         return {"sampler": "ancestral", "guidance_scale": values}
+    if sampler == "guided-annealed":
+        end = best_of(trials, model, "annealed")
+        return {"sampler": "ancestral", "guidance_scale": values, "temperature": [(1.0, end)]}
     return {"sampler": sampler, "temperature": values}
 
 
@@ -108,32 +124,35 @@ def cells(arguments: argparse.Namespace, folder: str, pipelines: dict[str, str],
     return found
 
 
-def trials_of(arguments: argparse.Namespace) -> list[dict]:
-    """One entry for each model, sampler and value tried: FID by step count."""
-    table: dict[tuple, dict] = {}
-    for sampler, values in VALUES.items():
-        names = names_with(arguments, sampler)
-        named: dict[str, tuple[str, float | None]] = {model: (model, None) for model in names}
-        if sampler in SAVED:
-            named = {f"{model}-{SAVED[sampler]}{value}": (model, value) for model in names for value in values}
-        folders = {name: folder_of(arguments, model, sampler, value or 0.0) for name, (model, value) in named.items()}
-        for cell in cells(arguments, f"trials/{sampler}", folders, **TRIAL, **settings_of(sampler, values)):
-            model, value = named[cell["pipeline"]]
-            if value is None:
-                value = cell["guidance_scale" if sampler == "guided" else "temperature"]
-                value = value[1] if isinstance(value, list) else value
-            row: dict = {"model": model, "sampler": sampler, "value": value, "fid": {}}
-            table.setdefault((model, sampler, value), row)["fid"][str(cell["num_steps"])] = cell["fid"]
+def trials_of(arguments: argparse.Namespace, trials: list[dict], model: str, sampler: str) -> list[dict]:
+    """One entry for each value tried: FID by step count."""
+    values = VALUES[sampler]
+    named: dict[str, float | None] = {model: None}
+    if sampler in SAVED:
+        named = {f"{model}-{SAVED[sampler]}{value}": value for value in values}
+    folders = {name: folder_of(arguments, model, sampler, value or 0.0) for name, value in named.items()}
+    settings = TRIAL | settings_of(trials, model, sampler, values)
+    table: dict[float, dict] = {}
+    for cell in cells(arguments, f"trials/{model}-{sampler}", folders, **settings):
+        value = named[cell["pipeline"]]
+        if value is None:
+            value = cell["guidance_scale" if sampler.startswith("guided") else "temperature"]
+            value = value[1] if isinstance(value, list) else value
+        row: dict = {"model": model, "sampler": sampler, "value": value, "fid": {}}
+        table.setdefault(value, row)["fid"][str(cell["num_steps"])] = cell["fid"]
     return list(table.values())
 
 
-def measured(arguments: argparse.Namespace, model: str, sampler: str, value: float) -> list[dict]:
-    """Results of a model with a tuned sampler, an entry a step count; numbers by seed."""
+def measured(arguments: argparse.Namespace, trials: list[dict], model: str, sampler: str) -> list[dict]:
+    """Results of a model with a sampler as its trials tuned it, an entry a step count; numbers by seed."""
+    value = best_of(trials, model, sampler)
     reference = str(arguments.models / "reference")
     final = {"num_samples": 5000, "seeds": SEEDS, "classifier": arguments.classifier, "reference": reference}
     name = f"{model}-{sampler}" if sampler in SAVED else model
     folder = folder_of(arguments, model, sampler, value)
-    found = cells(arguments, f"final/{model}-{sampler}", {name: folder}, **final, **settings_of(sampler, [value]))
+    found = cells(
+        arguments, f"final/{model}-{sampler}", {name: folder}, **final, **settings_of(trials, model, sampler, [value])
+    )
     rows = []
     for steps in arguments.num_steps:
         own = [cell for cell in found if cell["num_steps"] == steps]
@@ -161,11 +180,52 @@ def against_lowest(results: list[dict]) -> list[dict]:
     return rows
 
 
+def against_baseline(results: list[dict]) -> list[dict]:
+    """Every model against the first with the same sampler and step count, paired by seed."""
+    rows = []
+    for row in results:
+        same = (row["sampler"], row["num_steps"])
+        base = next(other for other in results if (other["sampler"], other["num_steps"]) == same)
+        if row is base:
+            continue
+        for layer, values in row["fid"].items():
+            of = [a - b for a, b in zip(values, base["fid"][layer])]
+            names = {"sampler": row["sampler"], "model": row["model"], "num_steps": row["num_steps"], "layer": layer}
+            rows.append(names | {"mean": statistics.mean(of), "differences": of, "interval": interval(of)})
+    return rows
+
+
+def shared_protocol(arguments: argparse.Namespace, sampler: str) -> dict:
+    """What all sweeps of results have in common, and the weights of the models, from those of one sampler."""
+    folders = {name: arguments.folder / "final" / f"{name}-{sampler}" for name in names_with(arguments, sampler)}
+    protocols = {name: json.loads((folder / "fid.json").read_text())["protocol"] for name, folder in folders.items()}
+    first = protocols[arguments.names[0]]
+    shared = {name: value for name, value in first.items() if name not in ("pipelines", "sampler")}
+    weights = {name: next(iter(of["pipelines"].values()))["weights_hash"] for name, of in protocols.items()}
+    return {"protocol": shared | {"trials": TRIAL, "dtype": first["sampler"]["dtype"]}, "models": weights}
+
+
+def kept_of_others(arguments: argparse.Namespace) -> dict:
+    """What the output holds of the samplers that are not measured now."""
+    if set(arguments.samplers) == set(VALUES) or not arguments.output.is_file():
+        return {"trials": [], "results": []}
+    content: dict = json.loads(arguments.output.read_text())
+    for part in ("trials", "results"):
+        content[part] = [row for row in content[part] if row["sampler"] not in arguments.samplers]
+    return content
+
+
+def in_order(rows: list[dict], names: list[str]) -> list[dict]:
+    """Rows by sampler, then by model."""
+    return sorted(rows, key=lambda row: ([*VALUES].index(row["sampler"]), names.index(row["model"])))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=Path, default=ROOT / "shipped" / "fashion_mnist", help="as shipped/train.sh's")
     names = ["mdlm", "xdlm-0.1", "udlm"]
     parser.add_argument("--names", nargs="+", default=names, help="models, the baseline first; orders need k < 1")
+    parser.add_argument("--samplers", nargs="+", choices=[*VALUES], default=[*VALUES], help="default: all of them")
     parser.add_argument("--num_steps", type=int, nargs="+", default=[4, 8])
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the network; default: the faster one here")
     parser.add_argument("--classifier", help="judges classes; default: the extractor")
@@ -180,52 +240,48 @@ def main() -> None:
     if arguments.names[0] not in names_with(arguments, "halton"):
         parser.error(f"--names {arguments.names[0]}: the baseline comes first and needs masks, k < 1")
     arguments.dtype = arguments.dtype or fast_dtype(best_device())
-    trials, results, differences = trials_of(arguments), [], []
-    for sampler in VALUES:
-        drawn = names_with(arguments, sampler)
-        for model in drawn:
-            tried = [trial for trial in trials if (trial["model"], trial["sampler"]) == (model, sampler)]
-            best = min(tried, key=lambda trial: sum(fid["pooled"] for fid in trial["fid"].values()))
-            results += measured(arguments, model, sampler, best["value"])
-        for steps in arguments.num_steps:
-            pair = {row["model"]: row for row in results if (row["sampler"], row["num_steps"]) == (sampler, steps)}
-            for name in drawn[1:]:
-                for layer, base in pair[arguments.names[0]]["fid"].items():
-                    values = [a - b for a, b in zip(pair[name]["fid"][layer], base)]
-                    row = {"sampler": sampler, "model": name, "num_steps": steps, "layer": layer}
-                    row |= {"mean": statistics.mean(values), "differences": values, "interval": interval(values)}
-                    differences.append(row)
+    kept = kept_of_others(arguments)
+    if not {row["model"] for row in kept["results"]} <= set(arguments.names):
+        parser.error(f"--output {arguments.output}: it holds models beside --names; name all of them, or another file")
+    trials, results = kept["trials"], kept["results"]
+    tuned = {row["sampler"] for row in trials} | set(arguments.samplers)
+    if "guided-annealed" in arguments.samplers and "annealed" not in tuned:
+        parser.error("--samplers guided-annealed: takes the temperature of annealed; name that too")
+    for sampler in [sampler for sampler in VALUES if sampler in arguments.samplers]:
+        for model in names_with(arguments, sampler):
+            trials += trials_of(arguments, trials, model, sampler)
+            results += measured(arguments, trials, model, sampler)
+        shared = shared_protocol(arguments, sampler)
+        if "models" in kept and any(kept[part] != kept[part] | shared[part] for part in ("protocol", "models")):
+            raise SystemExit(f"{arguments.output} was measured otherwise (protocol, models); name another --output")
+    trials, results = in_order(trials, arguments.names), in_order(results, arguments.names)
     if rank_and_world()[0] == 0:
-        protocols = [
-            json.loads((arguments.folder / "final" / f"{name}-ancestral" / "fid.json").read_text())["protocol"]
-            for name in arguments.names
-        ]
-        shared = {name: value for name, value in protocols[0].items() if name not in ("pipelines", "sampler")}
         content = {
-            "protocol": shared | {"trials": TRIAL, "dtype": protocols[0]["sampler"]["dtype"]},
-            "models": {name: of["pipelines"][name]["weights_hash"] for name, of in zip(arguments.names, protocols)},
+            **shared,
             "trials": trials,
             "results": results,
-            "differences": differences,
+            "differences": against_baseline(results),
             "against_lowest": against_lowest(results),
         }
-        arguments.output.write_text(json.dumps(content, indent=2) + "\n")
-        for row in results:
-            fids = "  ".join(f"{k} {statistics.mean(v):.2f} ± {statistics.stdev(v):.2f}" for k, v in row["fid"].items())
-            others = "  ".join(f"{metric} {statistics.mean(row[metric]):.3f}" for metric in METRICS)
-            place = (
-                f"{row['model']:9} {row['sampler']:12} {row['value']:4} {row['num_steps']:3} steps {row['nfe']:3} NFE"
-            )
-            print(f"{place}  {fids}  {others}")
-        for row in differences:
-            low, high = row["interval"]
-            place = f"{row['sampler']:12} {row['num_steps']} steps {row['layer']:8}"
-            print(f"{place} {row['model']} - {arguments.names[0]} {row['mean']:+.3f} [{low:+.3f}, {high:+.3f}]")
-        for row in content["against_lowest"]:
-            low, high = row["interval"]
-            place = f"{row['model']:9} {row['sampler']:12} {row['nfe']:3} NFE {row['layer']:8}"
-            print(f"{place} - {row['lowest']} {row['mean']:+.3f} [{low:+.3f}, {high:+.3f}]")
+        write_json(arguments.output, content)
+        show(content, arguments.names[0])
         print(arguments.output)
+
+
+def show(content: dict, baseline: str) -> None:
+    for row in content["results"]:
+        fids = "  ".join(f"{k} {statistics.mean(v):.2f} ± {statistics.stdev(v):.2f}" for k, v in row["fid"].items())
+        others = "  ".join(f"{metric} {statistics.mean(row[metric]):.3f}" for metric in METRICS)
+        place = f"{row['model']:9} {row['sampler']:15} {row['value']:4} {row['num_steps']:3} steps {row['nfe']:3} NFE"
+        print(f"{place}  {fids}  {others}")
+    for row in content["differences"]:
+        low, high = row["interval"]
+        place = f"{row['sampler']:15} {row['num_steps']} steps {row['layer']:8}"
+        print(f"{place} {row['model']} - {baseline} {row['mean']:+.3f} [{low:+.3f}, {high:+.3f}]")
+    for row in content["against_lowest"]:
+        low, high = row["interval"]
+        place = f"{row['model']:9} {row['sampler']:15} {row['nfe']:3} NFE {row['layer']:8}"
+        print(f"{place} - {row['lowest']} {row['mean']:+.3f} [{low:+.3f}, {high:+.3f}]")
 
 
 if __name__ == "__main__":

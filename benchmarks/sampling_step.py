@@ -8,13 +8,13 @@ With --run, and on a GPU, also all 8 steps from noise to codes, against the netw
 one process; the JSON lands beside this file.
 """
 
-import json
 import math
 
 import torch
 from measuring import images_of, machine, measure, parser_of, prepare, show
 
 from xdlm_image import XDLMScheduler
+from xdlm_image.files import write_json
 from xdlm_image.models import XDLMTransformer2DModel
 from xdlm_image.schedulers import row_draw
 
@@ -103,7 +103,7 @@ def main() -> None:
         measured = measure(candidates_at(width, rows, arguments), arguments.device, arguments.repeats, unit)
         result["widths"][width] = {"rows": rows, "candidates": measured}
         show(f"V = {width}, {rows} rows", measured, "softmax + multinomial", "logits")
-    arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+    write_json(arguments.output, result)
     print(f"\n{arguments.output}")
 
 
