@@ -176,6 +176,7 @@ class XDLMPipeline(SelfContainedPipeline):
                 f"transformer takes {config.num_embeds} ids and gives {config.out_channels} logits, "
                 f"scheduler {process.num_ids} and {process.logits_width}: they do not belong together"
             )
+        self.scheduler.check_shape((1, *self.transformer.grid))
         if self.vqvae is not None or output_type != "latent":
             known = self._tokenizer().config.num_vq_embeddings
             if process.num_codes > known:

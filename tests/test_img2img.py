@@ -11,7 +11,7 @@ from PIL import Image
 from test_pipeline import make_pipe, seeded
 from xdlm_image.pipelines.init_images import preprocess
 
-from xdlm_image import XDLMImg2ImgPipeline, XDLMPipeline, XDLMScheduler
+from xdlm_image import XDLMImg2ImgPipeline, XDLMOrderedScheduler, XDLMPipeline, XDLMScheduler
 from xdlm_image.cli import main
 from xdlm_image.data.images import open_images
 from xdlm_image.recipes import DataOptions
@@ -269,6 +269,13 @@ def test_what_is_no_picture(pipe, image, message):
 def test_strength_out_of_range(pipe, strength):
     with pytest.raises(ValueError, match=r"strength=.*must be a number in \(0, 1\]"):
         pipe(PIXELS, 0, strength)
+
+
+def test_an_order_that_the_grid_has_not_is_refused_before_the_picture_is_encoded(pipe):
+    pipe.scheduler = XDLMOrderedScheduler.from_config(pipe.scheduler.config, unmasking="halton")
+    pipe.vqvae.encode = None  # any work would fail
+    with pytest.raises(ValueError, match=r"shape \(3, 5\) an image are no square grid"):
+        pipe(PIXELS, 0)
 
 
 def test_strength_0_says_how_to_reconstruct(pipe):

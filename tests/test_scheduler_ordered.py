@@ -363,7 +363,7 @@ def test_halton_needs_a_square_grid_of_codes(shape: tuple[int, ...]) -> None:
     z = torch.full((2, *shape), 8)
     for ask in (
         lambda: scheduler.step(torch.zeros(2, *shape, 8), 1.0, z),
-        lambda: scheduler.draw_ahead(None, z.shape),  # by which a pipeline asks before its network runs
+        lambda: scheduler.check_shape(z.shape),  # by which a pipeline asks before a network runs
     ):
         with pytest.raises(ValueError, match=r"sample: codes of shape .* no square grid.*use unmasking='confidence'"):
             ask()

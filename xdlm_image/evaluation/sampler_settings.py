@@ -69,7 +69,7 @@ def with_scheduler(pipeline: XDLMPipeline, settings: SamplerSettings) -> XDLMPip
 def check_settings(pipeline: XDLMPipeline, settings: SamplerSettings) -> None:
     """Raise ValueError, before anything is drawn, if the pipeline does not take the settings."""
     scale, interval = settings.guidance_scale, settings.guidance_interval
-    pipeline.check_inputs(scale, settings.temperature, 1, "latent", [], interval)
+    with_scheduler(pipeline, settings).check_inputs(scale, settings.temperature, 1, "latent", [], interval)
     _times(pipeline, settings)
 
 

@@ -158,6 +158,9 @@ class XDLMScheduler(SchedulerMixin, ConfigMixin):
         """Raise ValueError unless steps on so many images can draw from it: None, one, or a list of one an image."""
         check_generators(generator, images)
 
+    def check_shape(self, shape: Sequence[int]) -> None:
+        """Raise ValueError unless steps can be taken on codes of this shape, (B, ...); here any will do."""
+
     def draw_ahead(
         self, generator: Generators, shape: Sequence[int], device: torch.device | str | None = None
     ) -> Generators:

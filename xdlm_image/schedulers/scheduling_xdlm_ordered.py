@@ -86,16 +86,15 @@ class XDLMOrderedScheduler(XDLMScheduler):
             kwargs.setdefault("choice_temperature", None)
         return super().from_config(config, return_unused_kwargs, **kwargs)
 
+    def check_shape(self, shape: Sequence[int]) -> None:
+        """Raise ValueError if `"halton"` finds no square grid in images of codes (B, L) or (B, rows, columns)."""
+        if self.config.unmasking == "halton":
+            _side(shape)
+
     def draw_ahead(
         self, generator: Generators, shape: Sequence[int], device: torch.device | str | None = None
     ) -> Generators:
-        """As `XDLMScheduler.draw_ahead`; a step draws twice as many numbers here.
-
-        Raises:
-            ValueError: If `"halton"` finds no square grid: said here, before a network has run.
-        """
-        if self.config.unmasking == "halton":
-            _side(shape)
+        """As `XDLMScheduler.draw_ahead`; a step draws twice as many numbers here."""
         return draw_ahead(generator, shape, 2 * len(self.timesteps), device)
 
     def _uniforms(
