@@ -7,7 +7,6 @@ With --evaluation the finished tables are added.
 """
 
 import argparse
-import json
 import os
 import shutil
 from pathlib import Path
@@ -16,6 +15,7 @@ import matplotlib
 import torch
 
 from xdlm_image import XDLMPipeline
+from xdlm_image.evaluation.nelbo import read_curve
 from xdlm_image.files import replace_folder, share_permissions, write_atomic
 
 NAMES = ("mdlm", "xdlm-0.1", "xdlm-0.5", "udlm")
@@ -58,11 +58,9 @@ def plot_curves(runs: Path, path: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
     for name in NAMES:
-        lines = [json.loads(line) for line in (runs / name / "metrics.jsonl").read_text().splitlines()]
-        points = [
-            (line["step"], line["validation/bits_per_token"]) for line in lines if "validation/bits_per_token" in line
-        ]
-        axes.plot(*zip(*points), marker="o", markersize=3, label=name)
+        points = read_curve(name, str(runs / name))
+        steps, bits = ([point[axis] for point in points] for axis in ("step", "bits_per_token"))
+        axes.plot(steps, bits, marker="o", markersize=3, label=name)
     axes.set(xlabel="training step", ylabel="validation NELBO, bits per code", title="Averaged weights, 2,000 images")
     axes.grid(alpha=0.3)
     axes.legend()

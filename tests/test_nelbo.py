@@ -315,7 +315,7 @@ def test_wrong_input_is_explained_before_anything_is_measured(world, tmp_path, m
         ({"pipelines": {"a/b": str(world / "mdlm")}}, "pipelines: the name 'a/b'"),
         ({"runs": {"a": str(tmp_path / "gone")}}, "runs.a='.*gone': no metrics.jsonl"),
         ({"runs": {"a": str(tmp_path / "empty")}}, "runs.a='.*empty': it logged no validation"),
-        ({"runs": {"a": str(tmp_path / "list")}}, "runs.a='.*list': metrics.jsonl has the line"),
+        ({"runs": {"a": str(tmp_path / "list")}}, "runs.a='.*list': .*metrics.jsonl: line 1 is"),
         ({"device": "nonsense"}, "device='nonsense'"),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=words):

@@ -9,8 +9,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_training import logged, recipe_in, world  # noqa: F401
 
 from xdlm_image.cli import parse
+from xdlm_image.metric_lines import MetricLines
 from xdlm_image.training import trackers
-from xdlm_image.training.checkpoints import MetricLines
 from xdlm_image.training.loop import train
 
 
@@ -68,11 +68,26 @@ def test_without_trackers_the_run_s_own_files_are_written(world: Path) -> None: 
 
 
 def test_lines_are_json_where_a_number_is_none(tmp_path: Path) -> None:
-    lines = MetricLines(tmp_path / "metrics.jsonl")
+    lines = MetricLines(tmp_path)
     lines.append({"step": 1, "loss": 2.5, "norm": float("inf"), "accuracy": float("nan")})
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": 2.5, "norm": null, "accuracy": null}\n'
+    lines.append({"step": 2, "loss": 2.25})
     lines.forget_after(1)
     assert logged(tmp_path, "norm") == {1: None}
+
+
+def test_lines_are_read_up_to_one_that_is_not_ended(tmp_path: Path) -> None:
+    lines = MetricLines(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        lines.read()
+    lines.append({"step": 1, "loss": 2.5})
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 2, "lo')
+    assert lines.read() == [{"step": 1, "loss": 2.5}]
+    for line in ("[1]", '{"loss": 2.5}', "{", '{"step": "x"}'):
+        (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n' + line + "\n")
+        with pytest.raises(ValueError, match=r"metrics\.jsonl: line 2 is"):
+            lines.read()
 
 
 def test_a_missing_package_or_login_is_told_before_training(world: Path, wandb, monkeypatch) -> None:  # noqa: F811

@@ -6,7 +6,6 @@ This file owns the order of things and what `nelbo.json` holds. The estimate is 
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,7 @@ from xdlm_image.evaluation.nelbo_estimate import (
 from xdlm_image.evaluation.nelbo_report import write_curves, write_plot, write_report
 from xdlm_image.evaluation.plan import device_name, versions
 from xdlm_image.files import write_json
+from xdlm_image.metric_lines import MetricLines
 from xdlm_image.objective import XDLMLoss
 from xdlm_image.processes import only_command, process_state
 from xdlm_image.ranks import barrier, rank_and_world
@@ -178,19 +178,21 @@ def read_curve(name: str, folder: str) -> list[dict[str, float]]:
 
     Raises:
         FileNotFoundError: No such file.
-        ValueError: No validation in it.
+        ValueError: No validation in it, or a line that cannot be read.
     """
-    path = Path(folder) / "metrics.jsonl"
-    if not path.is_file():
-        raise FileNotFoundError(f"runs.{name}={folder!r}: no metrics.jsonl there; name the output_dir of a training")
-    points = []
-    for text in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        try:
-            line = json.loads(text) if text.endswith("\n") else {}  # a kill, or a run that goes on, cuts the last line
-            if BITS in line and None not in (line[BITS], line[f"{BITS}_stderr"]):  # null: it was no finite number
-                points.append({"step": line["step"], "bits_per_token": line[BITS], "stderr": line[f"{BITS}_stderr"]})
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"runs.{name}={folder!r}: metrics.jsonl has the line {text[:60]!r} ({error!r})") from error
+    try:
+        lines = MetricLines(folder).read()
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"runs.{name}={folder!r}: no metrics.jsonl there; name the output_dir of a training"
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"runs.{name}={folder!r}: {error}") from error
+    points = [
+        {"step": line["step"], "bits_per_token": line[BITS], "stderr": line[f"{BITS}_stderr"]}
+        for line in lines
+        if BITS in line and None not in (line[BITS], line.get(f"{BITS}_stderr"))  # null: it was no finite number
+    ]
     if not points:
         raise ValueError(f"runs.{name}={folder!r}: it logged no validation; train with validation_codes")
     return points

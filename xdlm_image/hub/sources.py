@@ -17,6 +17,7 @@ from diffusers import VQModel
 
 from xdlm_image.evaluation.drawing import pipeline_hash
 from xdlm_image.evaluation.report import markdown
+from xdlm_image.metric_lines import NAME, MetricLines
 from xdlm_image.pipelines import XDLMPipeline
 from xdlm_image.recipes.recipe_file import check_recipe_file
 from xdlm_image.tokenizer.codes import tokenizer_hash
@@ -62,7 +63,7 @@ def read_sources(
         run = folder.parent
         if folder.name == "pipeline" and (run / "recipe.yaml").is_file():
             sources.recipe = _recipe(run / "recipe.yaml")
-            sources.curve = _last_values(run / "metrics.jsonl")
+            sources.curve = _last_values(run)
             sources.codes = _json(_found(run, sources.recipe, "codes") / "manifest.json", missing={})
             if tokenizer is None:
                 _read_tokenizer(sources, pipeline, _found(run, sources.recipe, "tokenizer"))
@@ -102,15 +103,11 @@ def _found(run: Path, recipe: Mapping[str, Any], key: str) -> Path:
     return named
 
 
-def _last_values(path: Path) -> dict[str, tuple[int, float]]:
+def _last_values(run: Path) -> dict[str, tuple[int, float]]:
     last: dict[str, tuple[int, float]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            values = json.loads(line)
-            told = {name: value for name, value in values.items() if name != "step" and value is not None}
-            last |= {name: (int(values["step"]), float(value)) for name, value in told.items()}
-        except (ValueError, LookupError, TypeError):  # the line that a kill cut off
-            continue
+    for line in MetricLines(run).read() if (run / NAME).is_file() else []:
+        step = line.pop("step")
+        last |= {name: (step, value) for name, value in line.items() if value is not None}
     return last
 
 

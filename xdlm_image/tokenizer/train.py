@@ -25,6 +25,7 @@ from xdlm_image.data.image_check import check_images
 from xdlm_image.data.images import ImageSet, normalise, open_images
 from xdlm_image.devices import uncompiled
 from xdlm_image.files import share_permissions, write_json
+from xdlm_image.metric_lines import MetricLines
 from xdlm_image.processes import only_command
 from xdlm_image.recipes import WHERE_IMAGES_ARE, TokenizerRecipe
 from xdlm_image.tokenizer.codebook import draw_badly_served, kmeans, nearest
@@ -35,7 +36,6 @@ from xdlm_image.training.batches import batch_indices, step_seed
 from xdlm_image.training.checkpoints import (
     CheckpointFolder,
     Learned,
-    MetricLines,
     refuse_other_folders,
     refuse_other_recipe,
 )
@@ -143,7 +143,7 @@ class TokenizerTraining:
         self.recipe = recipe
         self.output = Path(recipe.output_dir)
         self.checkpoints = CheckpointFolder(self.output / "checkpoints", keep=1)
-        self.metrics = MetricLines(self.output / "metrics.jsonl")
+        self.metrics = MetricLines(self.output)
         if not recipe.resume and (self.checkpoints.steps() or (self.output / INFO_FILE).exists()):
             raise ValueError(
                 f"resume=False, but output_dir={recipe.output_dir!r} holds a run: remove it, or name another folder"

@@ -1,13 +1,12 @@
 """Checkpoints of a run: whole or absent, readable without unpickling code, bound to their recipe.
 
 Owns the folder `checkpoints/step-N` (tensors as safetensors, optimizer state as a `weights_only` file, the rest as
-JSON) and the file `metrics.jsonl`, which a resume cuts to the checkpoint. It never decides when to save.
+JSON). It never decides when to save.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import re
 import shutil
 from collections.abc import Mapping
@@ -20,7 +19,7 @@ from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from xdlm_image.files import new_folder, write_text
+from xdlm_image.files import new_folder
 
 if TYPE_CHECKING:
     from diffusers.training_utils import EMAModel
@@ -156,31 +155,6 @@ def refuse_other_folders(checkpoints: CheckpointFolder) -> None:
             f"process ({told}), which would go on with different weights: output_dir must be one folder that all "
             "nodes see"
         )
-
-
-class MetricLines:
-    """`metrics.jsonl`: one JSON object a line, each with its `step`; every step once, however often a run is killed.
-
-    Args:
-        path: The file.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-
-    def append(self, values: Mapping[str, Any]) -> None:
-        """Add a line; `values` hold `step`. NaN and infinities, which JSON has not, become null."""
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "a", encoding="utf-8") as lines:
-            lines.write(json.dumps(finite, allow_nan=False) + "\n")
-
-    def forget_after(self, step: int) -> None:
-        """Drop what a killed run wrote after its last checkpoint, and a line that it did not finish."""
-        if self.path.exists():
-            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-            whole = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-            write_text(self.path, "".join(whole))
 
 
 def refuse_other_recipe(saved: Mapping[str, Any], now: Mapping[str, Any], folder: str | Path) -> None:

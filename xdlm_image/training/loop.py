@@ -28,6 +28,7 @@ from ..evaluation.drawing import class_names
 from ..evaluation.grids import class_grid, save_grid
 from ..evaluation.sampler_settings import SamplerSettings
 from ..files import new_folder, write_text
+from ..metric_lines import MetricLines
 from ..models import XDLMTransformer2DModel
 from ..objective import XDLMLoss
 from ..pipelines import XDLMPipeline
@@ -37,7 +38,7 @@ from ..schedulers import XDLMProcess, XDLMScheduler
 from ..tokenizer.codes import load_tokenizer
 from .batches import batch_indices, rank_positions, step_seed, stratified_times
 from .beginning import begin_at
-from .checkpoints import Checkpoint, CheckpointFolder, Learned, MetricLines, refuse_other_folders
+from .checkpoints import Checkpoint, CheckpointFolder, Learned, refuse_other_folders
 from .going_on import changes_of, refuse_other_beginning, what_binds
 from .launch import make_accelerator, refuse_sharding
 from .meters import LossMeter
@@ -109,7 +110,7 @@ class TrainingRun:
         self.recipe = recipe
         self.output_dir = Path(recipe.output_dir)
         self.checkpoints = CheckpointFolder(self.output_dir / "checkpoints", recipe.keep_checkpoints)
-        self.metrics = MetricLines(self.output_dir / "metrics.jsonl")
+        self.metrics = MetricLines(self.output_dir)
         if not recipe.resume and self.checkpoints.steps():
             raise ValueError(
                 f"output_dir={recipe.output_dir!r}: already holds checkpoints; resume them (resume=true), remove them, "

@@ -1,0 +1,61 @@
+"""`metrics.jsonl`: what a run measured, one JSON object a line, each with its `step`.
+
+This file owns how lines are added, taken back and read; what they hold is the run's.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from xdlm_image.files import write_text
+
+NAME = "metrics.jsonl"
+
+
+class MetricLines:
+    """The lines of one run: every step once, however often the run is killed.
+
+    Args:
+        folder: The run's; the file in it need not be there yet.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.path = Path(folder) / NAME
+
+    def append(self, values: Mapping[str, Any]) -> None:
+        """Add a line; `values` hold `step`. NaN and infinities, which JSON has not, become null."""
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "a", encoding="utf-8") as lines:
+            lines.write(json.dumps(finite, allow_nan=False) + "\n")
+
+    def read(self) -> list[dict[str, Any]]:
+        """All whole lines; a last one that a kill or a run at work has not ended is left out.
+
+        Raises:
+            FileNotFoundError: No such file.
+            ValueError: A line is no JSON object with a step; names it.
+        """
+        read = []
+        for number, text in enumerate(self._whole(), 1):
+            try:
+                values = json.loads(text)
+                int(values["step"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{self.path}: line {number} is {text[:60]!r} ({error!r})") from error
+            read.append(values)
+        return read
+
+    def forget_after(self, step: int) -> None:
+        """Drop what a killed run wrote after its last checkpoint, and a line that it did not finish."""
+        if self.path.exists():
+            whole = [line for line in self._whole() if json.loads(line)["step"] <= step]
+            write_text(self.path, "".join(whole))
+
+    def _whole(self) -> list[str]:
+        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+        return [line for line in lines if line.endswith("\n")]
