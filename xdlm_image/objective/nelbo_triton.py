@@ -44,7 +44,8 @@ def backward(
             _backward_kernel[(count, triton.cdiv(width, block))](
                 logits, logits.stride(0), out, out.stride(0), rows.z, rows.x, rows.c, *scalars,
                 grad_loss.contiguous(), width, process.mask, process.excluded_column,
-                K_IS_ZERO=process.k == 0.0, BLOCK=block, num_warps=_warps(block, width),
+                K_IS_ZERO=process.k == 0.0, BY_BLOCKS=block < width and width % 16 > 0, BLOCK=block,
+                num_warps=_warps(block, width),
             )  # fmt: skip
 
 
@@ -69,8 +70,8 @@ def _forward(
             _forward_kernel[(count,)](
                 logits, logits.stride(0), *rows, loss, scalars, grad_loss, count, width, process.mask,
                 process.excluded_column, process.num_uniform / process.k if process.k > 0 else 0.0,
-                K_IS_ZERO=process.k == 0.0, GRADIENT=grad_loss is not None, ONE_BLOCK=block >= width, BLOCK=block,
-                num_warps=_warps(block, width),
+                K_IS_ZERO=process.k == 0.0, GRADIENT=grad_loss is not None, ONE_BLOCK=block >= width,
+                BY_BLOCKS=block < width and width % 16 > 0, BLOCK=block, num_warps=_warps(block, width),
             )  # fmt: skip
     return loss
 
@@ -92,10 +93,20 @@ def _warps(block: int, width: int) -> int:
 
 
 @triton.jit
-def _scores(logits, columns, V, EXCLUDED):
-    """Logits at the columns in float32, -inf where there is no column or the softmax leaves it out."""
-    # a mask that could change within 16 bytes would have them read one by one
-    scores = tl.load(logits + columns, mask=columns < V, other=-float("inf")).to(tl.float32)
+def _scores(logits, start, V, EXCLUDED, BY_BLOCKS: tl.constexpr, BLOCK: tl.constexpr):
+    """Logits of a block in float32, -inf where there is no column or the softmax leaves it out.
+
+    A mask that could change within 16 bytes has them read one by one. V does so unless 16 divides it, and BY_BLOCKS
+    says that none is needed but in the last block.
+    """
+    columns = start + tl.arange(0, BLOCK)
+    if BY_BLOCKS:
+        if start + BLOCK <= V:
+            scores = tl.load(logits + columns).to(tl.float32)
+        else:
+            scores = tl.load(logits + columns, mask=columns < V, other=-float("inf")).to(tl.float32)
+    else:
+        scores = tl.load(logits + columns, mask=columns < V, other=-float("inf")).to(tl.float32)
     if EXCLUDED is not None:
         scores = tl.where(columns == EXCLUDED, -float("inf"), scores)
     return scores
@@ -140,11 +151,11 @@ def _w_minus_log1p(w):
 def _logs(cp, c, BLOCK: tl.constexpr):
     """Terms (BLOCK / 4,) whose sum is that of L(c p_j): one for any four, as (1 + a)(1 + b) = 1 + (a + b + ab)."""
     if c < FOUR_FIT:
-        a, b = tl.split(tl.reshape(cp, [BLOCK // 2, 2], can_reorder=True))
-        a, b = tl.split(tl.reshape(a + b + a * b, [BLOCK // 4, 2], can_reorder=True))
+        a, b = tl.split(tl.reshape(cp, [BLOCK // 2, 2]))
+        a, b = tl.split(tl.reshape(a + b + a * b, [BLOCK // 4, 2]))
         logs = _log1p(a + b + a * b)
     else:
-        logs = tl.sum(tl.reshape(_log1p(cp), [BLOCK // 4, 4], can_reorder=True), axis=1)
+        logs = tl.sum(tl.reshape(_log1p(cp), [BLOCK // 4, 4]), axis=1)
     return logs
 
 
@@ -157,7 +168,7 @@ def _holds(start, x, z_column, BLOCK: tl.constexpr):
 @triton.jit
 def _store_gradient(
     out, start, V, x, z_column, e, one, c_one, inverse, factor, kappa, kappa_1, at_x, at_z,
-    K_IS_ZERO: tl.constexpr, BLOCK: tl.constexpr,
+    K_IS_ZERO: tl.constexpr, BY_BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """factor e (kappa + kappa_1 c p) / (1 + c p), but at x and z; `inverse` is 1 / (one + c_one e)."""
     columns = start + tl.arange(0, BLOCK)
@@ -167,13 +178,21 @@ def _store_gradient(
         grad = e * (kappa * one * factor + kappa_1 * factor * c_one * e) * inverse
     if _holds(start, x, z_column, BLOCK):
         grad = tl.where(columns == x, at_x, tl.where(columns == z_column, at_z, grad))
-    tl.store(out + columns, grad.to(out.dtype.element_ty), mask=columns < V)
+    grad = grad.to(out.dtype.element_ty)
+    if BY_BLOCKS:  # as `_scores`
+        if start + BLOCK <= V:
+            tl.store(out + columns, grad)
+        else:
+            tl.store(out + columns, grad, mask=columns < V)
+    else:
+        tl.store(out + columns, grad, mask=columns < V)
 
 
 @triton.jit
 def _forward_kernel(
     logits, stride, z_ptr, x_ptr, alpha_ptr, beta_ptr, c_ptr, loss_ptr, scalars_ptr, grad_loss_ptr, R, V, MASK,
-    EXCLUDED, N_OVER_K, K_IS_ZERO: tl.constexpr, GRADIENT: tl.constexpr, ONE_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
+    EXCLUDED, N_OVER_K, K_IS_ZERO: tl.constexpr, GRADIENT: tl.constexpr, ONE_BLOCK: tl.constexpr,
+    BY_BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
@@ -188,10 +207,10 @@ def _forward_kernel(
     score_z = tl.load(logits + z_column).to(tl.float32)
 
     # the sums over the row; a wide one comes from the cache each time
-    scores = _scores(logits, columns, V, EXCLUDED)
+    scores = _scores(logits, 0, V, EXCLUDED, BY_BLOCKS, BLOCK)
     if not ONE_BLOCK:
         for start in range(BLOCK, V, BLOCK):
-            scores = tl.maximum(scores, _scores(logits, start + columns, V, EXCLUDED))
+            scores = tl.maximum(scores, _scores(logits, start, V, EXCLUDED, BY_BLOCKS, BLOCK))
     top = tl.max(scores)
     if ONE_BLOCK:
         e = _exp(scores - top)
@@ -199,7 +218,7 @@ def _forward_kernel(
     else:
         sum_e = tl.zeros([BLOCK], tl.float32)
         for start in range(0, V, BLOCK):
-            sum_e += _exp(_scores(logits, start + columns, V, EXCLUDED) - top)
+            sum_e += _exp(_scores(logits, start, V, EXCLUDED, BY_BLOCKS, BLOCK) - top)
         norm = tl.sum(sum_e)
     inverse_norm = 1.0 / norm
     scale = c * inverse_norm
@@ -217,7 +236,7 @@ def _forward_kernel(
         sum_logs = tl.zeros([BLOCK // 4], tl.float32)
         for start in range(0, V, BLOCK):
             at = start + columns
-            e = _exp(_scores(logits, at, V, EXCLUDED) - top)
+            e = _exp(_scores(logits, start, V, EXCLUDED, BY_BLOCKS, BLOCK) - top)
             if _holds(start, x, z_column, BLOCK):
                 e = tl.where((at == x) | (at == z_column), 0.0, e)
             sum_e += e
@@ -277,21 +296,23 @@ def _forward_kernel(
         factor, at_x, at_z = grad_loss * g * inverse_norm, grad_loss * grad_x, grad_loss * grad_z
         if ONE_BLOCK:
             _store_gradient(
-                logits, 0, V, x, z_column, e, one, c_one, inverse, factor, kappa, kappa_1, at_x, at_z, K_IS_ZERO, BLOCK
-            )
+                logits, 0, V, x, z_column, e, one, c_one, inverse, factor, kappa, kappa_1, at_x, at_z, K_IS_ZERO,
+                BY_BLOCKS, BLOCK,
+            )  # fmt: skip
         else:
             for start in range(0, V, BLOCK):
-                e = _exp(_scores(logits, start + columns, V, EXCLUDED) - top)
+                e = _exp(_scores(logits, start, V, EXCLUDED, BY_BLOCKS, BLOCK) - top)
                 _store_gradient(
                     logits, start, V, x, z_column, e, one, c_one, _inverse(one + c_one * e), factor, kappa, kappa_1,
-                    at_x, at_z, K_IS_ZERO, BLOCK,
+                    at_x, at_z, K_IS_ZERO, BY_BLOCKS, BLOCK,
                 )  # fmt: skip
 
 
 @triton.jit
 def _backward_kernel(
     logits, stride, out, out_stride, z_ptr, x_ptr, c_ptr, top_ptr, inverse_norm_ptr, g_ptr, kappa_ptr, kappa_1_ptr,
-    grad_x_ptr, grad_z_ptr, grad_loss_ptr, V, MASK, EXCLUDED, K_IS_ZERO: tl.constexpr, BLOCK: tl.constexpr,
+    grad_x_ptr, grad_z_ptr, grad_loss_ptr, V, MASK, EXCLUDED, K_IS_ZERO: tl.constexpr, BY_BLOCKS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     start = tl.program_id(1) * BLOCK
@@ -299,10 +320,10 @@ def _backward_kernel(
     inverse_norm, grad_loss = tl.load(inverse_norm_ptr + row), tl.load(grad_loss_ptr + row)
     one = 1.0 / tl.maximum(c, 1.0)
     c_one = c * inverse_norm * one
-    scores = _scores(logits + row * stride, start + tl.arange(0, BLOCK), V, EXCLUDED)
+    scores = _scores(logits + row * stride, start, V, EXCLUDED, BY_BLOCKS, BLOCK)
     e = _exp(scores - tl.load(top_ptr + row))
     _store_gradient(
         out + row * out_stride, start, V, x, tl.where(z == MASK, x, z), e, one, c_one, _inverse(one + c_one * e),
         grad_loss * tl.load(g_ptr + row) * inverse_norm, tl.load(kappa_ptr + row), tl.load(kappa_1_ptr + row),
-        grad_loss * tl.load(grad_x_ptr + row), grad_loss * tl.load(grad_z_ptr + row), K_IS_ZERO, BLOCK,
+        grad_loss * tl.load(grad_x_ptr + row), grad_loss * tl.load(grad_z_ptr + row), K_IS_ZERO, BY_BLOCKS, BLOCK,
     )  # fmt: skip
