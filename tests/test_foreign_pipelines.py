@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,8 +18,9 @@ from diffusers import (
 )
 from evaluation_parts import SIZE, build_parts, one_thread  # noqa: F401
 
+from xdlm_image import XDLMImg2ImgPipeline, XDLMInpaintPipeline, XDLMPipeline
 from xdlm_image.evaluation import sweep
-from xdlm_image.evaluation.drawing import open_any_pipeline
+from xdlm_image.evaluation.drawing import open_any_pipeline, pipeline_hash
 from xdlm_image.evaluation.foreign_pipelines import ForeignPipeline
 from xdlm_image.evaluation.sampler_settings import SamplerSettings
 from xdlm_image.evaluation.seeds import image_generators
@@ -96,6 +98,28 @@ def test_what_is_no_class_conditional_pipeline_is_refused(parts, dit, tmp_path):
     small = dataclasses.replace(parts.data, image_size=8)
     with pytest.raises(ValueError, match=r"3 x 16 x 16 images"):
         sweep.check(parts.recipe(tmp_path / "out", pipelines={"dit": dit}, data=small))
+
+
+def test_numbers_of_other_classes_are_not_taken_for_these(parts, dit, tmp_path):
+    """Its weights do not tell how many classes it was asked for."""
+    with pytest.warns(UserWarning):
+        plan = sweep.check(parts.recipe(tmp_path / "out", pipelines={"dit": dit, "mdlm": parts.pipelines["mdlm"]}))
+    reference = SimpleNamespace(about={"images": {}}, reconstructions={}, images=SimpleNamespace(hashes={}))
+
+    def cells():
+        return [sweep._cell(plan, name, SamplerSettings(1), 0, reference).path.name for name in ("dit", "mdlm")]
+
+    before = cells()
+    plan.class_names.append("a fourth")
+    assert cells()[0] != before[0] and cells()[1] == before[1]  # ours are bound to their classes by their weights
+
+
+def test_every_pipeline_of_ours_is_known(parts, tmp_path):
+    ours = XDLMPipeline.from_pretrained(parts.pipelines["mdlm"])
+    for kind in (XDLMImg2ImgPipeline, XDLMInpaintPipeline):
+        kind.from_pipe(ours).save_pretrained(tmp_path / kind.__name__)
+        opened = open_any_pipeline(str(tmp_path / kind.__name__), torch.device("cpu"))
+        assert type(opened) is XDLMPipeline and pipeline_hash(opened) == pipeline_hash(ours)
 
 
 def test_a_scheduler_that_draws_by_itself_gives_the_same_images_again_and_is_told_of(parts, dit, tmp_path):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_untrusted_input import png_that_claims
 
 from xdlm_image.evaluation.given_images import NO_CLASS, GivenImages, class_folders
 
@@ -96,7 +97,7 @@ def test_folders_with_and_without_classes(tmp_path):
     for name in ("ant/10.heic", "ant/11.HEIC", "bee/12.gif", "about.json", "ant/.DS_Store"):
         (tmp_path / name).write_bytes(b"")
     kinds, _ = GivenImages(tmp_path, 3, 8, [*CLASSES, "cat_"]).notes
-    assert f"files of other kinds in {tmp_path} are not taken (.heic 2, .gif 1); .jpg .jpeg .png" in kinds
+    assert "files of other kinds in the folder are not taken (.heic 2, .gif 1); .jpg .jpeg .png" in kinds
     (alone := tmp_path / "alone").mkdir()
     Image.fromarray(PIXELS[0]).save(alone / "0.png")
     assert GivenImages(tmp_path, 3, None, []).image_size == 8
@@ -177,4 +178,9 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path):
             GivenImages(path, 3, 8, CLASSES)
     (tmp_path / "empty" / "broken.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match=r"broken\.png"):
+        gather(GivenImages(tmp_path / "empty", 3, 8, CLASSES))
+    (tmp_path / "empty" / "broken.png").unlink()
+    Image.fromarray(PIXELS[0]).save(tmp_path / "empty" / "0.png")
+    png_that_claims(tmp_path / "empty" / "bomb.png", 60_000, 60_000)
+    with pytest.raises(ValueError, match=r"bomb\.png.*decompression bomb"):
         gather(GivenImages(tmp_path / "empty", 3, 8, CLASSES))

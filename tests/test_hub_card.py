@@ -4,6 +4,7 @@ import dataclasses
 import getpass
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -234,6 +235,27 @@ def test_numbers_of_other_weights_do_not_get_in(root, tmp_path):
     (tmp_path / "fid.json").write_text('{"cells": []}')
     with pytest.raises(ValueError, match="is no fid.json of this version"):
         export(dataclasses.replace(recipe, evaluation=str(tmp_path / "fid.json")))
+
+
+def test_what_lay_beside_these_weights_in_the_evaluation_stays_there(root, tmp_path):
+    """Sets of others, and files of this machine."""
+    content = json.loads((root / "evaluation/fid.json").read_text())
+    content["image_sets"] = [{**content["cells"][0], "name": "theirs", "path": "/home/alice/theirs"}]
+    content["protocol"]["images"] = {"theirs": {"path": "/home/alice/theirs"}}
+    (tmp_path / "fid.json").write_text(json.dumps(content))
+    recipe = ExportRecipe(str(root / "runs/xdlm"), str(tmp_path / "out"), evaluation=str(tmp_path / "fid.json"))
+    export(dataclasses.replace(recipe, picture="none"))
+    assert "theirs" not in (tmp_path / "out/README.md").read_text()
+
+
+def test_codes_of_another_tokenizer_are_not_said_to_be_these(root, tmp_path):
+    shutil.copytree(root, tmp_path / "root")
+    file = tmp_path / "root/runs/codes/manifest.json"
+    export(ExportRecipe(str(tmp_path / "root/runs/xdlm"), str(tmp_path / "before"), picture="none"))
+    assert "1,234 images" in (tmp_path / "before/README.md").read_text()
+    file.write_text(json.dumps({**json.loads(file.read_text()), "tokenizer_hash": "0" * 64}))  # encoded anew since
+    export(ExportRecipe(str(tmp_path / "root/runs/xdlm"), str(tmp_path / "after"), picture="none"))
+    assert "1,234 images" not in (tmp_path / "after/README.md").read_text()
 
 
 def test_the_method_takes_what_the_verb_takes(root, written, tmp_path, monkeypatch):

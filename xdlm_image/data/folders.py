@@ -177,7 +177,7 @@ def _list_folder(folder: Path) -> tuple[list[str], list[tuple[str, int]]]:
     return names, samples
 
 
-def not_taken(folder: Path, others: Counter[str]) -> str:
+def not_taken(folder: Path | str, others: Counter[str]) -> str:
     """What is said of files in a folder that are no images."""
     return f"files of other kinds in {folder} are not taken ({_kinds(others)}); {TAKEN} are"
 

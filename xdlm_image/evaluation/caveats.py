@@ -80,7 +80,7 @@ def of_numbers(
             if smallest < 2 * dim
         ]
     for name, images in given.items():
-        said += images.notes
+        said += [f"{name}: {note}" for note in images.notes]
         if drawn not in (None, len(images)):
             said.append(
                 f"{name} has {len(images)} images, the pipelines' cells {drawn}: FID falls with the number of images, "

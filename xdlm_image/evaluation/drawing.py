@@ -10,7 +10,7 @@ import inspect
 import json
 import statistics
 import time
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +89,16 @@ def pipeline_hash(pipeline: XDLMPipeline) -> str:
     # `from_config` keeps what another class of scheduler was told, and this one does not read
     digest.update(_config_json(scheduler, inspect.signature(type(scheduler).__init__).parameters).encode())
     return digest.hexdigest()
+
+
+def refuse_changed(about: Mapping[str, Any], device: torch.device, argument: str) -> None:
+    """Raise ValueError if a pipeline is another by now than a protocol says, by its "folder" and "weights_hash"."""
+    pipeline = open_any_pipeline(about["folder"], device, argument)
+    foreign = isinstance(pipeline, ForeignPipeline)
+    if about["weights_hash"] != (pipeline.describe()["weights_hash"] if foreign else pipeline_hash(pipeline)):
+        raise ValueError(
+            f"{argument}={about['folder']!r}: it was written anew since this command began; give the command again"
+        )
 
 
 def _config_json(component: Any, names: Container[str] | None = None) -> str:

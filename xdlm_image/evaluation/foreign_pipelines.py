@@ -22,7 +22,7 @@ from xdlm_image.evaluation.sampler_settings import SamplerSettings
 from xdlm_image.evaluation.seeds import image_generators, image_seed
 from xdlm_image.tokenizer.codes import tokenizer_hash
 
-OURS = "XDLMPipeline"
+OURS = {"XDLMPipeline", "XDLMImg2ImgPipeline", "XDLMInpaintPipeline"}
 DENOISERS = ("transformer", "unet", "prior")
 
 
@@ -33,7 +33,7 @@ def is_foreign(folder: str | Path) -> bool:
         name = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
     except (OSError, ValueError, KeyError, TypeError):
         return False
-    return OURS not in (name if isinstance(name, list) else [name])
+    return OURS.isdisjoint(name if isinstance(name, list) else [name])
 
 
 class ForeignPipeline:

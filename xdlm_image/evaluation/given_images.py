@@ -28,6 +28,7 @@ from xdlm_image.data.folders import not_taken, walk
 from xdlm_image.data.images import read_image
 from xdlm_image.evaluation.batches import NO_CLASS, Batch, blocks_of_rank
 from xdlm_image.files import sha256_of_file
+from xdlm_image.pipelines.init_images import DECODING_ERRORS
 
 LOSSY = (".jpg", ".jpeg", ".webp")
 NAMED = 5  # strange class folders that a note names
@@ -47,7 +48,7 @@ class GivenImages:
     Attributes:
         image_size: Side in pixels of every image.
         labels: (N,) int64, -1 where the class is not known.
-        notes: What a reader of the numbers must know.
+        notes: What a reader of the numbers must know, without the folder: it stands in what is published.
 
     Raises:
         FileNotFoundError: Nothing there, or no image in it.
@@ -113,7 +114,7 @@ class GivenImages:
         self._read(self._files[0])
         self._refuse_other_sizes()
         if strange := Counter({kind: count for kind, count in others.items() if kind not in BESIDE_IMAGES}):
-            self.notes.append(not_taken(self.path, strange))
+            self.notes.append(not_taken("the folder", strange))
         ids = {name: i for names in (class_folders(class_names), class_names) for i, name in enumerate(names)}
         below = [file.relative_to(self.path).parts[0] for file in self._files]
         self.labels = np.array([ids.get(name, NO_CLASS) for name in below], dtype=np.int64)
@@ -121,18 +122,16 @@ class GivenImages:
         if strangers and class_names:
             named = ", ".join(strangers[:NAMED]) + (", ..." if len(strangers) > NAMED else "")
             self.notes.append(
-                f"{self.path}: {len(strangers)} of its folders are no class of the reference ({named}): no class "
+                f"{len(strangers)} of its folders are no class of the reference ({named}): no class "
                 "accuracy is given for it"
             )
         loose = sum((self.path / name).is_file() for name in below)
         if class_names and 0 < loose < len(below):
-            self.notes.append(
-                f"{self.path}: {loose} of its images lie beside the class folders: no class accuracy is given for it"
-            )
+            self.notes.append(f"{loose} of its images lie beside the class folders: no class accuracy is given for it")
         lossy = sum(file.suffix.lower() in LOSSY for file in self._files)
         if lossy:
             self.notes.append(
-                f"{self.path}: {lossy} of {len(self)} files are JPEG or WebP, whose losses shift FID by more than "
+                f"{lossy} of {len(self)} files are JPEG or WebP, whose losses shift FID by more than "
                 "models differ; store samples as PNG"
             )
 
@@ -147,7 +146,7 @@ class GivenImages:
             try:
                 with Image.open(file) as image:
                     found = image.size
-            except OSError:
+            except DECODING_ERRORS:
                 continue
             if found != size:
                 self._refuse_size(str(file), found[1], found[0])

@@ -17,7 +17,7 @@ from xdlm_image.data.code_cache import CodeCache
 from xdlm_image.data.labels import Labels, same_classes
 from xdlm_image.devices import best_device
 from xdlm_image.evaluation.cells import read_cell, refuse_name
-from xdlm_image.evaluation.drawing import open_pipeline, pipeline_hash
+from xdlm_image.evaluation.drawing import open_pipeline, pipeline_hash, refuse_changed
 from xdlm_image.evaluation.measuring import short_hash
 from xdlm_image.evaluation.nelbo_estimate import (
     FLAT_SHARE,
@@ -253,6 +253,7 @@ def _cell(plan: NelboPlan, name: str) -> dict[str, Any]:
     done = read_cell(path, key, "bits_per_token")
     if done is not None:
         return {**done, "pipeline": name}
+    refuse_changed(about, plan.device, f"pipelines.{name}")
     pipeline = open_pipeline(about["folder"], plan.device, f"pipelines.{name}", getattr(torch, recipe.dtype))
     rows = np.random.default_rng(recipe.seed).permutation(len(plan.cache))[: plan.num_images]
     codes, labels = plan.cache.batch(rows)

@@ -54,6 +54,7 @@ class Plan:
         class_names: Of the reference.
         pipelines: Name -> folder, hashes and settings, as the protocol records them.
         given: Name -> images that are already drawn.
+        keeps_features: Whether numbers are asked for that need the features of all images.
         warnings: What a reader of the numbers must know.
     """
 
@@ -67,6 +68,7 @@ class Plan:
     class_names: list[str]
     pipelines: dict[str, dict[str, Any]]
     given: dict[str, GivenImages]
+    keeps_features: bool
     warnings: list[str]
 
 
@@ -120,7 +122,8 @@ def check(recipe: EvaluateRecipe) -> Plan:
     if images is not None:
         check_images(images[0])
         check_images(images[1], places=subset(images[1], recipe.num_samples))
-    return Plan(recipe, device, extractor, images, reference, further, target.shown, names, pipelines, given, said)
+    opened = (images, reference, further, target.shown, names, pipelines, given)
+    return Plan(recipe, device, extractor, *opened, keeps_features, said)
 
 
 class _Target(NamedTuple):

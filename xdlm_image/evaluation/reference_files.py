@@ -133,7 +133,7 @@ def open_reference_file(reference: str, extractor: FeatureExtractor) -> tuple[Re
             )
     about: dict[str, Any] = {
         "images": {
-            "name": str(path) if known is None else known.about,
+            "name": path.name if known is None else known.about,
             "url": None if known is None else known.url,
             "fingerprint": digest,
             "split": None,

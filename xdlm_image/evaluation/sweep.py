@@ -20,7 +20,7 @@ from xdlm_image.data.labels import labels_of_folders
 from xdlm_image.devices import uncompiled
 from xdlm_image.evaluation.cells import read_cell
 from xdlm_image.evaluation.comparing import distances, fids
-from xdlm_image.evaluation.drawing import DrawnBatches, draw_all, open_any_pipeline
+from xdlm_image.evaluation.drawing import DrawnBatches, draw_all, open_any_pipeline, refuse_changed
 from xdlm_image.evaluation.drawn_codes import DrawnCodes
 from xdlm_image.evaluation.drawn_pictures import DrawnPictures
 from xdlm_image.evaluation.features import FeatureSet
@@ -109,6 +109,7 @@ def _sweep(plan: Plan, output: Path) -> None:
             key = _key_of_pictures(plan, name)
             if not left and all(has_key(path, key) for path in _pictures_of(name, output)):
                 continue
+            refuse_changed(plan.pipelines[name], plan.device, f"pipelines.{name}")
             dtype = getattr(torch, recipe.dtype)
             pipeline = open_any_pipeline(plan.pipelines[name]["folder"], plan.device, f"pipelines.{name}", dtype)
             if recipe.compile:
@@ -174,7 +175,8 @@ def _image_set(plan: Plan, name: str, reference: Reference) -> dict[str, Any]:
         return {**done, "name": name}
     main, world = rank_and_world()[0] == 0, rank_and_world()[1]
     with tqdm(total=-(-len(given) // world), desc=name, unit="image", disable=not main) as bar:
-        measured = measure(plan.extractor, given.batches(plan.recipe.batch_size), None, bar, len(given))
+        batches, keep = given.batches(plan.recipe.batch_size), len(given) if plan.keeps_features else None
+        measured = measure(plan.extractor, batches, None, bar, keep)
     result = {
         "name": name,
         **given.describe(),
@@ -241,6 +243,8 @@ def _cell(plan: Plan, name: str, settings: SamplerSettings, seed: int, reference
         "compile": recipe.compile,
         "seed": seed,
         "seed_rule": SEED_RULE,
+        # our own networks' weights tell it
+        **({"num_classes": len(plan.class_names)} if "class" in plan.pipelines[name] else {}),
     }
     key = {
         "cell_version": CELL_VERSION,
@@ -273,7 +277,8 @@ def _cell(plan: Plan, name: str, settings: SamplerSettings, seed: int, reference
         assert done is not None
         if pictures is not None and recipe.images_npz:
             pictures.pack()
-        result = {"pipeline": name, **axes, **{key: value for key, value in done.items() if key != "pipeline"}}
+        known = {"pipeline": name, **axes}  # a pair is a tuple, in a file it was a list
+        result = {**known, **{key: value for key, value in done.items() if key not in known}}
     return _Cell(name, settings, seed, label, drawn, key, path, pictures, result)
 
 
@@ -303,7 +308,7 @@ def _measured(cell: _Cell, plan: Plan, pipeline: Any, reference: Reference) -> d
     rows_before = 0 if store else pipeline.rows
     with tqdm(total=-(-recipe.num_samples // world), desc=label, unit="image", leave=False, disable=not main) as bar:
         kept = batches if pictures is None else pictures.keep(batches)
-        measured = measure(plan.extractor, kept, num_codes, bar, recipe.num_samples)
+        measured = measure(plan.extractor, kept, num_codes, bar, recipe.num_samples if plan.keeps_features else None)
     if pictures is not None and recipe.images_npz:
         pictures.pack()
     count = measured.statistics[plan.extractor.fid_layers[0]].count

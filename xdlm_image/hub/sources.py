@@ -64,7 +64,9 @@ def read_sources(
         if folder.name == "pipeline" and (run / "recipe.yaml").is_file():
             sources.recipe = _recipe(run / "recipe.yaml")
             sources.curve = _last_values(run)
-            sources.codes = _json(_found(run, sources.recipe, "codes") / "manifest.json", missing={})
+            codes = _json(_found(run, sources.recipe, "codes") / "manifest.json", missing={})
+            if codes.get("tokenizer_hash") == tokenizer_hash(pipeline.vqvae):  # else encoded anew since
+                sources.codes = codes
             if tokenizer is None:
                 _read_tokenizer(sources, pipeline, _found(run, sources.recipe, "tokenizer"))
     if tokenizer is not None and not _read_tokenizer(sources, pipeline, Path(tokenizer)):
@@ -149,6 +151,7 @@ def _read_evaluation(
         if about["tokenizer_hash"] != tokenizer_hash(pipeline.vqvae):
             raise ValueError(f"row={named[0]!r} of {str(path)!r}: it was measured with another tokenizer's weights")
         content["protocol"]["pipelines"] = {named[0]: about}
+        content["protocol"]["images"], content["image_sets"], content["floors"]["image_sets"] = {}, [], []
         content["cells"] = [cell for cell in content["cells"] if cell["pipeline"] == named[0]]
         for floor in content["floors"]["reconstruction"]:
             floor["pipelines"] = [name for name in floor["pipelines"] if name == named[0]]

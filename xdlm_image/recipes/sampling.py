@@ -255,9 +255,11 @@ class EvaluateRecipe:
         require(self.images_dir is None or len(self.pipelines) > 0, "images_dir", self.images_dir, "needs pipelines")
         require(self.images_dir is not None or not self.images_npz, "images_npz", self.images_npz, "needs images_dir")
         require(not both, "images", self.images, f"the name {both and both[0]!r} stands for a pipeline too")
-        for name in ("guidance_scale", "temperature", "guidance_interval"):  # pairs that YAML or a caller lists
-            if isinstance(values := getattr(self, name), list):
-                setattr(self, name, [tuple(value) if isinstance(value, list) else value for value in values])
+        for name in ("guidance_scale", "temperature", "guidance_interval"):
+            values = _as_floats(getattr(self, name))  # 1 is 1.0, also in a cell's key
+            if isinstance(values, list):  # of pairs, too, that YAML or a caller lists
+                values = [tuple(value) if isinstance(value, list) else value for value in values]
+            setattr(self, name, values)
         axes: dict[str, Sequence[Any]] = {
             "num_steps": self.num_steps,
             "seeds": self.seeds,
@@ -327,6 +329,13 @@ class EvaluateRecipe:
         """
         axes = (self.guidance_scales, self.temperatures, self.time_grids, self.samplers, self.guidance_intervals)
         return [*dict.fromkeys((*axes, None if axes[0] == 1 else interval) for *axes, interval in product(*axes))]
+
+
+def _as_floats(value: Any) -> Any:
+    """The same with floats for integers, however deep in lists and tuples."""
+    if isinstance(value, list | tuple):
+        return type(value)(map(_as_floats, value))
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 @dataclass
