@@ -12,7 +12,9 @@ from diffusers import VQModel
 from PIL import Image
 from xdlm_image.pipelines import XDLMPipeline
 
+from xdlm_image.evaluation.batches import Batch
 from xdlm_image.evaluation.extractor_training import train_extractor
+from xdlm_image.evaluation.measuring import Measured, measure
 from xdlm_image.models.transformer_xdlm import XDLMTransformer2DModel
 from xdlm_image.recipes import DataOptions, EvaluateRecipe, ExtractorRecipe
 from xdlm_image.schedulers import XDLMScheduler
@@ -86,6 +88,12 @@ def save_pipeline(folder: Path, k: float = 0.1, seed: int = 0, channels: int = 3
     names = dict(enumerate(CLASSES)) if num_classes == 3 else None
     XDLMPipeline(transformer, scheduler, vqvae, id2label=names).save_pretrained(folder)
     return folder
+
+
+def statistics_of(extractor, images: torch.Tensor) -> Measured:
+    """What an extractor makes of uint8 images (N, C, H, W), in batches of 12."""
+    blocks = zip(range(0, len(images), 12), images.split(12))
+    return measure(extractor, [Batch(block, torch.zeros(len(block)), None, start) for start, block in blocks])
 
 
 @dataclasses.dataclass

@@ -12,16 +12,16 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from evaluation_parts import CLASSES, NUM_CODES, build_parts, one_thread, save_pipeline  # noqa: F401
+from evaluation_parts import CLASSES, NUM_CODES, build_parts, one_thread, save_pipeline, statistics_of  # noqa: F401
 
 from xdlm_image.data.images import normalise, open_images
 from xdlm_image.evaluation import references, sweep
 from xdlm_image.evaluation.batches import Uint8Images, real_batches, reconstructed_batches
 from xdlm_image.evaluation.code_pairs import PairFrequencies
+from xdlm_image.evaluation.comparing import fids
 from xdlm_image.evaluation.drawing import decode, draw_codes, open_pipeline
 from xdlm_image.evaluation.extractor import load_extractor
 from xdlm_image.evaluation.feature_metrics import kid_of_classes, manifold_metrics, unbiased_mmd
-from xdlm_image.evaluation.fid import fid_of_images
 from xdlm_image.evaluation.measuring import cached_measure
 from xdlm_image.evaluation.report import markdown
 from xdlm_image.evaluation.sampler_settings import SamplerSettings, with_scheduler
@@ -78,7 +78,7 @@ def test_a_sweep_records_numbers_floors_and_protocol(parts, finished):
     codes = draw_codes(pipeline, [i % 3 for i in range(18)], range(18), 1, SamplerSettings(3))
     images = decode(pipeline, codes)
     reference = torch.stack([item[0] for item in Uint8Images(open_images(parts.data, "test"))])
-    expected = fid_of_images(load_extractor(parts.extractor, "cpu"), images, reference)
+    expected = fids(*(statistics_of(load_extractor(parts.extractor, "cpu"), of) for of in (images, reference)))
     for layer in ("pooled", "spatial"):
         assert cell["fid"][layer] == pytest.approx(expected[layer], rel=1e-4)
     extractor = load_extractor(parts.extractor, "cpu")

@@ -9,13 +9,13 @@ import subprocess
 import numpy as np
 import pytest
 import torch
-from evaluation_parts import build_parts, one_thread  # noqa: F401
+from evaluation_parts import build_parts, one_thread, statistics_of  # noqa: F401
 
 from xdlm_image.data.images import open_images
 from xdlm_image.evaluation import plan, reference_files, sweep
 from xdlm_image.evaluation.batches import Uint8Images
 from xdlm_image.evaluation.extractor import load_extractor
-from xdlm_image.evaluation.fid import fid_from_statistics, statistics_of_images
+from xdlm_image.evaluation.fid import fid_from_statistics
 from xdlm_image.evaluation.reference_files import KNOWN, KnownFile, find_reference_file, read_moments
 from xdlm_image.evaluation.statistics import StreamedStatistics
 from xdlm_image.recipes import DataOptions
@@ -111,7 +111,7 @@ def inception(parts, monkeypatch):
 
 def test_a_sweep_against_adms_file_gives_the_numbers_of_its_images(parts, inception, tmp_path):
     images = torch.stack([image for image, _ in Uint8Images(open_images(parts.data, "test"))])
-    statistics = {name: s.to_fid() for name, s in statistics_of_images(inception, images).items()}
+    statistics = {name: s.to_fid() for name, s in statistics_of(inception, images).statistics.items()}
     moments = {"mu": statistics["2048"]["mu"], "sigma": statistics["2048"]["sigma"]}
     moments |= {"mu_s": statistics["spatial"]["mu"], "sigma_s": statistics["spatial"]["sigma"]}
     np.savez(tmp_path / "adm.npz", images.permute(0, 2, 3, 1).numpy(), **moments)

@@ -148,7 +148,7 @@ def test_pairs_are_values_of_a_sweep_like_numbers():
     assert len(recipe.variants) == 4
     assert [variant[4] for variant in recipe.variants] == [None, None, (0.1, 0.7), (0.1, 0.7)]  # of no guidance none
     listed = EvaluateRecipe("here", {"a": "b"}, temperature=[[1, 0.3], 1.0], guidance_scale=[[1.0, 2.0]])
-    assert listed.temperatures == [(1, 0.3), 1.0] and listed.guidance_scales == [(1.0, 2.0)]
+    assert listed.settings["temperature"] == [(1, 0.3), 1.0] and listed.settings["guidance_scale"] == [(1.0, 2.0)]
     baselines = EvaluateRecipe("here", {"a": "b"}, guidance_scale=[1.0, 2.0], guidance_interval=[None, (0.1, 0.7)])
     assert [(v[0], v[4]) for v in baselines.variants] == [(1.0, None), (2.0, None), (2.0, (0.1, 0.7))]
     with pytest.raises(ValueError, match="guidance_interval=.*does nothing"):

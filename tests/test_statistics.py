@@ -7,7 +7,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-from evaluation_parts import build_parts, one_thread, write_images  # noqa: F401
+from evaluation_parts import build_parts, one_thread, statistics_of, write_images  # noqa: F401
 from evaluation_rank import features, reduce_on_rank
 from PIL import Image
 from torch_fidelity import calculate_metrics
@@ -15,8 +15,9 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 
 from xdlm_image.data.images import open_images
 from xdlm_image.evaluation.batches import Uint8Images
+from xdlm_image.evaluation.comparing import fids
 from xdlm_image.evaluation.extractor import load_extractor
-from xdlm_image.evaluation.fid import fid_from_statistics, fid_of_images, statistics_of_images
+from xdlm_image.evaluation.fid import fid_from_statistics
 from xdlm_image.evaluation.small_classifier import SMALL_CLASSIFIER
 from xdlm_image.evaluation.statistics import StreamedStatistics
 from xdlm_image.files import write_atomic
@@ -138,7 +139,7 @@ def test_fid_equals_torch_fidelity_on_the_same_folders(parts, tmp_path):
     sets = [open_images(parts.data, "train"), open_images(other, "train")]
     extractor = load_extractor(parts.extractor, "cpu")
     batches = [torch.stack([item[0] for item in Uint8Images(images)]) for images in sets]
-    ours = fid_of_images(extractor, *batches)
+    ours = fids(*(statistics_of(extractor, images) for images in batches))
     for index, images in enumerate(batches):
         folder = tmp_path / str(index)
         folder.mkdir()
@@ -204,15 +205,8 @@ def test_inception_fid_equals_torch_fidelitys_on_the_same_folders(parts, tmp_pat
             load_extractor(parts.extractor, "cpu"),
             compute=lambda images: {layer: network(images)[0]},
             feature_dims={layer: int(layer)},
+            logits_layer=None,
         )
     assert theirs > 1e-3
-    assert fid_of_images(extractor, *(batch.split(12) for batch in batches))[layer] == pytest.approx(theirs, rel=1e-6)
-
-
-def test_statistics_of_images_take_tensors_and_batches_alike(parts):
-    images = torch.stack([item[0] for item in Uint8Images(open_images(parts.data, "test"))])
-    extractor = load_extractor(parts.extractor, "cpu")
-    a, b = statistics_of_images(extractor, images), statistics_of_images(extractor, iter(images.split(5)))
-    for layer in ("pooled", "spatial"):
-        assert a[layer].count == b[layer].count == 36
-        torch.testing.assert_close(a[layer].scatter, b[layer].scatter, rtol=1e-4, atol=1e-4)
+    ours = fids(*(statistics_of(extractor, images) for images in batches))
+    assert ours[layer] == pytest.approx(theirs, rel=1e-6)

@@ -15,13 +15,14 @@ import numpy as np
 import pytest
 import torch
 from diffusers import VQModel
+from evaluation_parts import statistics_of
 from PIL import Image
 from tokenizer_parts import CHECKPOINT, STEPS, home, losses, pictures_fixture, tiny_recipe, trained_fixture  # noqa: F401
 
 from xdlm_image.data.images import open_images, to_uint8
+from xdlm_image.evaluation.comparing import fids
 from xdlm_image.evaluation.extractor import load_extractor
 from xdlm_image.evaluation.extractor_training import train_extractor
-from xdlm_image.evaluation.fid import fid_of_images
 from xdlm_image.processes import only_command
 from xdlm_image.recipes import (
     DataOptions,
@@ -436,7 +437,7 @@ def test_measuring_uses_the_tokenizer_once_an_image_and_gives_the_rfid_of_its_im
     assert encoded == [5, 5, 2]
     raw = torch.stack([test.raw(i) for i in range(len(test))])
     again = to_uint8(decode_codes(vqvae, encode_images(vqvae, raw.float() / 127.5 - 1)))
-    expected = fid_of_images(extractor, raw, again)
+    expected = fids(*(statistics_of(extractor, of) for of in (raw, again)))
     assert set(report["rfid"]) == {"pooled", "spatial"}
     for layer, value in expected.items():
         assert report["rfid"][layer] == pytest.approx(value, rel=1e-4, abs=1e-9)

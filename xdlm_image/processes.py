@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from xdlm_image.files import refuse_unwritable
 
 if TYPE_CHECKING:
+    import torch
     from accelerate import PartialState
 
 
@@ -30,6 +31,18 @@ def process_state() -> PartialState | None:
     from xdlm_image.devices import process_group_timeout
 
     return PartialState(cpu=on_cpu(), **process_group_timeout().to_kwargs())
+
+
+def own_device(device: str | None) -> torch.device:
+    """Where this process works: at `device`, else where accelerate puts it among the others, else at the best there is.
+
+    Raises:
+        ValueError: No such device.
+    """
+    from xdlm_image.devices import best_device
+
+    processes = process_state()  # first: among several, "cuda" is the process's own GPU
+    return best_device(device) if processes is None or device is not None else processes.device
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -57,17 +57,13 @@ def refuse_taken(recipe: ConversionRecipe) -> None:
 
 def provenance(file: CheckpointFile, source_format: str, recipe: ConversionRecipe, notes: list[str]) -> dict[str, Any]:
     """The content of `provenance.json`: which file this was, by its name and hash, and what was done to it."""
-    try:
-        own_version = version("xdlm-image")
-    except PackageNotFoundError:  # run from a copy that was never installed
-        own_version = "of unknown version"
     return {
         "source_file": file.path.name,
         "source_sha256": file.sha256,
         "source_format": source_format,
         "licence": recipe.licence,
         "url": recipe.url,
-        "converted_by": f"xdlm-image {own_version}",
+        "converted_by": f"xdlm-image {version('xdlm-image')}",
         "notes": notes,
     }
 

@@ -25,7 +25,7 @@ from xdlm_image.tokenizer.codes import load_tokenizer, tokenizer_hash
 from .checkpoint_file import read_checkpoint
 from .folder import Conversion, provenance, refuse_taken, write_folder
 from .official_file import CLASSES, FREQUENCIES, OFFICIAL, TOKENIZER, Weights, training_of, weights_in
-from .state_dicts import fill
+from .state_dicts import fill, size
 from .vq_tokenizers import LLAMAGEN, TAMING, build_tokenizer
 
 IMAGENET_CLASSES = 1000
@@ -67,10 +67,7 @@ def build_network(
     """
     found, notes = weights.network, []
 
-    def size(key: str, axis: int, default: int) -> int:
-        return int(found[key].shape[axis]) if key in found and found[key].ndim > axis else default
-
-    width = size("vocab_embed.embedding", 1, 768)
+    width = size(found, "vocab_embed.embedding", 1, 768)
     if weights.frequencies is not None:
         heads = agreed("num_attention_heads", heads, width // max(1, 2 * weights.frequencies.numel()), where)
     if heads is None:
@@ -80,10 +77,10 @@ def build_network(
         raise ValueError(f"num_attention_heads={heads!r}: must divide the network's width {width} into even parts")
     check_frequencies(weights.frequencies, width // heads, where)
     blocks = len({key.split(".")[1] for key in found if key.startswith("blocks.")}) or 12
-    classes = size(CLASSES, 0, 0) - 1
+    classes = size(found, CLASSES, 0, 0) - 1
     if blocks > 1000 or (CLASSES in found and classes < 1):
         raise ValueError(f"{where}: {blocks} blocks and {classes} classes: is not {OFFICIAL}")
-    vocabulary = size("vocab_embed.embedding", 0, 16384 + SPECIAL_IDS)
+    vocabulary = size(found, "vocab_embed.embedding", 0, 16384 + SPECIAL_IDS)
     config = SIZES["xdlm-official"] | {
         "sample_size": sample_size,
         "num_embeds": vocabulary,
@@ -92,7 +89,7 @@ def build_network(
         "num_layers": blocks,
         "num_attention_heads": heads,
         "attention_head_dim": width // heads,
-        "conditioning_dim": size("sigma_map.mlp.0.weight", 0, 128),
+        "conditioning_dim": size(found, "sigma_map.mlp.0.weight", 0, 128),
     }
     places = {ours: official for official, ours in PLACES.items()}
     block_places = {ours: official for official, ours in BLOCK_PLACES.items()}

@@ -37,6 +37,11 @@ def looks_like(keys: Iterable[str]) -> str | None:
     return next((what for pattern, what in FORMATS if any(re.match(pattern, key) for key in keys)), None)
 
 
+def size(found: Mapping[str, torch.Tensor], key: str, axis: int, default: int) -> int:
+    """Length of a tensor's axis; `default` where there is no such tensor or axis."""
+    return int(found[key].shape[axis]) if key in found and found[key].ndim > axis else default
+
+
 def check_keys(found: Mapping[str, torch.Tensor], expected: Mapping[str, Iterable[int]], what: str, where: str) -> None:
     """Raise ValueError unless a file holds just the expected tensors, each of its shape.
 

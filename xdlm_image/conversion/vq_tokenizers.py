@@ -23,7 +23,7 @@ from xdlm_image.tokenizer.codes import INFO_FILE, grid_of, tokenizer_hash
 
 from .checkpoint_file import CheckpointFile, is_state_dict, read_checkpoint, weight
 from .folder import Conversion, provenance, refuse_taken, write_folder
-from .state_dicts import fill, looks_like
+from .state_dicts import fill, looks_like, size
 
 TRAINED_AT = 256  # pixels; LlamaGen's and taming's ImageNet tokenizers alike
 CODEBOOK = "quantize.embedding.weight"
@@ -115,31 +115,28 @@ def model_config(found: Mapping[str, torch.Tensor], family: Family) -> dict[str,
         numbers = re.compile(re.escape(before) + r"\.(\d+)\.")
         return len({match[1] for key in found if (match := numbers.match(key))})
 
-    def size(key: str, axis: int, default: int) -> int:
-        return int(found[key].shape[axis]) if key in found and found[key].ndim > axis else default
-
     side = f"encoder.{family.down}"
     levels = count(side) or 5
     layers = count(f"{side}.0.{family.resnet}") or 2
     if levels > MOST_LEVELS or layers > MOST_LEVELS:
         raise ValueError(f"{levels} levels of {layers} layers: no VQ tokenizer has more than {MOST_LEVELS}")
-    base = size("encoder.conv_in.weight", 0, 128)
+    base = size(found, "encoder.conv_in.weight", 0, 128)
     released = {4: (1, 2, 2, 4), 5: (1, 1, 2, 2, 4)}.get(levels, (1,) * levels)
-    widths = [size(f"{side}.{i}.{family.resnet}.0.conv1.weight", 0, base * released[i]) for i in range(levels)]
+    widths = [size(found, f"{side}.{i}.{family.resnet}.0.conv1.weight", 0, base * released[i]) for i in range(levels)]
     attended = [count(f"{side}.{i}.attn") > 0 for i in range(levels)]
-    latent = size("encoder.conv_out.weight", 0, 256)
+    latent = size(found, "encoder.conv_out.weight", 0, 256)
     return {
-        "in_channels": size("encoder.conv_in.weight", 1, 3),
-        "out_channels": size("decoder.conv_out.weight", 0, 3),
+        "in_channels": size(found, "encoder.conv_in.weight", 1, 3),
+        "out_channels": size(found, "decoder.conv_out.weight", 0, 3),
         "down_block_types": tuple("AttnDownEncoderBlock2D" if a else "DownEncoderBlock2D" for a in attended),
         "up_block_types": tuple("AttnUpDecoderBlock2D" if a else "UpDecoderBlock2D" for a in reversed(attended)),
         "block_out_channels": tuple(widths),
         "layers_per_block": layers,
         "latent_channels": latent,
         "sample_size": TRAINED_AT,
-        "num_vq_embeddings": size(CODEBOOK, 0, 16384),
+        "num_vq_embeddings": size(found, CODEBOOK, 0, 16384),
         "norm_num_groups": NORM_GROUPS,
-        "vq_embed_dim": size(CODEBOOK, 1, 8 if family.unit_codebook else latent),
+        "vq_embed_dim": size(found, CODEBOOK, 1, 8 if family.unit_codebook else latent),
         "lookup_from_codebook": True,
     }
 

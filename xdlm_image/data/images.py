@@ -54,6 +54,11 @@ def normalise(raw: torch.Tensor) -> torch.Tensor:
     return raw.to(torch.float32) / 127.5 - 1
 
 
+def in_colour(images: torch.Tensor) -> torch.Tensor:
+    """Grey (B, 1, H, W) -> (B, 3, H, W); colour as it is."""
+    return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
+
+
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
     """Float images in [-1, 1] -> uint8, rounded to nearest, values outside the range cut off (as a PNG does)."""
     return ((images.to(torch.float32) + 1) * 127.5).round_().clamp_(0, 255).to(torch.uint8)

@@ -28,7 +28,7 @@ def of_judge(
             f"the extractor's weights are not the released ones of Inception (SHA-256 {RELEASED}...): its FID is no "
             "Inception FID and compares with no published number or statistics"
         )
-    if extractor.config is not None and extractor.config.class_names != class_names and classifier is None:
+    if not extractor.knows(class_names) and classifier is None:
         said.append("the extractor was trained on other classes than the data's: no class accuracy is given")
     if classifier is not None and reference is not None and reference.about["class_accuracy"] is not None:
         said.append("the reference folder's images were judged by another classifier: their accuracy is left out")

@@ -18,11 +18,12 @@ from torch import nn
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
+from xdlm_image.data.images import in_colour
+from xdlm_image.evaluation.batches import NO_CLASS
 from xdlm_image.evaluation.small_classifier import SMALL_CLASSIFIER, SmallClassifierFeatures
 from xdlm_image.tokenizer.codes import tokenizer_hash
 
 TIMM = "timm:"
-NO_CLASS = -1  # what the classifier sees is none of the data's classes
 
 
 @dataclass(frozen=True)
@@ -101,8 +102,7 @@ class _Transform:
         self.interpolation = InterpolationMode(config["interpolation"])
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        images = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
-        images = tv.resize(images, [self.resized], interpolation=self.interpolation, antialias=True)
+        images = tv.resize(in_colour(images), [self.resized], interpolation=self.interpolation, antialias=True)
         return tv.normalize(tv.center_crop(images, list(self.size)).float() / 255, self.mean, self.std)
 
 

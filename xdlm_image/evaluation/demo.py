@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from xdlm_image.devices import best_device, fast_dtype, why_not_compiled
 from xdlm_image.evaluation.sweep import evaluate
-from xdlm_image.evaluation.tables import metric_table
+from xdlm_image.evaluation.tables import fid_table
 from xdlm_image.recipes import DemoRecipe, EvaluateRecipe
 
 QUICK = {"num_samples": 1000, "num_steps": [1, 2, 4, 8, 16], "seeds": [0], "feature_metrics": []}
@@ -99,13 +99,13 @@ def _summary(path: Path, folder: Path, full: bool) -> list[str]:
     layer = content["protocol"]["extractor"]["fid_layers"][0]
     lines = ["", content["metric"] + ".", ""]
     lines += [f"This machine, {content['protocol']['num_samples']} images a cell" + ("" if full else " (indicative)")]
-    lines += ["", *metric_table(content, "fid", layer).markdown(), ""]
+    lines += ["", *fid_table(content, layer).markdown(), ""]
     committed = folder / "evaluation" / "fid.json"
     if committed.is_file():
         theirs = json.loads(committed.read_text(encoding="utf-8"))
         seeds = len(theirs["protocol"]["seeds"])
         lines += [f"Committed table, {theirs['protocol']['num_samples']} images a cell, {seeds} sampling seeds", ""]
-        lines += [*metric_table(theirs, "fid", layer).markdown(), ""]
+        lines += [*fid_table(theirs, layer).markdown(), ""]
     output = path.parent
     lines += [f"{output / 'report.html'}   every table, plot and grid, with floors and protocol"]
     lines += [f"{output / f'grid_{name}.png'}   a row of images a class" for name in content["protocol"]["pipelines"]]

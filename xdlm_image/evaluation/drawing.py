@@ -25,7 +25,7 @@ from xdlm_image.evaluation.foreign_pipelines import ForeignPipeline, is_foreign
 from xdlm_image.evaluation.sampler_settings import SamplerSettings, call_arguments, with_scheduler
 from xdlm_image.hub.ids import fetch_hint
 from xdlm_image.pipelines import XDLMPipeline
-from xdlm_image.ranks import rank_and_world, sum_over_ranks
+from xdlm_image.ranks import sum_over_ranks
 from xdlm_image.schedulers import XDLMScheduler
 from xdlm_image.tokenizer.codes import tokenizer_hash
 
@@ -247,19 +247,19 @@ class DrawnBatches:
         own = sum(seconds * kept for seconds, kept in self.blocks)
         return (self.store.seconds if self.store else 0.0) + sum_over_ranks(own, device)
 
-    def images_per_second(self, device: torch.device, processes: int | None = None) -> float:
+    def images_per_second(self, device: torch.device, processes: int) -> float:
         """Speed of all processes together: their number over the seconds that an image usually takes one of them.
 
         Args:
             device: Where ranks exchange numbers.
-            processes: How many drew what the store holds; None is as many as there are now.
+            processes: How many drew what the store holds, else as many as there are now.
 
         Those are the median over blocks of what drawing took an image, and the same for decoding, whose medians of the
         ranks are averaged; so neither the last block nor a pause makes a difference.
         """
         own = [statistics.median(seconds for seconds, _ in self.blocks)] if self.blocks else []
         usual = sum_over_ranks(sum(own), device) / sum_over_ranks(len(own), device)
-        return (processes or rank_and_world()[1]) / (usual + (self.store.usual_seconds if self.store else 0.0))
+        return processes / (usual + (self.store.usual_seconds if self.store else 0.0))
 
 
 def draw_all(

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from xdlm_image.evaluation.batches import Batch
 from xdlm_image.evaluation.given_images import class_folders, images_in_npz
-from xdlm_image.evaluation.pictures import save_images
+from xdlm_image.evaluation.pictures import numbered_images, numbered_names, save_images
 from xdlm_image.files import write_atomic, write_json
 from xdlm_image.ranks import barrier, rank_and_world
 
@@ -47,7 +47,7 @@ class DrawnPictures:
         classes = ["images"] if class_names is None else class_folders(class_names)
         self.npz = self.folder / "images.npz"
         self.labels = None if class_names is None else np.arange(num_samples) % len(classes)
-        self.names = [f"{classes[i % len(classes)]}/{i:07d}.png" for i in range(num_samples)]
+        self.names = numbered_names(classes, (i % len(classes) for i in range(num_samples)))
         self._about = json.loads(json.dumps({"key": key}))
         if self._found() and not self._is_of_this_set():
             raise ValueError(f"images_dir: {self.folder} holds other images than would be written; move it away")
@@ -103,4 +103,4 @@ class DrawnPictures:
             return False
 
     def _found(self) -> set[str]:
-        return {path.relative_to(self.folder).as_posix() for path in self.folder.glob("*/" + 7 * "[0-9]" + ".png")}
+        return numbered_images(self.folder)

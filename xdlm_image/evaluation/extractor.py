@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from xdlm_image.data.images import in_colour
 from xdlm_image.devices import best_device
 from xdlm_image.evaluation.class_judge import ClassJudge
 from xdlm_image.evaluation.small_classifier import REMEDY, SMALL_CLASSIFIER, ExtractorConfig, SmallClassifierFeatures
@@ -74,6 +75,10 @@ class FeatureExtractor:
         if self.judge is not None:
             return self.judge.classify(images.to(self.device))
         return None if self.logits_layer is None else features[self.logits_layer].argmax(1)
+
+    def knows(self, class_names: Sequence[str]) -> bool:
+        """Whether its classes are these, as far as it says."""
+        return self.config is None or self.config.class_names == list(class_names)
 
     def check_images(self, channels: int, image_size: int) -> None:
         """Raise ValueError when images of this shape cannot be judged."""
@@ -153,7 +158,7 @@ def _load_one(name: str, device: torch.device) -> FeatureExtractor:
         inception = Inception(file or None).to(device).eval().requires_grad_(False)
         return FeatureExtractor(
             name="inception-v3-compat" if inception.is_released else f"inception-v3-compat ({NOT_RELEASED})",
-            compute=lambda images: inception(_in_colour(images)),
+            compute=lambda images: inception(in_colour(images)),
             feature_dims={"2048": 2048, "spatial": SPATIAL_DIM},
             logits_layer=None,
             score_layer="logits_unbiased",
@@ -169,7 +174,7 @@ def _load_one(name: str, device: torch.device) -> FeatureExtractor:
         dinov2 = DINOv2(file or None).to(device).eval().requires_grad_(False)
         return FeatureExtractor(
             name="dinov2-vitl14",
-            compute=lambda images: dinov2(_in_colour(images)),
+            compute=lambda images: dinov2(in_colour(images)),
             feature_dims={"dinov2": int(dinov2.net.num_features)},
             logits_layer=None,
             score_layer=None,
@@ -188,8 +193,3 @@ def _load_one(name: str, device: torch.device) -> FeatureExtractor:
         device=device,
         config=small.config,
     )
-
-
-def _in_colour(images: torch.Tensor) -> torch.Tensor:
-    """Grey (B, 1, H, W) -> (B, 3, H, W); colour as it is."""
-    return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from xdlm_image.data.image_check import check_images
-from xdlm_image.data.images import ImageSet, open_images
+from xdlm_image.data.images import ImageSet, normalise, open_images
 from xdlm_image.devices import best_device
 from xdlm_image.evaluation.batches import Uint8Images, real_batches
 from xdlm_image.evaluation.extractor import load_extractor
@@ -60,7 +60,7 @@ def measure_accuracy(classifier: SmallClassifier, images: ImageSet, device: torc
     classifier.eval()
     right = 0
     for batch in real_batches(images, EVALUATION_BATCH, num_workers=num_workers):
-        logits = classifier(batch.images.to(device).float().div(127.5).sub(1))  # (B, num_classes)
+        logits = classifier(normalise(batch.images.to(device)))  # (B, num_classes)
         right += int((logits.argmax(1).cpu() == batch.labels).sum())
     return right / len(images)
 
@@ -206,7 +206,7 @@ def _fit(
     with tqdm(total=total_steps, initial=done * len(loader), desc="extractor", unit="step") as progress:
         for epoch in range(done, recipe.epochs):
             for images, labels in loader:
-                images = images.to(device).float().div(127.5).sub(1)  # (B, C, S, S) in [-1, 1]
+                images = normalise(images.to(device))  # (B, C, S, S) in [-1, 1]
                 images = augment(images, shift, generator).contiguous(memory_format=torch.channels_last)
                 loss = F.cross_entropy(classifier(images), labels.to(device))
                 optimizer.zero_grad(set_to_none=True)

@@ -17,7 +17,7 @@ from xdlm_image.devices import best_device
 from xdlm_image.evaluation.drawing import class_names, draw_all, folder_names, open_pipeline
 from xdlm_image.evaluation.foreign_pipelines import ForeignPipeline
 from xdlm_image.evaluation.given_images import class_folders
-from xdlm_image.evaluation.pictures import save_images, save_picture, to_picture
+from xdlm_image.evaluation.pictures import numbered_images, numbered_names, save_images, save_picture, to_picture
 from xdlm_image.evaluation.sampler_settings import SamplerSettings, check_settings
 from xdlm_image.evaluation.seeds import MAX_IMAGES
 from xdlm_image.evaluation.trace_pictures import check_trace, write_trace
@@ -59,9 +59,10 @@ def save_grid(
             raise ValueError(f"{argument}: {len(names)} names for {count} rows or columns of images")
     factor = max(1, -(-SMALLEST_SIDE // height))
     cell_height, cell_width = height * factor, width * factor
-    font = ImageFont.load_default(size=max(12, min(28, cell_height // 4)))
+    letters = max(12, min(28, cell_height // 4))  # pixels
+    font = ImageFont.load_default(size=letters)
     measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    line = int(font.size * 1.5) if hasattr(font, "size") else 18
+    line = int(letters * 1.5)
     left = int(max((measure.textlength(name, font=font) for name in row_names), default=0)) + 12 if row_names else GAP
     title_height = line if title else 0
     top = title_height + (line if column_names else 0) + GAP
@@ -166,8 +167,7 @@ def sample(recipe: SampleRecipe) -> Path:
     check_trace(recipe, len(ids))
     labels = grid_labels(ids, recipe.images_per_class)
     refuse_unwritable(Path(recipe.output).parent, "the folder of output")
-    folders = class_folders(folder_names(pipeline))
-    numbered = [f"{folders[label]}/{i:07d}.png" for i, label in enumerate(labels)]  # as `evaluate` has them
+    numbered = numbered_names(class_folders(folder_names(pipeline)), labels)
     if recipe.images_dir is not None:
         refuse_unwritable(recipe.images_dir, "images_dir")
         _refuse_others(recipe.images_dir, numbered)
@@ -182,8 +182,7 @@ def sample(recipe: SampleRecipe) -> Path:
 
 def _refuse_others(folder: str, names: Sequence[str]) -> None:
     """Images that an earlier call left and this one would not replace: a folder is judged as one set."""
-    found = (path.relative_to(folder).as_posix() for path in Path(folder).glob("*/???????.png"))
-    others = set(found) - set(names)
+    others = numbered_images(folder) - set(names)
     if others:
         raise ValueError(
             f"images_dir={folder!r}: holds {min(others)} and {len(others) - 1} more images of another call; move them "

@@ -15,7 +15,6 @@ import torch
 
 from xdlm_image.data.code_cache import CodeCache
 from xdlm_image.data.labels import Labels, same_classes
-from xdlm_image.devices import best_device
 from xdlm_image.evaluation.cells import read_cell, refuse_name
 from xdlm_image.evaluation.drawing import open_pipeline, pipeline_hash, refuse_changed
 from xdlm_image.evaluation.measuring import short_hash
@@ -35,7 +34,7 @@ from xdlm_image.evaluation.plan import device_name, versions
 from xdlm_image.files import write_json
 from xdlm_image.metric_lines import MetricLines
 from xdlm_image.objective import XDLMLoss
-from xdlm_image.processes import only_command, process_state
+from xdlm_image.processes import only_command, own_device
 from xdlm_image.ranks import barrier, rank_and_world
 from xdlm_image.recipes import NelboRecipe
 
@@ -79,7 +78,6 @@ def nelbo(recipe: NelboRecipe) -> Path:
         FileNotFoundError, ValueError: A pipeline, the codes or a run do not exist or do not fit, or another command is
             at work in `output_dir`; before anything is measured.
     """
-    process_state()
     plan = check(recipe)
     output = Path(recipe.output_dir)
     with only_command(output, rank_and_world()[0] == 0):
@@ -123,10 +121,7 @@ def check(recipe: NelboRecipe) -> NelboPlan:
     for argument, names in (("pipelines", recipe.pipelines), ("runs", recipe.runs)):
         for name in names:
             refuse_name(argument, name)
-    device = best_device(recipe.device)
-    processes = process_state()
-    if processes is not None and recipe.device is None:
-        device = processes.device
+    device = own_device(recipe.device)
     cache = CodeCache.open(recipe.codes)
     num_images = len(cache) if recipe.num_images is None else recipe.num_images
     if not 2 <= num_images <= len(cache):

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from xdlm_image.evaluation.nelbo_estimate import NORMAL_95
-from xdlm_image.files import write_atomic, write_json, write_text
+from xdlm_image.evaluation.plots import save_figure
+from xdlm_image.files import write_json, write_text
 
 Content = dict[str, Any]  # nelbo.json, see `nelbo.nelbo`
 HEADER = (
@@ -112,7 +113,7 @@ def write_plot(output_dir: str | Path, content: Content) -> Path:
     over_t.set(xlim=(0, 1), xticks=[0, 0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 1], ylim=(0, None))
     over_t.set(xlabel="t, share of noise (axis in its cube root)", ylabel="loss density, bits per token and unit of t")
     over_t.axvline(content["protocol"]["t_min"], linestyle=":", color="grey", linewidth=1, label="t_min of training")
-    return _save(figure, Path(output_dir) / "nelbo.png")
+    return save_figure(figure, Path(output_dir) / "nelbo.png")
 
 
 def write_curves(output_dir: str | Path, curves: dict[str, list[dict[str, float]]]) -> None:
@@ -138,7 +139,7 @@ def write_curves(output_dir: str | Path, curves: dict[str, list[dict[str, float]
         panel.fill_between(steps, *zip(*map(_ends, points)), alpha=0.2)
     panel.set(xlabel="training step", ylabel="validation NELBO, bits per token")
     panel.set_title("averaged weights, 95 % intervals over images", fontsize=10)
-    _save(figure, output / "nelbo_training.png")
+    save_figure(figure, output / "nelbo_training.png")
 
 
 def _ends(point: dict[str, float]) -> tuple[float, float]:
@@ -147,16 +148,6 @@ def _ends(point: dict[str, float]) -> tuple[float, float]:
 
 
 def _figure(width: float) -> Any:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, 4.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _save(figure: Any, path: Path) -> Path:
-    for panel in figure.axes:
-        panel.grid(alpha=0.3)
-        panel.legend(fontsize=8)
-    return write_atomic(path, lambda temporary: figure.savefig(temporary, format="png", dpi=130))
+    return Figure(figsize=(width, 4.4), layout="constrained")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -29,6 +29,17 @@ def has_key(path: str | Path, key: str) -> bool:
             return picture.info.get(KEY) == key
     except OSError:
         return False
+
+
+def numbered_names(folders: Sequence[str], labels: Iterable[int]) -> list[str]:
+    """`CLASS/IIIIIII.png` of every image of a set, by the place of its class among the folders."""
+    return [f"{folders[label]}/{i:07d}.png" for i, label in enumerate(labels)]
+
+
+def numbered_images(folder: str | Path) -> set[str]:
+    """Those of such names that are in a folder."""
+    found = Path(folder).glob("*/" + 7 * "[0-9]" + ".png")
+    return {path.relative_to(folder).as_posix() for path in found}
 
 
 def save_images(folder: str | Path, names: Sequence[str], images: torch.Tensor) -> None:

@@ -19,7 +19,6 @@ import torch
 from xdlm_image.data.image_check import check_images
 from xdlm_image.data.images import ImageSet
 from xdlm_image.data.labels import Labels, same_classes
-from xdlm_image.devices import best_device
 from xdlm_image.evaluation import caveats
 from xdlm_image.evaluation.batches import UINT8_RULE
 from xdlm_image.evaluation.cells import refuse_name
@@ -33,7 +32,7 @@ from xdlm_image.evaluation.reference_files import KNOWN, is_reference_file, open
 from xdlm_image.evaluation.references import Reference, open_reference, open_reference_images, subset
 from xdlm_image.evaluation.sampler_settings import SamplerSettings, check_settings
 from xdlm_image.evaluation.seeds import SEED_RULE
-from xdlm_image.processes import process_state
+from xdlm_image.processes import own_device
 from xdlm_image.ranks import rank_and_world
 from xdlm_image.recipes import DataOptions, EvaluateRecipe
 from xdlm_image.tokenizer.codes import tokenizer_hash
@@ -81,10 +80,7 @@ def check(recipe: EvaluateRecipe) -> Plan:
     for argument, names_given in (("pipelines", recipe.pipelines), ("images", recipe.images)):
         for name in names_given:
             refuse_name(argument, name)
-    device = best_device(recipe.device)
-    processes = process_state()
-    if processes is not None and recipe.device is None:
-        device = processes.device
+    device = own_device(recipe.device)
     extractor = load_extractor(recipe.extractor, device)
     target = _open_target(recipe, extractor, device)
     images, reference, names, shape = target.images, target.reference, target.class_names, target.shape
@@ -97,7 +93,7 @@ def check(recipe: EvaluateRecipe) -> Plan:
     extractor.check_images(*shape)
     further = open_further(recipe.further_references, extractor, shape)
     said = caveats.of_judge(extractor, names, recipe.classifier, reference)
-    if extractor.config is not None and extractor.config.class_names != names:
+    if not extractor.knows(names):
         extractor = replace(extractor, logits_layer=None)
     if recipe.classifier is not None:
         extractor = replace(extractor, judge=load_class_judge(recipe.classifier, names, shape, device))
@@ -282,11 +278,7 @@ def protocol(plan: Plan, reference: Reference) -> dict[str, Any]:
         "extractor": plan.extractor.describe(),
         "sampler": {
             "num_steps": recipe.num_steps,
-            "guidance_scale": recipe.guidance_scales,
-            "temperature": recipe.temperatures,
-            "time_grid": recipe.time_grids,
-            "sampler": recipe.samplers,
-            "guidance_interval": recipe.guidance_intervals,
+            **recipe.settings,
             "dtype": recipe.dtype,
             "compile": recipe.compile,
         },

@@ -115,14 +115,12 @@ def _panels(
     marks: dict[str, float] | None = None,
 ) -> Path:
     """A panel for each feature layer: the curves with their spread over seeds, the floors as lines, names at places."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter, NullLocator, StrMethodFormatter
 
     protocol, floors = content["protocol"], content["floors"]
     layers = measured_layers(content)
     figure = Figure(figsize=(6.2 * len(layers), 4.6), layout="constrained")
-    FigureCanvasAgg(figure)
     panels: list[Any] = figure.subplots(1, len(layers), squeeze=False)[0].tolist()
     for panel, layer in zip(panels, layers):
         places = set()
@@ -153,6 +151,12 @@ def _panels(
         panel.set_xlabel(x_label)
         panel.set_ylabel(f"Fréchet distance, features {layer}")
         panel.set_title(f"{protocol['extractor']['name']}, {protocol['num_samples']} images", fontsize=10)
+    return save_figure(figure, path)
+
+
+def save_figure(figure: Any, path: Path) -> Path:
+    """Write a figure as PNG, atomically; each panel with a grid and a legend."""
+    for panel in figure.axes:
         panel.grid(alpha=0.3)
         panel.legend(fontsize=8)
     return write_atomic(path, lambda temporary: figure.savefig(temporary, format="png", dpi=130))

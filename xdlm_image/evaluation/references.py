@@ -276,7 +276,7 @@ def reference(recipe: ReferenceRecipe) -> Path:
     images, floor_images = open_reference_images(recipe.data, recipe.reference_split)
     extractor = load_extractor(recipe.extractor, best_device(recipe.device))
     extractor.check_images(recipe.data.channels, recipe.data.image_size)
-    if extractor.config is not None and extractor.config.class_names != list(images.class_names):
+    if not extractor.knows(images.class_names):
         print("the extractor was trained on other classes than the data's: no class accuracy is measured")
         extractor = replace(extractor, logits_layer=None)
     loaded = [load_tokenizer(folder, extractor.device) for folder in recipe.tokenizers]

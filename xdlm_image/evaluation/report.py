@@ -16,7 +16,7 @@ from typing import Any
 import jinja2
 
 from xdlm_image.evaluation.plots import PLOTS
-from xdlm_image.evaluation.tables import Content, Table, measured_layers, metric_table, reference_text, tables, text
+from xdlm_image.evaluation.tables import Content, Table, fid_table, measured_layers, reference_text, tables, text
 from xdlm_image.files import write_json, write_text
 
 WHOLE_PROTOCOL = "The whole protocol is in `fid.json`."
@@ -137,7 +137,7 @@ def write_html(output_dir: str | Path, content: Content) -> Path:
 def _of(content: Content, name: str) -> Table:
     """The main FID of one pipeline, for the place beside its pictures."""
     layer = measured_layers(content)[0]
-    table = metric_table(content, "fid", layer)
+    table = fid_table(content, layer)
     own = [row for row in table.rows if row[0] == name or row[0].startswith(f"{name}, ")]
     return Table(f"FID, features {layer}", table.header, own)
 

@@ -19,6 +19,7 @@ from torch_fidelity import register_feature_extractor
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
+from xdlm_image.data.images import normalise
 from xdlm_image.files import sha256_of_file
 
 SMALL_CLASSIFIER = "xdlm-small-classifier"  # its name in torch-fidelity's registry
@@ -170,7 +171,7 @@ class SmallClassifierFeatures(FeatureExtractorBase):
                 f"images.shape={tuple(images.shape)}: this extractor takes (B, {expected[0]}, "
                 f"{expected[1]}, {expected[2]}); train one for this size and these channels"
             )
-        scaled = images.float().div(127.5).sub(1).contiguous(memory_format=torch.channels_last)
+        scaled = normalise(images).contiguous(memory_format=torch.channels_last)
         layers = self.classifier.layers(scaled)
         return tuple(layers[name].float() for name in self.features_list)
 

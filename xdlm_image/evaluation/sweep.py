@@ -39,7 +39,7 @@ from xdlm_image.evaluation.seeds import SEED_RULE
 from xdlm_image.evaluation.tables import SETTINGS, text
 from xdlm_image.files import refuse_unwritable, write_json
 from xdlm_image.pipelines import XDLMPipeline
-from xdlm_image.processes import only_command, process_state
+from xdlm_image.processes import only_command
 from xdlm_image.ranks import barrier, rank_and_world, sum_over_ranks
 from xdlm_image.recipes import EvaluateRecipe
 from xdlm_image.recipes.sampling import FEATURE_METRICS
@@ -67,7 +67,6 @@ def evaluate(recipe: EvaluateRecipe) -> Path:
         FileNotFoundError, ValueError: A pipeline, the extractor or the data do not exist or do not fit, or another
             command is at work in `output_dir`; before anything is drawn.
     """
-    process_state()
     plan = check(recipe)
     output = Path(recipe.output_dir)
     if recipe.images_dir is not None:
@@ -219,14 +218,7 @@ class _Cell:
 
 
 def _axes(settings: SamplerSettings) -> dict[str, Any]:
-    return {
-        "num_steps": settings.num_steps,
-        "guidance_scale": settings.guidance_scale,
-        "temperature": settings.temperature,
-        "time_grid": settings.time_grid,
-        "sampler": settings.sampler,
-        "guidance_interval": settings.guidance_interval,
-    }
+    return {name: getattr(settings, name) for name in ("num_steps", *SETTINGS)}
 
 
 def _cell(plan: Plan, name: str, settings: SamplerSettings, seed: int, reference: Reference) -> _Cell:

@@ -75,15 +75,9 @@ def tables(content: Content) -> list[Table]:
     return found
 
 
-def metric_table(content: Content, metric: str, layer: str) -> Table:
-    """A row a pipeline, a column a step count, mean and spread over seeds.
-
-    Args:
-        content: Of a `fid.json`.
-        metric: `fid` or `fid_against_reconstructions`.
-        layer: Feature layer.
-    """
-    return _table(content, metric, lambda cell: (cell[metric] or {}).get(layer))
+def fid_table(content: Content, layer: str) -> Table:
+    """FID by the features of a layer: a row a pipeline, a column a step count, mean and spread over seeds."""
+    return _table(content, "fid", lambda cell: (cell["fid"] or {}).get(layer))
 
 
 def rows(content: Content) -> dict[str, list[Content]]:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from xdlm_image.data.images import to_uint8
+from xdlm_image.evaluation.drawing import decode
 from xdlm_image.files import write_atomic
 from xdlm_image.pipelines import XDLMPipeline
 
@@ -67,7 +67,7 @@ class Trace:
         for state in wanted:
             codes = self.codes[state]  # (B, h, w)
             empty = codes >= process.num_codes  # masked; under definition B also ids that are no codes
-            images = self._decode(torch.where(empty, self._middle_code(), codes))  # (B, C, H, W)
+            images = decode(self.pipeline, torch.where(empty, self._middle_code(), codes))  # (B, C, H, W)
             cell = images.shape[-2] // rows
             empty = empty.repeat_interleave(cell, 1).repeat_interleave(cell, 2)[:, None]  # (B, 1, H, W)
             pictures.append(torch.where(empty, hatch(images.shape[-2], images.shape[-1], cell), images))
@@ -77,7 +77,7 @@ class Trace:
         """Pictures of what the network took each state for: uint8 (states, B, C, H, W); state T is the result."""
         wanted = range(len(self.codes)) if states is None else states
         clean = torch.cat([self.predictions, self.codes[-1:]])  # (T + 1, B, h, w)
-        return torch.stack([self._decode(clean[state]) for state in wanted])
+        return torch.stack([decode(self.pipeline, clean[state]) for state in wanted])
 
     def save_codes(self, path: str | Path) -> Path:
         """Write `codes`, `predictions`, `times`, `mask` and, where there are, `labels` to an .npz file, atomically."""
@@ -90,10 +90,6 @@ class Trace:
         if self.labels is not None:
             arrays["labels"] = self.labels.to(torch.int32).numpy()
         return write_atomic(path, lambda temporary: np.savez_compressed(temporary, **arrays))
-
-    @torch.no_grad()
-    def _decode(self, codes: torch.Tensor) -> torch.Tensor:
-        return to_uint8(self.pipeline.decode_latents(codes.to(self.pipeline.device)).cpu())
 
     def _middle_code(self) -> int:
         """The code whose vector lies nearest to the mean of the codebook."""

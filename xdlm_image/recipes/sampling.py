@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any, Literal, get_args
@@ -17,6 +16,7 @@ FeatureMetric = Literal["kid", "precision_recall", "coverage"]
 FEATURE_METRICS: tuple[FeatureMetric, ...] = get_args(FeatureMetric)
 TimeGrid = Literal["linear", "cosine", "arccos"]
 Sampler = Literal["ancestral", "confidence", "halton", "psi"]
+VARIED = ("guidance_scale", "temperature", "time_grid", "sampler", "guidance_interval")  # of a sweep, beside the steps
 
 
 @dataclass
@@ -260,16 +260,8 @@ class EvaluateRecipe:
             if isinstance(values, list):  # of pairs, too, that YAML or a caller lists
                 values = [tuple(value) if isinstance(value, list) else value for value in values]
             setattr(self, name, values)
-        axes: dict[str, Sequence[Any]] = {
-            "num_steps": self.num_steps,
-            "seeds": self.seeds,
-            "guidance_scale": self.guidance_scales,
-            "temperature": self.temperatures,
-            "time_grid": self.time_grids,
-            "sampler": self.samplers,
-            "guidance_interval": self.guidance_intervals,
-        }
-        for name, values in axes.items():
+        settings = self.settings
+        for name, values in {"num_steps": self.num_steps, "seeds": self.seeds, **settings}.items():
             require(
                 len(values) > 0 and len(set(values)) == len(values), name, values, "name at least one, each only once"
             )
@@ -287,48 +279,26 @@ class EvaluateRecipe:
         require(known, "feature_metrics", self.feature_metrics, f"a list of some of {', '.join(FEATURE_METRICS)}")
         require_at_least(self, 1, "batch_size")
         require(
-            self.guidance_intervals == [None] or self.guidance_scales != [1],
+            settings["guidance_interval"] == [None] or settings["guidance_scale"] != [1],
             "guidance_interval",
             self.guidance_interval,
             "does nothing with guidance_scale=1; leave it out",
         )
-        for name, scales in (("guidance_scale", self.guidance_scales), ("temperature", self.temperatures)):
-            for scale in scales:
+        for name in ("guidance_scale", "temperature"):
+            for scale in settings[name]:
                 require_in_time(name, scale)
 
     @property
-    def guidance_scales(self) -> list[float | tuple[float, float]]:
-        """The guidance scales, as a list."""
-        return self.guidance_scale if isinstance(self.guidance_scale, list) else [self.guidance_scale]
-
-    @property
-    def temperatures(self) -> list[float | tuple[float, float]]:
-        """The temperatures, as a list."""
-        return self.temperature if isinstance(self.temperature, list) else [self.temperature]
-
-    @property
-    def guidance_intervals(self) -> list[tuple[float, float] | None]:
-        """The intervals of guidance, as a list."""
-        return self.guidance_interval if isinstance(self.guidance_interval, list) else [self.guidance_interval]
-
-    @property
-    def time_grids(self) -> list[TimeGrid | None]:
-        """The time grids, as a list."""
-        return [*self.time_grid] if isinstance(self.time_grid, list) else [self.time_grid]
-
-    @property
-    def samplers(self) -> list[Sampler | None]:
-        """The samplers, as a list."""
-        return [*self.sampler] if isinstance(self.sampler, list) else [self.sampler]
+    def settings(self) -> dict[str, list[Any]]:
+        """What is chosen for each setting of `VARIED`."""
+        values = {name: getattr(self, name) for name in VARIED}
+        return {name: value if isinstance(value, list) else [value] for name, value in values.items()}
 
     @property
     def variants(self) -> list[tuple[Any, ...]]:
-        """Guidance scale, temperature, time grid, sampler and guided interval of every setting but the step count.
-
-        Without guidance there is no interval, and one such setting.
-        """
-        axes = (self.guidance_scales, self.temperatures, self.time_grids, self.samplers, self.guidance_intervals)
-        return [*dict.fromkeys((*axes, None if axes[0] == 1 else interval) for *axes, interval in product(*axes))]
+        """Values of `VARIED` of every setting but the steps; without guidance there is no interval, and one such."""
+        settings = product(*self.settings.values())
+        return [*dict.fromkeys((*axes, None if axes[0] == 1 else interval) for *axes, interval in settings)]
 
 
 def _as_floats(value: Any) -> Any:

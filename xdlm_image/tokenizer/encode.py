@@ -30,9 +30,9 @@ from xdlm_image.data.code_cache import (
 )
 from xdlm_image.data.image_check import check_images
 from xdlm_image.data.images import ImageSet, open_images
-from xdlm_image.devices import best_device
 from xdlm_image.files import write_json
-from xdlm_image.processes import process_state
+from xdlm_image.processes import own_device, process_state
+from xdlm_image.ranks import barrier, rank_and_world
 from xdlm_image.recipes import DataOptions, EncodeRecipe
 from xdlm_image.tokenizer.codes import encode_images, grid_of, load_tokenizer, tokenizer_hash, tokenizer_info
 from xdlm_image.tokenizer.measure import save_reconstructions
@@ -63,9 +63,8 @@ def encode(recipe: EncodeRecipe) -> Path:
     for split in recipe.splits:
         if recipe.overwrite or not (output / split / MANIFEST).is_file():
             refuse_existing(output / split, recipe.overwrite)
-    processes = process_state()
-    is_main = processes is None or processes.is_main_process
-    device = processes.device if processes is not None and recipe.device is None else best_device(recipe.device)
+    device = own_device(recipe.device)
+    is_main = rank_and_world()[0] == 0
     vqvae = load_tokenizer(recipe.tokenizer, device)
     if vqvae.config.in_channels != data.channels:
         raise ValueError(f"data.channels={data.channels}: {recipe.tokenizer} takes {vqvae.config.in_channels}")
@@ -113,16 +112,14 @@ def encode(recipe: EncodeRecipe) -> Path:
         )
         for block, codes in _encoded(vqvae, images, recipe, _share(blocks)):
             blocks.write(block, codes)
-        if processes is not None:
-            processes.wait_for_everyone()
+        barrier()
         if not is_main:
             continue
         labelled = ((codes, images.labels[block.start : block.stop]) for block, codes in blocks.read())
         path = write_code_cache(output / images.split, manifest, labelled, recipe.overwrite)
         blocks.remove()
         _report(vqvae, images, path)
-    if processes is not None:
-        processes.wait_for_everyone()
+    barrier()
     return output
 
 
