@@ -24,7 +24,7 @@ bench() { # script and its options
 }
 
 case "$device" in
-    cuda) bench fused_head --compile --shapes 1024x256 16384x768 --rows 16384 --dtype bfloat16 ;;
+    cuda) bench fused_head --compile --shapes 1024x256 16384x768x16384 16387x768x16384 --dtype bfloat16 ;;
     cpu) bench fused_head --compile ;;
 esac
 bench loss

@@ -1,10 +1,11 @@
 """Output projection and objective as one, forward and backward, against the layers apart and against others' kernels.
 
-    python benchmarks/fused_head.py [--device cuda] [--shapes 512x128 16384x768] [--rows N] [--repeats 7] [--compile]
+    python benchmarks/fused_head.py [--device cuda] [--shapes 512x128 16384x768x16384] [--repeats 7] [--compile]
 
-A shape is V x D. Liger's and Apple's fused linear cross-entropy are measured where they are installed and there is a
-GPU; they compute another, simpler loss (on a CPU, Apple's is the compiled plain layers). Weights are float32 and
-products run under autocast unless --dtype float32.
+A shape is V x D, or V x D x tokens. Liger's and Apple's fused linear cross-entropy are measured where they are
+installed and there is a GPU; they compute another, simpler loss (on a CPU, Apple's is the compiled plain layers).
+Weights are float32 and products run under autocast unless --dtype float32. Logits are those of random weights; Apple's
+saves work where most probabilities are small, as a trained language model's are.
 """
 
 import inspect
@@ -25,8 +26,12 @@ def others_on_gpu(dtype: torch.dtype) -> dict:
     try:
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
-        liger = LigerFusedLinearCrossEntropyLoss()
-        found["Liger"] = lambda h, w, b, x: liger(w.to(dtype), h.flatten(0, 1).to(dtype), x.flatten(), b.to(dtype))
+        def fused(loss):
+            return lambda h, w, b, x: loss(w.to(dtype), h.flatten(0, 1).to(dtype), x.flatten(), b.to(dtype))
+
+        found["Liger"] = fused(LigerFusedLinearCrossEntropyLoss())
+        if "accum_dtype" in inspect.signature(LigerFusedLinearCrossEntropyLoss).parameters:  # as ours adds up
+            found["Liger, sums in float32"] = fused(LigerFusedLinearCrossEntropyLoss(accum_dtype=torch.float32))
     except ImportError:
         print("Liger is not installed: not measured")
     try:
@@ -89,7 +94,7 @@ def candidates_at(width: int, features: int, rows: int, arguments) -> dict:
         "xdlm_head_nelbo": run(lambda h, w, b: xdlm_head_nelbo(h, w, b, *rest).mean),
     }
     if arguments.compile:
-        candidates["linear + cross_entropy, compiled"] = run(torch.compile(cross_entropy))
+        candidates["linear + cross_entropy, compiled"] = run(torch.compile(cross_entropy, dynamic=False))
     if device.type == "cuda":
         others = others_on_gpu(arguments.dtype)
         others = {name: run(partial(lambda loss, h, w, b: loss(h, w, b, x), loss)) for name, loss in others.items()}
@@ -100,15 +105,15 @@ def candidates_at(width: int, features: int, rows: int, arguments) -> dict:
 def main() -> None:
     parser = parser_of(__file__, __doc__)
     parser.add_argument(
-        "--shapes", nargs="+", default=["512x128", "1024x256", "16384x768", "16387x768"], help="V x D each"
+        "--shapes", nargs="+", default=["512x128", "1024x256", "16384x768", "16387x768"], help="V x D (x tokens) each"
     )
     parser.add_argument("--compile", action="store_true", help="measure compiled code, too")
     arguments = parser.parse_args()
     prepare(arguments)
     result = machine(arguments) | {"memory_unit": "bytes of the logits", "shapes": {}}
     for shape in arguments.shapes:
-        width, features = (int(side) for side in shape.split("x"))
-        rows = math.prod(images_of(arguments.rows or arguments.elements // width))
+        width, features, *tokens = (int(side) for side in shape.split("x"))
+        rows = math.prod(images_of(tokens[0] if tokens else arguments.rows or arguments.elements // width))
         unit = rows * width * arguments.dtype.itemsize
         measured = measure(candidates_at(width, features, rows, arguments), arguments.device, arguments.repeats, unit)
         result["shapes"][shape] = {"rows": rows, "candidates": measured}

@@ -3,6 +3,7 @@
 import argparse
 import ctypes
 import gc
+import math
 import os
 import platform
 import random
@@ -16,6 +17,9 @@ from typing import Any
 import torch
 
 from xdlm_image.devices import best_device
+from xdlm_image.objective.nelbo import passes_for
+
+LEAST_SECONDS = 0.02  # that a time on a GPU is taken over
 
 
 def parser_of(script: str, description: str, of_logits: bool = True) -> argparse.ArgumentParser:
@@ -69,13 +73,19 @@ def machine(arguments: argparse.Namespace) -> dict[str, Any]:
             versions[name] = version(name)
         except PackageNotFoundError:
             continue
+    of_logits = {}
+    if "dtype" in arguments:
+        passes = passes_for(torch.device(arguments.device), arguments.dtype, "auto").__name__.rpartition(".")[2]
+        if on_gpu and passes == "nelbo_eager":
+            raise SystemExit("the objective's Triton kernels do not run here: what was measured would be plain torch")
+        of_logits = {"dtype": str(arguments.dtype), "objective": passes}
     can = getattr(torch.cpu, "get_capabilities", dict)()
     return {
         "machine": torch.cuda.get_device_name() if on_gpu else platform.machine(),
         "cpu_units": [unit for unit in ("avx2", "avx512_f", "avx512_bf16", "amx_bf16") if can.get(unit)],
         "threads": arguments.threads,
         "huge_pages_for_all": os.environ.get("THP_MEM_ALLOC_ENABLE") == "1",
-        **({"dtype": str(arguments.dtype)} if "dtype" in arguments else {}),
+        **of_logits,
         "repeats": arguments.repeats,
         "versions": versions,
     }
@@ -85,12 +95,13 @@ def measure(
     candidates: dict[str, Callable[[], Any]], device: str, repeats: int, unit: int
 ) -> dict[str, dict[str, float]]:
     """Run the candidates in turns: once to warm up and for memory, then `repeats` times, each time in another order
-    (who comes after one that gives much memory back takes longer).
+    (who comes after one that gives much memory back takes longer). On a GPU a time is that between two events with as
+    many calls in between as take `LEAST_SECONDS`, so that the first launch is not waited for.
 
     Returns:
-        For each: `seconds` (median), `low`, `high`, `processor_seconds` (median, this process, all threads: what other
-        load on a CPU disturbs least) and `memory`: the peak above what was there before, in units of `unit` bytes
-        (NaN where this platform does not tell). Candidates for which a GPU has no memory are named and left out.
+        For each: `seconds` a call (median), `low`, `high`, on a CPU `processor_seconds` (median, this process, all
+        threads: what other load disturbs least) and `memory`: the peak above what was there before, in units of `unit`
+        bytes (NaN where this platform does not tell). Candidates for which a GPU has no memory are named and left out.
     """
     on_gpu = torch.device(device).type == "cuda"
     memory: dict[str, float] = {}
@@ -104,14 +115,17 @@ def measure(
     wall: dict[str, list[float]] = {name: [] for name in candidates}
     processor: dict[str, list[float]] = {name: [] for name in candidates}
     order = random.Random(0)
-    if on_gpu:
-        torch.cuda.synchronize()
+    calls = {
+        name: math.ceil(LEAST_SECONDS / _seconds_on_gpu(candidate, 1)) if on_gpu else 1
+        for name, candidate in candidates.items()
+    }
     for _ in range(repeats):
         for name, candidate in order.sample(list(candidates.items()), len(candidates)):
+            if on_gpu:
+                wall[name].append(_seconds_on_gpu(candidate, calls[name]))
+                continue
             began = time.perf_counter(), time.process_time()
             candidate()
-            if on_gpu:
-                torch.cuda.synchronize()
             wall[name].append(time.perf_counter() - began[0])
             processor[name].append(time.process_time() - began[1])
     return {
@@ -119,11 +133,23 @@ def measure(
             "seconds": statistics.median(wall[name]),
             "low": min(wall[name]),
             "high": max(wall[name]),
-            "processor_seconds": statistics.median(processor[name]),
+            **({} if on_gpu else {"processor_seconds": statistics.median(processor[name])}),
             "memory": memory[name],
         }
         for name in candidates
     }
+
+
+def _seconds_on_gpu(candidate: Callable[[], Any], calls: int) -> float:
+    """Seconds a call, of so many without a pause."""
+    began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    began.record()
+    for _ in range(calls):
+        candidate()
+    ended.record()
+    torch.cuda.synchronize()
+    return float(began.elapsed_time(ended)) / 1000 / calls
 
 
 def peak_bytes(candidate: Callable[[], Any], on_gpu: bool) -> float:
@@ -151,8 +177,12 @@ def _resident(name: str) -> int:
 
 def show(title: str, results: dict[str, dict[str, float]], baseline: str, unit: str) -> None:
     """A table, times also as multiples of the baseline's."""
-    print(f"\n{title}\n{'':28}     ms  (low to high)      x   x processor   peak, {unit}")
+    base = results[baseline]
+    of_processor = "   x processor" if "processor_seconds" in base else ""
+    print(f"\n{title}\n{'':28}     ms  (low to high)      x{of_processor}   peak, {unit}")
     for name, row in results.items():
-        ratio, processor = (row[key] / results[baseline][key] for key in ("seconds", "processor_seconds"))
+        ratio = f"{row['seconds'] / base['seconds']:6.2f}"
+        if of_processor:
+            ratio += f"{row['processor_seconds'] / base['processor_seconds']:12.2f}"
         times = f"{1e3 * row['seconds']:8.2f}  ({1e3 * row['low']:.2f} to {1e3 * row['high']:.2f})"
-        print(f"{name:27}{times:28}{ratio:6.2f}{processor:12.2f}{row['memory']:10.2f}")
+        print(f"{name:27}{times:28}{ratio}{row['memory']:10.2f}")

@@ -3,9 +3,10 @@
     python benchmarks/sampling_step.py [--device cuda] [--widths 512 16384] [--rows N] [--repeats 7] [--threads 1]
 
 The step is that in the middle of an 8-step grid at k = 0.1, on codes noised to its time, with a generator for every
-image. "bare network" is the official size of the transformer at that vocabulary (--layers 12 --dim 768), or smaller.
-With --run, and on a GPU, also all 8 steps from noise to codes, against the network called 8 times. All take turns in
-one process; the JSON lands beside this file.
+image (on a GPU with one there, as multinomial has: a pipeline brings its images' numbers there ahead). "bare network"
+is the official size of the transformer at that vocabulary (--layers 12 --dim 768), or smaller. With --run, and on a
+GPU, also all 8 steps from noise to codes, against the network called 8 times. All take turns in one process; the JSON
+lands beside this file.
 """
 
 import math
@@ -47,8 +48,11 @@ def candidates_at(width: int, rows: int, arguments) -> dict:
     def bare():
         return network(z, timestep=times[t.item()], class_labels=labels).sample
 
+    on_gpu = torch.device(device).type == "cuda"
+    source = torch.Generator(device).manual_seed(0) if on_gpu else generators
+
     def step():
-        return scheduler.step(logits, t, z, generators).prev_sample
+        return scheduler.step(logits, t, z, source).prev_sample
 
     def plain_step():
         kernel = row_draw.FAST.pop(z.device.type, None)
@@ -79,7 +83,7 @@ def candidates_at(width: int, rows: int, arguments) -> dict:
     }
     if torch.device(device).type in row_draw.FAST:
         candidates["reverse step, Triton"] = step
-    if arguments.run or torch.device(device).type == "cuda":
+    if arguments.run or on_gpu:
         candidates["bare network, 8 times"] = bare_run
         candidates["8 steps"] = run
     return candidates

@@ -30,13 +30,13 @@ case "$size" in
     gpu)
         classifier=(--batch_size 256)
         tokenizer=(--model.block_out_channels '[64, 128]' --model.latent_channels 64 --batch_size 128
-            --max_steps 20000 --mixed_precision bf16)
+            --max_steps 20000 --mixed_precision bf16 --num_workers 4)
         train=(--model.num_layers 12 --model.num_attention_heads 6 --model.attention_head_dim 64 --batch_size 256
             --max_steps 40000 --optimizer muon --mixed_precision bf16 --compile true --validate_every 2000 --sample_every 5000
             --checkpoint_every 2000)
         rate=([mdlm]=1e-3 [xdlm-0.1]=1e-3 [xdlm-0.5]=1e-3 [udlm]=1e-3)
         nelbo=()
-        evaluate=(--num_samples 5000 --seeds '[0, 1, 2]' --batch_size 1000)
+        evaluate=(--num_samples 5000 --seeds '[0, 1, 2]' --dtype bfloat16 --batch_size 1000)
         at_once=4
         ;;
     smoke)

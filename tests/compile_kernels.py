@@ -49,11 +49,14 @@ def compile_kernel(kernel, warps, aligned=("stride", "out_stride", "V"), **const
 
 for process in ({"K_IS_ZERO": False, "EXCLUDED": None}, {"K_IS_ZERO": False}, {"K_IS_ZERO": True}):
     for shape in (
-        {"ONE_BLOCK": True, "BY_BLOCKS": False, "BLOCK": 4, "warps": 1},
-        {"ONE_BLOCK": True, "BY_BLOCKS": False, "BLOCK": 4096, "warps": 8},
-        {"ONE_BLOCK": False, "BY_BLOCKS": False, "BLOCK": 1024, "warps": 4},
+        {"ONE_BLOCK": True, "ONLINE": False, "BY_BLOCKS": False, "BLOCK": 4, "warps": 1},
+        {"ONE_BLOCK": True, "ONLINE": False, "BY_BLOCKS": False, "BLOCK": 4096, "warps": 8},
+        {"ONE_BLOCK": False, "ONLINE": False, "BY_BLOCKS": False, "BLOCK": 1024, "warps": 4},
+        {"ONE_BLOCK": False, "ONLINE": True, "BY_BLOCKS": False, "BLOCK": 1024, "warps": 4},
     ):
         for unused in ({"GRADIENT": False, "grad_loss_ptr": None}, {"GRADIENT": True, "scalars_ptr": None}):
+            if shape["ONLINE"] and unused["GRADIENT"]:
+                continue
             compile_kernel(nelbo_triton._forward_kernel, **process, **shape, **unused)
             anywhere = {**shape, "BY_BLOCKS": not shape["ONE_BLOCK"]}
             compile_kernel(nelbo_triton._forward_kernel, aligned=(), **process, **anywhere, **unused)

@@ -36,9 +36,12 @@ def pytest_addoption(parser) -> None:
     )
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m is looked at
 def pytest_collection_modifyitems(config, items) -> None:
-    """Skip, visibly, what this run or this machine cannot do."""
+    """Skip, visibly, what this run or this machine cannot do; where there is a GPU, kernels are tried there."""
     for item in items:
+        if "kernel" in item.keywords and torch.cuda.is_available():
+            item.add_marker(pytest.mark.gpu)
         if "slow" in item.keywords and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
         if "diffusers_testers" in item.keywords and config.getoption("--diffusers-repository") is None:

@@ -5,14 +5,14 @@ import importlib.util
 
 import pytest
 import torch
-from triton_here import needs_triton
+from triton_here import kernel
 
 from xdlm_image.schedulers import row_draw
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-@pytest.fixture(params=["torch", pytest.param("triton", marks=needs_triton), pytest.param("loop", marks=needs_triton)])
+@pytest.fixture(params=["torch", pytest.param("triton", marks=kernel), pytest.param("loop", marks=kernel)])
 def draw(request, monkeypatch):
     """`draw_rows` in torch, as a kernel of one block, and as one of several."""
     if request.param == "torch":

@@ -396,7 +396,10 @@ def test_what_belongs_on_the_cpu_is_there_whatever_the_default_device() -> None:
     assert z.device.type == "cpu"
 
 
-def test_numbers_drawn_ahead_are_those_of_the_calls_one_by_one() -> None:
+@pytest.mark.parametrize("at_once", [1, 2, 5])
+def test_numbers_drawn_ahead_are_those_of_the_calls_one_by_one(at_once: int, monkeypatch) -> None:
+    monkeypatch.setattr(process_xdlm, "AHEAD_ELEMENTS", at_once * 2 * 3 * 7)
+
     def generators():
         return [torch.Generator().manual_seed(seed) for seed in (3, 1, 2)]
 
@@ -424,4 +427,4 @@ def test_numbers_drawn_ahead_are_those_of_the_calls_one_by_one() -> None:
     for _ in range(5):
         assert torch.equal(torch.stack(draw_uniforms((3, 7), numbers)), torch.stack(draw_uniforms((3, 7), one)))
     scheduler.set_timesteps(100_000)
-    assert scheduler.draw_ahead(ahead, (3, 49)) is ahead  # too many numbers to hold
+    assert scheduler.draw_ahead(ahead, (3, 49)).take().shape == (3, 49, 2)  # of numbers that nobody could hold at once

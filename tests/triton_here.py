@@ -33,3 +33,4 @@ def _problem() -> str | None:
 
 PROBLEM = _problem()
 needs_triton = pytest.mark.skipif(PROBLEM is not None, reason=str(PROBLEM))
+kernel = (pytest.mark.kernel, needs_triton)  # of a parameter whose tests run Triton's kernels, on a GPU if there is one

@@ -1,9 +1,10 @@
 """The objective's passes over the logits as Triton kernels, float32 inside.
 
-Owns one kernel a pass. Forward reads a row (again from the cache, where the vocabulary is wider than a block), sums
-over it as `nelbo_eager.py` does and turns the sums into loss and scalars with the equations of `row_scalars.py`;
-backward is elementwise. Together they move 12 bytes a float32 logit: read, read and write. Where what is minimised is
-known beforehand the first kernel does the second's work, too: 8 bytes.
+Owns one kernel a pass. Forward reads a row, sums over it as `nelbo_eager.py` does and turns the sums into loss and
+scalars with the equations of `row_scalars.py`; backward is elementwise. Together they move 12 bytes a float32 logit:
+read, read and write. Where what is minimised is known beforehand the first kernel does the second's work, too: 8 bytes.
+A row that registers do not hold is read three times forward. From the cache, as whoever knows what is minimised gives
+blocks that fit it; else wide rows are read twice, and their largest logit and normaliser found together.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ from .row_scalars import Rows, RowScalars
 
 ROW_IN_REGISTERS = 4096  # widest row that forward reads once; wider ones leave a multiprocessor registers for one
 BLOCK = 1024  # of wider rows, and of the backward pass
+ROW_BYTES_IN_CACHE = 1 << 15  # of a row; 8 on each of 132 multiprocessors leave room in the 50 MB of an H100
 FOUR_FIT = tl.constexpr(1e9)  # c below which the product of four 1 + c p_j, whose p_j sum to 1 at most, is finite
 TINY = tl.constexpr(TINY_NUMBER)
+LOWEST = tl.constexpr(-3e38)
 
 
 def forward(logits: torch.Tensor, rows: Rows, process: XDLMProcess) -> tuple[torch.Tensor, RowScalars]:
@@ -71,6 +74,7 @@ def _forward(
                 logits, logits.stride(0), *rows, loss, scalars, grad_loss, count, width, process.mask,
                 process.excluded_column, process.num_uniform / process.k if process.k > 0 else 0.0,
                 K_IS_ZERO=process.k == 0.0, GRADIENT=grad_loss is not None, ONE_BLOCK=block >= width,
+                ONLINE=grad_loss is None and width * logits.element_size() > ROW_BYTES_IN_CACHE,
                 BY_BLOCKS=block < width and width % 16 > 0, BLOCK=block, num_warps=_warps(block, width),
             )  # fmt: skip
     return loss
@@ -192,7 +196,7 @@ def _store_gradient(
 def _forward_kernel(
     logits, stride, z_ptr, x_ptr, alpha_ptr, beta_ptr, c_ptr, loss_ptr, scalars_ptr, grad_loss_ptr, R, V, MASK,
     EXCLUDED, N_OVER_K, K_IS_ZERO: tl.constexpr, GRADIENT: tl.constexpr, ONE_BLOCK: tl.constexpr,
-    BY_BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
+    ONLINE: tl.constexpr, BY_BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
@@ -208,14 +212,24 @@ def _forward_kernel(
 
     # the sums over the row; a wide one comes from the cache each time
     scores = _scores(logits, 0, V, EXCLUDED, BY_BLOCKS, BLOCK)
-    if not ONE_BLOCK:
-        for start in range(BLOCK, V, BLOCK):
-            scores = tl.maximum(scores, _scores(logits, start, V, EXCLUDED, BY_BLOCKS, BLOCK))
-    top = tl.max(scores)
     if ONE_BLOCK:
+        top = tl.max(scores)
         e = _exp(scores - top)
         norm = tl.sum(e)
+    elif ONLINE:  # Milakov and Gimelshein, arXiv 1805.02867, for each thread's columns
+        largest = tl.maximum(scores, LOWEST)  # finite where a column has none
+        sum_e = _exp(scores - largest)
+        for start in range(BLOCK, V, BLOCK):
+            scores = _scores(logits, start, V, EXCLUDED, BY_BLOCKS, BLOCK)
+            before = largest
+            largest = tl.maximum(before, scores)
+            sum_e = sum_e * _exp(before - largest) + _exp(scores - largest)
+        top = tl.max(largest)
+        norm = tl.sum(sum_e * _exp(largest - top))
     else:
+        for start in range(BLOCK, V, BLOCK):
+            scores = tl.maximum(scores, _scores(logits, start, V, EXCLUDED, BY_BLOCKS, BLOCK))
+        top = tl.max(scores)
         sum_e = tl.zeros([BLOCK], tl.float32)
         for start in range(0, V, BLOCK):
             sum_e += _exp(_scores(logits, start, V, EXCLUDED, BY_BLOCKS, BLOCK) - top)

@@ -28,11 +28,11 @@ import torch
 
 
 class UniformsAhead:
-    """What `draw_uniforms` would give in the next calls, at once: one loop over the images' generators and one copy to
-    the device, for which no call waits. The first call draws: by then the device has a network's work to do.
+    """What `draw_uniforms` would give in the next calls, as many at once as `AHEAD_ELEMENTS` hold: one loop over the
+    images' generators and one copy to the device, for which no call waits. The first of them draws: by then the device
+    has a network's work to do.
 
-    Call i gives the very numbers that it would give without this. The generators are drawn from for all calls, so
-    whoever stops early leaves them further on.
+    Call i gives the very numbers that it would give without this. Whoever stops early leaves the generators further on.
 
     Args:
         generator: One, or a list of one per image, on the CPU.
@@ -57,29 +57,34 @@ class UniformsAhead:
     def take(self) -> torch.Tensor:
         """The numbers of the next call, (*shape, 2). Raises ValueError after the last."""
         if self._numbers is None:
-            self._numbers = iter(self._draw())
+            self._numbers = self._draw()
         numbers = next(self._numbers, None)
         if numbers is None:
             raise ValueError("generator: the numbers that were drawn ahead are used up; give the generators themselves")
         return numbers
 
-    def _draw(self) -> torch.Tensor:  # (calls, *shape, 2)
-        numbers = _rand(self.generator, self.calls, self.shape, self.device)
-        if self.device.type == "cuda":  # a copy from memory that is not pinned would wait for the network
-            return numbers.pin_memory().to(self.device, non_blocking=True)
-        return _moved(numbers, self.device)
+    def _draw(self) -> Iterator[torch.Tensor]:  # (*shape, 2) each
+        at_once = max(1, AHEAD_ELEMENTS // max(1, 2 * math.prod(self.shape)))
+        for start in range(0, self.calls, at_once):
+            numbers = _rand(self.generator, min(at_once, self.calls - start), self.shape, self.device)
+            if self.device.type == "cuda":  # a copy from memory that is not pinned would wait for the network
+                yield from numbers.pin_memory().to(self.device, non_blocking=True)
+            else:
+                yield from _moved(numbers, self.device)
 
 
 Generators = torch.Generator | Sequence[torch.Generator] | UniformsAhead | None
-AHEAD_ELEMENTS = 1 << 24  # numbers drawn ahead: 128 MiB
+AHEAD_ELEMENTS = 1 << 24  # numbers drawn at once: 128 MiB
 
 
 def draw_ahead(
     generator: Generators, shape: Sequence[int], calls: int, device: torch.device | str | None = None
 ) -> Generators:
-    """`UniformsAhead` where that saves time and there is memory for the numbers, else `generator`: for one generator on
-    the CPU if the numbers go elsewhere, and for generators there of which each image has its own."""
-    fits = 2 * calls * math.prod(shape) <= AHEAD_ELEMENTS
+    """`UniformsAhead` where that saves time, else `generator`.
+
+    It does for one generator on the CPU if the numbers go elsewhere, and for generators there of which each image has
+    its own.
+    """
     if isinstance(generator, torch.Generator):
         helps = generator.device.type == "cpu" and torch.device(device or "cpu").type != "cpu"
     elif isinstance(generator, list | tuple):
@@ -87,7 +92,7 @@ def draw_ahead(
         helps &= all(isinstance(g, torch.Generator) and g.device.type == "cpu" for g in generator)
     else:
         return generator
-    return UniformsAhead(generator, shape, calls, device) if helps and fits else generator
+    return UniformsAhead(generator, shape, calls, device) if helps else generator
 
 
 class MixtureWeights(NamedTuple):

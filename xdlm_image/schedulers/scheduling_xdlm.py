@@ -167,8 +167,8 @@ class XDLMScheduler(SchedulerMixin, ConfigMixin):
         """Stands for `generator` in the steps to come on codes of `shape` on `device`, with the same result.
 
         A generator per image then costs one loop over the images instead of one a step, and numbers that the CPU draws
-        for another device one copy. The generators end where they would after all steps of the grid, also if fewer are
-        taken.
+        for another device one copy (of many numbers several). The generators end where they would after all steps of
+        the grid, or earlier if fewer are taken.
         """
         return draw_ahead(generator, shape, len(self.timesteps), device)
 

@@ -212,7 +212,8 @@ class TokenizerTraining:
     def _note_use(self, latents: torch.Tensor, codes: torch.Tensor) -> None:
         """Remember which codes were used now; put latents in the place of codes that long were not."""
         every = self.recipe.revive_after
-        counts = self.accelerator.reduce(torch.bincount(codes, minlength=len(self.last_use)), "sum")
+        used = torch.zeros_like(self.last_use).scatter_add_(0, codes, torch.ones_like(codes))  # bincount would wait
+        counts = self.accelerator.reduce(used, "sum")
         self.last_use[counts > 0] = self.step
         if every == 0 or self.step % max(every // 4, 1):
             return
@@ -419,8 +420,8 @@ class TokenizerTraining:
 def train_tokenizer(recipe: TokenizerRecipe) -> Path:
     """Train a tokenizer; returns its folder: a saved `VQModel`, `tokenizer.json`, `report.json`, a picture.
 
-    Called again after a kill it goes on from the newest checkpoint and computes the very same losses. A tokenizer that
-    is trained but not measured can be measured by any number of processes.
+    Called again after a kill it goes on from the newest checkpoint and, on a CPU, computes the very same losses. A
+    tokenizer that is trained but not measured can be measured by any number of processes.
 
     Raises:
         ValueError, FileNotFoundError: Options or files that cannot work, or another command at work in the folder;
