@@ -50,6 +50,8 @@ def check_index(folder: str | Path, given: Collection[str], package: str) -> Non
         if part in given:
             continue
         value = index.get(part)
+        if part == "vqvae" and value == [None, None]:  # saved without
+            continue
         library, found = value if isinstance(value, list) and len(value) == 2 else (None, None)
         if part == "vqvae":
             known = library == "diffusers"
@@ -113,7 +115,7 @@ def _not_exported(folder: Path) -> list[str]:
     """What in a folder, and in its parts' folders, is no file of a self-contained folder; paths from there."""
     parts, strange = part_classes(folder), []
     if not parts:
-        return [folder.name]
+        return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else [folder.name]
     for path in folder.iterdir():
         if path.name in parts and path.is_dir():
             other = [file.name for file in path.iterdir() if not (file.is_file() and PART_FILES.fullmatch(file.name))]

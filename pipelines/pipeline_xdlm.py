@@ -50,6 +50,7 @@ class XDLMPipeline(SelfContainedPipeline):
 
     model_cpu_offload_seq = "transformer->vqvae"
     _callback_tensor_inputs = ["latents"]
+    _optional_components = ["vqvae"]
     PARTS = ("transformer", "scheduler", "vqvae")
 
     def __init__(

@@ -5,7 +5,9 @@ model card tells of a training run. It imports only the standard library, diffus
 and travels beside the weights: a pipeline that was loaded without the package can be saved and pushed again.
 """
 
+import difflib
 import importlib
+import inspect
 import os
 import re
 import shutil
@@ -69,11 +71,16 @@ class SelfContainedPipeline(DiffusionPipeline):
             check_index(folder, kwargs, PACKAGE)
         if theirs:
             pipeline = DiffusionPipeline.from_pretrained(folder, **kwargs)
+            if cls.__name__ not in [base.__name__ for base in type(pipeline).__mro__]:
+                raise ValueError(
+                    f"{cls.__name__}: the code in {str(path)!r} makes a {type(pipeline).__name__}; load it by that "
+                    f"name, or without trust_remote_code, which makes a {cls.__name__} of its weights"
+                )
         else:
             pipeline = super().from_pretrained(folder, **kwargs)
         pipeline.register_to_config(_name_or_path=str(path))
         for name in ("transformer", "vqvae"):
-            if name not in kwargs:  # given modules are the caller's
+            if name not in kwargs and getattr(pipeline, name) is not None:  # given modules are the caller's
                 check_all_loaded(name, getattr(pipeline, name))
         return pipeline
 
@@ -228,6 +235,10 @@ class SelfContainedPipeline(DiffusionPipeline):
         if TRAVELS:
             return plain_card(self, name), {}
         hub_card = importlib.import_module(f"{PACKAGE}.hub.card")
+        known = inspect.signature(hub_card.write_card).parameters
+        for stranger in set(about) - set(known):
+            near = difflib.get_close_matches(stranger, known, n=1)
+            raise TypeError(f"{stranger}: nothing that a card says" + (f"; did you mean {near[0]}?" if near else ""))
         return hub_card.write_card(self, name, scratch, **about)
 
 

@@ -1,18 +1,16 @@
 """The code of README.md and docs/*.md runs as it stands there.
 
-The `python` blocks of a document run in order in one namespace, its `bash` blocks through the command line, in an
-empty folder with a small pipeline at `runs/fashion_mnist/xdlm/pipeline`. A block after `<!-- not run: reason -->` is
+The `python` blocks of a document run in order in one namespace, its `bash` blocks through the command line, in a folder
+that holds nothing but `shipped`. A block after `<!-- not run: reason -->` is
 listed as skipped. A failure names the document and the line.
 """
 
 import re
 import shlex
-import shutil
 from pathlib import Path
 
 import matplotlib
 import pytest
-from docs_pipeline import save_docs_pipeline
 from sybil import Document, Example
 from sybil.evaluators.python import PythonEvaluator
 from sybil.parsers.markdown.lexers import FencedCodeBlockLexer
@@ -64,15 +62,9 @@ def reason_not_to_run(example: Example) -> str | None:
     return found[1] if found else None
 
 
-@pytest.fixture(scope="module")
-def saved_pipeline(tmp_path_factory):
-    return save_docs_pipeline(tmp_path_factory.mktemp("docs") / "pipeline")
-
-
 @pytest.fixture
-def place(saved_pipeline, tmp_path, monkeypatch, modules) -> Path:
+def place(tmp_path, monkeypatch, modules) -> Path:
     """The folder where a document's code runs."""
-    shutil.copytree(saved_pipeline, tmp_path / "runs/fashion_mnist/xdlm/pipeline")
     (tmp_path / "shipped").symlink_to(ROOT / "shipped")
     monkeypatch.chdir(tmp_path)
     matplotlib.use("Agg")

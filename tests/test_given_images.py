@@ -113,7 +113,7 @@ def test_grey_and_colour_meet_only_where_nothing_is_lost(tmp_path):
         gather(GivenImages(tmp_path / "grey.npz", 3, 8, CLASSES)), expected(PIXELS[..., :1].repeat(3, 3))
     )
     assert torch.equal(gather(GivenImages(tmp_path / "equal.npz", 1, 8, CLASSES)), expected(PIXELS[..., :1]))
-    with pytest.raises(ValueError, match=r"colour\.npz is in colour, the reference is grey"):
+    with pytest.raises(ValueError, match=r"colour\.npz is in colour, the reference grey"):
         gather(GivenImages(tmp_path / "colour.npz", 1, 8, CLASSES))
 
 
@@ -124,7 +124,7 @@ def test_files_are_grey_where_they_are_not_only_where_grey_is_wanted(tmp_path):
             Image.fromarray(image).save(tmp_path / kind / f"{i}.png")
     for kind in ("grey", "equal"):
         assert torch.equal(gather(GivenImages(tmp_path / kind, 1, 8, CLASSES)), expected(PIXELS[..., :1]))
-    with pytest.raises(ValueError, match=r"0\.png is in colour, the reference is grey"):
+    with pytest.raises(ValueError, match=r"0\.png is in colour, the reference grey"):
         GivenImages(tmp_path / "colour", 1, 8, CLASSES)
 
 
@@ -153,7 +153,7 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path):
         with pytest.raises(error, match=match):
             gather(GivenImages(tmp_path / "a.npz", 3, 8, CLASSES))
 
-    refused(r"8 x 6 pixels, the reference 8 x 8; samples are never resized here: set data.image_size", PIXELS[:, :, :6])
+    refused(r"8 x 6 pixels, the reference 8 x 8; samples are never resized here: take a reference of", PIXELS[:, :, :6])
     refused(r"arr_0 is float32 \(5, 8, 8, 3\); expected uint8", PIXELS.astype(np.float32))
     refused(r"arr_0 is uint8 \(5, 3, 8, 8\)", PIXELS.transpose(0, 3, 1, 2).copy())
     refused("holds samples.npy and no arr_0", samples=PIXELS)
@@ -180,6 +180,10 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match=r"broken\.png"):
         gather(GivenImages(tmp_path / "empty", 3, 8, CLASSES))
     (tmp_path / "empty" / "broken.png").unlink()
+    (tmp_path / "empty" / "0.png").symlink_to(tmp_path / "gone.png")
+    with pytest.raises(FileNotFoundError, match=r"the link '.*0\.png' leads nowhere"):
+        GivenImages(tmp_path / "empty", 3, 8, CLASSES)
+    (tmp_path / "empty" / "0.png").unlink()
     Image.fromarray(PIXELS[0]).save(tmp_path / "empty" / "0.png")
     png_that_claims(tmp_path / "empty" / "bomb.png", 60_000, 60_000)
     with pytest.raises(ValueError, match=r"bomb\.png.*decompression bomb"):

@@ -12,13 +12,16 @@ from pathlib import Path
 
 import diffusers
 import pytest
+import torch
 from diffusers import DiffusionPipeline
 from evaluation_parts import NUM_CODES, save_pipeline
 from hub_server import HubServer
 from huggingface_hub import ModelCard
-from xdlm_image.pipelines import XDLMPipeline
+from xdlm_image.pipelines import XDLMImg2ImgPipeline, XDLMPipeline
 from xdlm_image.pipelines.self_contained import write_folder
 from xdlm_image.pipelines.travelling_code import code_of
+
+from xdlm_image.evaluation.drawing import open_pipeline
 
 LABELS = ["cat", 0, "wasp"]
 CLEAN = """
@@ -299,6 +302,26 @@ def test_a_class_that_the_package_lacks_is_named(exported, tmp_path):
     (other / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match="transformer.*NewTransformer"):
         load(other)
+
+
+def test_code_that_makes_another_pipeline_is_refused(exported, modules):
+    with pytest.raises(ValueError, match="XDLMImg2ImgPipeline: the code in .* makes a XDLMPipeline; load it by that"):
+        XDLMImg2ImgPipeline.from_pretrained(exported, trust_remote_code=True)
+    assert type(XDLMImg2ImgPipeline.from_pretrained(exported)) is XDLMImg2ImgPipeline
+
+
+def test_a_pipeline_without_its_tokenizer_is_saved_and_loaded(saved, tmp_path):
+    without = XDLMPipeline.from_pretrained(saved, vqvae=None)
+    without.save_pretrained(tmp_path)
+    assert codes(again := load(tmp_path)) == codes(load(saved)) and again.vqvae is None
+    with pytest.raises(ValueError, match="vqvae is None"):
+        again(0)
+    with pytest.raises(ValueError, match="saved without its tokenizer"):
+        open_pipeline(tmp_path, torch.device("cpu"))
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    (tmp_path / "model_index.json").write_text(json.dumps(index | {"scheduler": [None, None]}))
+    with pytest.raises(ValueError, match="scheduler is .None, None., must be"):
+        load(tmp_path)
 
 
 def test_other_code_and_no_folder_are_refused(saved):

@@ -101,6 +101,8 @@ def test_push_refuses_before_anything_is_saved(saved, hub_calls, monkeypatch):
         pipe.push_to_hub("me/tiny", safe_serialization=False)
     with pytest.raises(TypeError, match="card: it is given, so licence"):
         pipe.push_to_hub("me/tiny", card="# Mine", licence="mit")
+    with pytest.raises(TypeError, match="license: nothing that a card says; did you mean licence"):
+        pipe.push_to_hub("me/tiny", license="mit")
     assert not hub_calls["order"]  # no repository is made for nothing
     monkeypatch.setattr(DiffusionPipeline, "save_pretrained", lambda *_, **__: pytest.fail("saved"))
     monkeypatch.setattr(HfApi, "create_repo", lambda *_, **__: (_ for _ in ()).throw(OSError("no such owner")))

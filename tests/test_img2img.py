@@ -278,6 +278,11 @@ def test_an_order_that_the_grid_has_not_is_refused_before_the_picture_is_encoded
         pipe(PIXELS, 0)
 
 
+def test_the_picture_comes_first(pipe):
+    with pytest.raises(ValueError, match="image is a str"):
+        pipe("goldfish", PIXELS)
+
+
 def test_strength_0_says_how_to_reconstruct(pipe):
     with pytest.raises(ValueError, match="decode_latents"):
         pipe(PIXELS, 0, strength=0)

@@ -198,7 +198,7 @@ def trap(saved, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "value",
     [["subprocess", "Popen"], ["os", "system"], ["trap", "Popen"], ["xdlm_image.cli", "main"],
-     ["diffusers", "UNet2DModel"], ["trap", "VQModel"], ["trap", "XDLMScheduler"], None, [None, None], "trap",
+     ["diffusers", "UNet2DModel"], ["trap", "VQModel"], ["trap", "XDLMScheduler"], None, [None], "trap",
      [1, 2], {"a": 1}],
     ids=str,
 )  # fmt: skip

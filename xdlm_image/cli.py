@@ -12,6 +12,7 @@ import importlib.resources
 import os
 import re
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import Field, fields, is_dataclass
 from pathlib import Path
@@ -96,6 +97,7 @@ VERBS: dict[str, tuple[type, str, str]] = {
     ),
 }
 
+AT_ONCE = ("sample", "neighbours", "export")  # verbs that keep nothing of what was not finished
 KINDS = {"float": "a finite number", "int": "a whole number", "bool": "true or false", "str": "a text"}
 SHARING = ("train-tokenizer", "encode", "train", "evaluate", "nelbo")  # verbs that share their work over processes
 
@@ -125,7 +127,10 @@ class RecipeParser(ArgumentParser):
             r'key "([\w.]+)":\s+Expected a (<class \'(\w+)\'>|typing\.Literal(\[.+?\]))\. Got value: (.*)', message
         ):
             name, _, kind, choices, value = typed.groups()
-            message = f"{name}={value}: must be {f'one of {choices}' if choices else KINDS.get(kind, kind)}"
+            wanted = f"one of {choices}" if choices else KINDS.get(kind, kind)
+            message = f"{name}={value}: must be {wanted}"
+            if kind == "dict":
+                message = f"{name}={value}: must have a name, as in --{name}.NAME {value}"
         print(f"{self.prog}: error: {message}\nAll options: {self.prog} --help", file=sys.stderr)
         sys.exit(2)
 
@@ -297,6 +302,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
+    usual = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # without a line of our source
     module, _, function = VERBS[verb][1].partition(":")
     try:
         result = getattr(importlib.import_module(module), function)(recipe)
@@ -307,10 +314,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         print(
-            f"\nxdlm-image {verb}: interrupted; nothing half-written is left, and the same command goes on",
+            f"\nxdlm-image {verb}: interrupted; nothing half-written is left, and the same command goes on"
+            + (" from its beginning" if verb in AT_ONCE else ""),
             file=sys.stderr,
         )
         return 130
+    finally:
+        warnings.formatwarning = usual
     print(result)
     return 0
 

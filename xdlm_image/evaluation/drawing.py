@@ -64,6 +64,8 @@ def open_pipeline(
         raise ValueError(
             f"{argument}={str(folder)!r}: cannot be loaded ({type(error).__name__}: {error}); save it again"
         ) from error
+    if pipeline.vqvae is None:
+        raise ValueError(f"{argument}={str(folder)!r}: saved without its tokenizer (vqvae); save it with that")
     pipeline.transformer.eval()
     pipeline.vqvae.eval()
     pipeline.set_progress_bar_config(disable=True)

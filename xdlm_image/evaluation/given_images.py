@@ -111,6 +111,9 @@ class GivenImages:
         self._files = sorted(found, key=lambda p: (p.name, p))  # not class by class: Inception Score splits in order
         if not self._files:
             raise FileNotFoundError(f"images={str(self.path)!r}: no image file in it ({', '.join(IMG_EXTENSIONS)})")
+        for file in self._files:
+            if not file.is_file():
+                raise FileNotFoundError(f"images={str(self.path)!r}: the link '{file}' leads nowhere; take it away")
         self._read(self._files[0])
         self._refuse_other_sizes()
         if strange := Counter({kind: count for kind, count in others.items() if kind not in BESIDE_IMAGES}):
@@ -199,15 +202,16 @@ class GivenImages:
             self._refuse_size(name, *images.shape[-2:])
         if images.shape[1] == 3 and self.channels == 1:
             if not torch.equal(images[:, :1].expand_as(images), images):
-                raise ValueError(f"images: {name} is in colour, the reference is grey; set data.channels: 3 for it")
+                raise ValueError(
+                    f"images: {name} is in colour, the reference grey; make them grey, or take one in colour"
+                )
             return images[:, :1].contiguous()
         return images.expand(-1, self.channels, -1, -1).contiguous()
 
     def _refuse_size(self, name: str, height: int, width: int) -> None:
         raise ValueError(
             f"images: {name} has {height} x {width} pixels, the reference {self.image_size} x {self.image_size}; "
-            "samples are never resized here: set data.image_size and data.channels to theirs, name a reference of "
-            "their size, or resize them as their authors say"
+            "samples are never resized here: take a reference of their size, or resize them as their authors say"
         )
 
 

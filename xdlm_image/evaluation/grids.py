@@ -145,6 +145,10 @@ def sample(recipe: SampleRecipe) -> Path:
     pipeline = open_pipeline(recipe.pipeline, best_device(recipe.device))
     ids = class_ids(pipeline, recipe.class_labels)
     start: dict[str, Any] = {}
+    for name in ("image", "mask"):
+        file = getattr(recipe, name)
+        if file is not None and not Path(file).is_file():
+            raise FileNotFoundError(f"{name}={file!r}: no such file")
     if recipe.image is not None:
         start = {"image": read_image(recipe.image, pipeline.vqvae.config.in_channels)}
         if recipe.mask is not None:

@@ -135,7 +135,7 @@ class _Target(NamedTuple):
 
 def _open_target(recipe: EvaluateRecipe, extractor: FeatureExtractor, device: torch.device) -> _Target:
     if recipe.reference is None:
-        images = open_reference_images(recipe.data, recipe.reference_split)
+        images = open_reference_images(recipe.data, recipe.reference_split or "test")
         shape = (int(recipe.data.channels), recipe.data.image_size)
         return _Target(images, None, None, list(images[0].class_names), shape, len(images[0]))
     if recipe.data != DataOptions():
@@ -146,7 +146,7 @@ def _open_target(recipe: EvaluateRecipe, extractor: FeatureExtractor, device: to
             "of the two"
         )
     if is_reference_file(recipe.reference):
-        if recipe.reference_split != EvaluateRecipe.reference_split:
+        if recipe.reference_split is not None:
             raise ValueError(
                 f"reference_split={recipe.reference_split!r}: reference={recipe.reference!r} is a file of statistics, "
                 "which has no splits; leave it out"
@@ -159,10 +159,10 @@ def _open_target(recipe: EvaluateRecipe, extractor: FeatureExtractor, device: to
         )
     reference = open_reference(recipe.reference, extractor)
     about = reference.about["images"]
-    if recipe.reference_split != about["split"]:
+    if recipe.reference_split not in (None, about["split"]):
         raise ValueError(
             f"reference_split={recipe.reference_split!r}: the images of reference={recipe.reference!r} are of the "
-            f"split {about['split']!r}; say so, or leave the folder out"
+            f"split {about['split']!r}; leave reference_split out, or name another folder"
         )
     shape = (about["channels"], about["image_size"])
     return _Target(None, reference, None, about["class_names"], shape, about["num_images"])

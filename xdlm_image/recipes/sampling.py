@@ -33,7 +33,11 @@ class SampleRecipe:
             runs linearly in time from its first, where noise is, to its second.
         guidance_interval: Times t in (low, high] of (0, 1] that are guided, such as `[0.1, 0.7]`; None is all.
         temperature: Divides the logits. A pair as for guidance: `[1, 0.3]` anneals.
-        sampler, time_grid: As in `evaluate`; None is the pipeline's own.
+        sampler: `ancestral` (the exact posterior), `psi` (the same, four fifths of the tokens noised anew on the way),
+            or an order in which masks are lifted, `confidence` or `halton`, which need masks, k < 1. None is the
+            pipeline's own.
+        time_grid: Times of the steps, of r from 0 to 1: `linear`, `cosine` (t = cos(pi r / 2), slow at first) or
+            `arccos` (t = 2 acos(r) / pi, fast at last). None is the pipeline's own.
         seed: Image i of the grid has its own generator, made of (seed, i), whatever the batch.
         images_dir: Also write each image there, as `CLASS/IIIIIII.png`, which `evaluate --images` takes; None writes
             the grid only.
@@ -112,7 +116,7 @@ class NeighboursRecipe:
         num_steps: Reverse steps.
         guidance_scale: 1 is no guidance.
         temperature: Divides the logits.
-        sampler: As in `evaluate`; None is the pipeline's own.
+        sampler: As in `sample`: `ancestral`, `psi`, `confidence`, `halton`; None is the pipeline's own.
         seed: Decides the samples, and which test images are taken.
         batch_size: Images at once.
         device: torch device; None picks the best there is.
@@ -192,7 +196,7 @@ class EvaluateRecipe:
         classifier: Who says whether samples are of the class that was asked for: `timm:MODEL` or `timm:MODEL:FILE` for
             ImageNet's classes, or the folder of a small classifier; None leaves it to the extractor.
         nelbo: `nelbo.json` of the verb `nelbo` on these pipelines, for a plot of FID against NELBO; None leaves it out.
-        reference_split: Split whose images are the reference.
+        reference_split: Split whose images are the reference; None is `test`, or that of the reference folder.
         num_steps: Step counts of the sweep.
         num_samples: Images a cell; a multiple of the class count, so that classes are balanced.
         guidance_scale: One or several; 1 is no guidance. A pair in the list, such as `[[1, 4]]`, is one that runs
@@ -227,7 +231,7 @@ class EvaluateRecipe:
     extractor: list[str] | str = "inception"
     classifier: str | None = None
     nelbo: str | None = None
-    reference_split: Literal["train", "validation", "test"] = "test"
+    reference_split: Literal["train", "validation", "test"] | None = None
     num_steps: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16, 32, 64])
     num_samples: int = 5000
     guidance_scale: list[float | tuple[float, float]] | float = 1.0
