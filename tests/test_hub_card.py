@@ -23,7 +23,7 @@ from xdlm_image.evaluation.sweep import evaluate
 from xdlm_image.hub import card
 from xdlm_image.hub.export import export
 from xdlm_image.recipes import ExportRecipe, TrainRecipe
-from xdlm_image.tokenizer.codes import tokenizer_hash
+from xdlm_image.weights import weights_hash
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*images are few for the.*:UserWarning")
 JUDGE = {"name": "xdlm-small-classifier", "is_inception": False}
@@ -46,13 +46,13 @@ def root(tmp_path_factory) -> Path:
     pipeline.vqvae.save_pretrained(root / "runs/tokenizer")
     report = {"split": "test", "images": 36, "psnr": 24.968, "codes_used": 20, "num_codes": 24, "perplexity": 17.4}
     report |= {"rfid": {"pooled": 0.5699}, "rfid_extractor": JUDGE}
-    about = {"tokenizer_hash": tokenizer_hash(pipeline.vqvae), "data": {"name": "folder", "root": str(root / "images")}}
+    about = {"tokenizer_hash": weights_hash(pipeline.vqvae), "data": {"name": "folder", "root": str(root / "images")}}
     (root / "runs/tokenizer/report.json").write_text(json.dumps(report))
     (root / "runs/tokenizer/tokenizer.json").write_text(json.dumps(about))
     sizes = {"split": "train", "image_size": 16, "channels": 3, "crop": "center", "grid": [4, 4], "num_codes": 24}
     views = {"num_images": 1234, "num_views": 2, "class_names": CLASSES, "dtype": "<u2", "label_dtype": "<u2"}
     manifest = Manifest(
-        tokenizer_hash(pipeline.vqvae), "f" * 64, tokenizer=str(root / "runs/tokenizer"), **sizes, **views
+        weights_hash(pipeline.vqvae), "f" * 64, tokenizer=str(root / "runs/tokenizer"), **sizes, **views
     )
     (root / "runs/codes").mkdir()
     (root / "runs/codes/manifest.json").write_text(json.dumps(dataclasses.asdict(manifest)))

@@ -28,7 +28,7 @@ from xdlm_image.evaluation.nelbo_estimate import (
 from xdlm_image.objective import XDLMLoss
 from xdlm_image.recipes import NelboRecipe
 from xdlm_image.schedulers import XDLMProcess
-from xdlm_image.tokenizer.codes import tokenizer_hash
+from xdlm_image.weights import weights_hash
 
 P_DATA = torch.tensor([[0.30, 0.05, 0.02], [0.01, 0.20, 0.12], [0.08, 0.02, 0.20]], dtype=torch.float64)
 PAIRS = torch.cartesian_prod(torch.arange(3), torch.arange(3))  # (9, 2), in the order of P_DATA.flatten()
@@ -180,7 +180,7 @@ def write_cache(root, name, vqvae, grid=(4, 4), classes=tuple(CLASSES), split="v
     codes = np.random.default_rng(0).integers(0, NUM_CODES, (40, 1, grid[0] * grid[1]))
     labels = np.arange(40) % len(classes)
     manifest = Manifest(
-        tokenizer_hash(vqvae), "images", split, 16, 3, "center", list(grid), NUM_CODES, 40, 1, list(classes),
+        weights_hash(vqvae), "images", split, 16, 3, "center", list(grid), NUM_CODES, 40, 1, list(classes),
         str(code_dtype(NUM_CODES)), "<i8",
     )  # fmt: skip
     return write_code_cache(root / name, manifest, [(codes, labels)])

@@ -34,7 +34,7 @@ from xdlm_image.recipes import (
 from xdlm_image.tokenizer import measure as measure_module
 from xdlm_image.tokenizer import train as train_module
 from xdlm_image.tokenizer.codebook import draw_badly_served, kmeans, nearest, usage_of
-from xdlm_image.tokenizer.codes import decode_codes, encode_images, load_tokenizer, tokenizer_hash
+from xdlm_image.tokenizer.codes import decode_codes, encode_images, load_tokenizer
 from xdlm_image.tokenizer.measure import measure_tokenizer
 from xdlm_image.tokenizer.train import (
     Positions,
@@ -44,6 +44,7 @@ from xdlm_image.tokenizer.train import (
     train_tokenizer,
 )
 from xdlm_image.training import checkpoints as checkpoints_module
+from xdlm_image.weights import weights_hash
 
 # ------------------------------------------------------------------------------------------------ codebook
 
@@ -135,7 +136,7 @@ def test_training_leaves_a_tokenizer_a_report_and_a_picture(trained, pictures):
     vqvae = load_tokenizer(trained)
     assert isinstance(vqvae, VQModel) and not vqvae.training
     told = json.loads((trained / "tokenizer.json").read_text())
-    assert told["tokenizer_hash"] == tokenizer_hash(vqvae)
+    assert told["tokenizer_hash"] == weights_hash(vqvae)
     assert (told["image_size"], told["channels"], told["grid"], told["num_codes"]) == (16, 1, [4, 4], 16)
     assert told["data_fingerprint"] == open_images(pictures, "train").fingerprint
     report = json.loads((trained / "report.json").read_text())
@@ -184,7 +185,7 @@ def test_killed_and_resumed_is_bitwise_the_same(tmp_path, trained, pictures, mon
     assert losses(output) == losses(trained) and [p.name for p in (output / "checkpoints").iterdir()] == [
         f"step-{STEPS:08d}"
     ]
-    assert tokenizer_hash(load_tokenizer(output)) == tokenizer_hash(load_tokenizer(trained))
+    assert weights_hash(load_tokenizer(output)) == weights_hash(load_tokenizer(trained))
     codes = [encode_images(load_tokenizer(p), torch.zeros(1, 1, 16, 16)) for p in (output, trained)]
     assert torch.equal(*codes)
 
@@ -201,7 +202,7 @@ def test_a_trained_tokenizer_is_whole_before_it_is_measured_by_any_number_of_pro
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train_module, "measure_tokenizer", dies)
         train_tokenizer(recipe)
-    assert tokenizer_hash(load_tokenizer(output)) == tokenizer_hash(load_tokenizer(trained))
+    assert weights_hash(load_tokenizer(output)) == weights_hash(load_tokenizer(trained))
     assert json.loads((output / "tokenizer.json").read_text())["num_codes"] == 16
     assert not (output / "report.json").exists()
 
@@ -242,7 +243,7 @@ TWO_PROCESSES = """
 import json, sys, torch
 torch.set_num_threads(1)
 from xdlm_image.recipes import DataOptions, TokenizerModelOptions, TokenizerRecipe
-from xdlm_image.tokenizer.codes import tokenizer_hash
+from xdlm_image.weights import weights_hash
 from xdlm_image.tokenizer.train import TokenizerTraining
 values = json.loads(sys.argv[1])
 data, model = DataOptions(**values.pop("data")), TokenizerModelOptions(**values.pop("model"))
@@ -251,9 +252,9 @@ training = TokenizerTraining(recipe)
 training.run()
 training.accelerator.wait_for_everyone()
 again = TokenizerTraining(recipe)
-assert again.resume() and tokenizer_hash(again.vqvae) == tokenizer_hash(training.vqvae)
+assert again.resume() and weights_hash(again.vqvae) == weights_hash(training.vqvae)
 hashes = [None, None]
-torch.distributed.all_gather_object(hashes, tokenizer_hash(training.vqvae))
+torch.distributed.all_gather_object(hashes, weights_hash(training.vqvae))
 assert hashes[0] == hashes[1], hashes
 training.finish()
 torch.distributed.destroy_process_group()

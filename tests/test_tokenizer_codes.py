@@ -9,7 +9,8 @@ import torch
 from diffusers import VQModel
 from tokenizer_parts import home, pictures_fixture, trained_fixture  # noqa: F401
 
-from xdlm_image.tokenizer.codes import decode_codes, encode_images, grid_of, load_tokenizer, tokenizer_hash
+from xdlm_image.tokenizer.codes import decode_codes, encode_images, grid_of, load_tokenizer
+from xdlm_image.weights import weights_hash
 
 
 def test_codes_and_pictures_agree_with_vqmodel_itself(trained):
@@ -44,13 +45,13 @@ def test_codes_outside_the_codebook_are_refused(trained):
 
 def test_hash_sees_values_only(trained, tmp_path):
     vqvae = load_tokenizer(trained)
-    first = tokenizer_hash(vqvae)
-    assert tokenizer_hash(vqvae.double()) == first
+    first = weights_hash(vqvae)
+    assert weights_hash(vqvae.double()) == first
     vqvae.float().save_pretrained(tmp_path)
-    assert tokenizer_hash(VQModel.from_pretrained(tmp_path)) == first
+    assert weights_hash(VQModel.from_pretrained(tmp_path)) == first
     with torch.no_grad():
         vqvae.quantize.embedding.weight[3, 1] += 1e-6
-    assert tokenizer_hash(vqvae) != first
+    assert weights_hash(vqvae) != first
 
 
 def test_damaged_tokenizers_are_refused(trained, tmp_path):

@@ -21,11 +21,11 @@ from xdlm_image.pipelines import XDLMPipeline
 
 from xdlm_image.data.code_cache import CodeCache, Manifest, code_dtype, write_code_cache
 from xdlm_image.recipes import ProcessOptions, TrainRecipe, TransformerOptions
-from xdlm_image.tokenizer.codes import tokenizer_hash
 from xdlm_image.training import loop
 from xdlm_image.training.batches import batch_indices, rank_positions, step_seed, stratified_times
 from xdlm_image.training.loop import TrainingRun, train
 from xdlm_image.training.meters import LossMeter
+from xdlm_image.weights import weights_hash
 
 CODES, GRID, CLASSES = 16, [2, 2], ["odd", "even", "third"]
 
@@ -45,7 +45,7 @@ def world(tmp_path: Path) -> Path:
         labels = rng.integers(0, len(CLASSES), number)
         codes = (4 * labels + rng.integers(0, 2, number))[:, None, None].repeat(2, 1).repeat(4, 2)
         manifest = Manifest(
-            tokenizer_hash(vqvae), "fingerprint of " + split, split, 8, 1, "center", GRID, CODES, number, 2, CLASSES,
+            weights_hash(vqvae), "fingerprint of " + split, split, 8, 1, "center", GRID, CODES, number, 2, CLASSES,
             str(code_dtype(CODES)), "<i8", cut={},
         )  # fmt: skip
         write_code_cache(tmp_path / "codes" / split, manifest, [(codes, labels)])

@@ -20,7 +20,8 @@ from xdlm_image.models.transformer_xdlm import SIZES, XDLMTransformer2DModel
 from xdlm_image.pipelines import XDLMPipeline
 from xdlm_image.recipes.conversion import ConvertXDLMRecipe
 from xdlm_image.schedulers import XDLMScheduler
-from xdlm_image.tokenizer.codes import load_tokenizer, tokenizer_hash
+from xdlm_image.tokenizer.codes import load_tokenizer
+from xdlm_image.weights import weights_hash
 
 from .checkpoint_file import read_checkpoint
 from .folder import Conversion, provenance, refuse_taken, write_folder
@@ -131,7 +132,7 @@ def check_tokenizer(weights: Weights, vqvae: VQModel, recipe: ConvertXDLMRecipe,
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the codebook's lengths, which are the tokenizer's own matter
         carried, _ = build_tokenizer(weights.tokenizer, family, f"{where}, {TOKENIZER}*")
-    if tokenizer_hash(carried) != tokenizer_hash(vqvae):
+    if weights_hash(carried) != weights_hash(vqvae):
         raise ValueError(
             f"tokenizer={recipe.tokenizer!r}: is not the tokenizer that {where} was trained with and carries along; "
             "convert the file that the training used"

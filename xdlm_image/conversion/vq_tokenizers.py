@@ -19,7 +19,8 @@ from torch.nn.functional import normalize
 
 from xdlm_image.files import write_json
 from xdlm_image.recipes.conversion import ConversionRecipe
-from xdlm_image.tokenizer.codes import INFO_FILE, grid_of, tokenizer_hash
+from xdlm_image.tokenizer.codes import INFO_FILE, grid_of
+from xdlm_image.weights import weights_hash
 
 from .checkpoint_file import CheckpointFile, is_state_dict, read_checkpoint, weight
 from .folder import Conversion, provenance, refuse_taken, write_folder
@@ -242,7 +243,7 @@ def convert_tokenizer(recipe: ConversionRecipe, family: Family) -> Conversion:
         model.save_pretrained(folder)
         grid = list(grid_of(model, TRAINED_AT))
         info = {"image_size": TRAINED_AT, "channels": config.in_channels, "grid": grid}
-        info |= {"num_codes": config.num_vq_embeddings, "tokenizer_hash": tokenizer_hash(model)}
+        info |= {"num_codes": config.num_vq_embeddings, "tokenizer_hash": weights_hash(model)}
         write_json(folder / INFO_FILE, info)
 
     source = f"{family.name}, {file.format}"

@@ -166,9 +166,9 @@ class CodeCache:
         """Raise ValueError unless the cache was made by this tokenizer from these images."""
         held = self.manifest
         if tokenizer is not None:
-            from xdlm_image.tokenizer.codes import tokenizer_hash
+            from xdlm_image.weights import weights_hash
 
-            given = tokenizer_hash(tokenizer)
+            given = weights_hash(tokenizer)
             if given != held.tokenizer_hash:
                 raise ValueError(
                     f"tokenizer: its hash is {given[:12]}, but the codes in {self.path} were made by "

@@ -21,7 +21,7 @@ from torchvision.transforms.v2 import functional as tv
 from xdlm_image.data.images import in_colour
 from xdlm_image.evaluation.batches import NO_CLASS
 from xdlm_image.evaluation.small_classifier import SMALL_CLASSIFIER, SmallClassifierFeatures
-from xdlm_image.tokenizer.codes import tokenizer_hash
+from xdlm_image.weights import weights_hash
 
 TIMM = "timm:"
 
@@ -86,7 +86,7 @@ def load_class_judge(name: str, class_names: Sequence[str], shape: tuple[int, in
     transform = _Transform(net)
     return ClassJudge(
         name.removeprefix(TIMM).partition(":")[0],
-        tokenizer_hash(net),
+        weights_hash(net),
         lambda images: ids[net(transform(images)).argmax(1).cpu()],
     )
 

@@ -27,7 +27,7 @@ from xdlm_image.hub.ids import fetch_hint
 from xdlm_image.pipelines import XDLMPipeline
 from xdlm_image.ranks import sum_over_ranks
 from xdlm_image.schedulers import XDLMScheduler
-from xdlm_image.tokenizer.codes import tokenizer_hash
+from xdlm_image.weights import weights_hash
 
 
 def open_pipeline(
@@ -83,7 +83,7 @@ def pipeline_hash(pipeline: XDLMPipeline) -> str:
     """SHA-256 over the weights of network and tokenizer and over the configurations that decide what is drawn."""
     digest = hashlib.sha256()
     for module in (pipeline.transformer, pipeline.vqvae):
-        digest.update(tokenizer_hash(module).encode())  # names, shapes and float32 values: of any module
+        digest.update(weights_hash(module).encode())
         digest.update(_config_json(module).encode())
     scheduler = pipeline.scheduler
     if type(scheduler) is not XDLMScheduler:  # which had no other beside it once: its hashes stay

@@ -169,7 +169,7 @@ def _load_one(name: str, device: torch.device) -> FeatureExtractor:
         )
     if kind == DINOV2:
         from xdlm_image.evaluation.dinov2 import DINOv2
-        from xdlm_image.tokenizer.codes import tokenizer_hash
+        from xdlm_image.weights import weights_hash
 
         dinov2 = DINOv2(file or None).to(device).eval().requires_grad_(False)
         return FeatureExtractor(
@@ -178,7 +178,7 @@ def _load_one(name: str, device: torch.device) -> FeatureExtractor:
             feature_dims={"dinov2": int(dinov2.net.num_features)},
             logits_layer=None,
             score_layer=None,
-            weights_hash=tokenizer_hash(dinov2),
+            weights_hash=weights_hash(dinov2),
             device=device,
         )
     small = SmallClassifierFeatures(SMALL_CLASSIFIER, SMALL_LAYERS, feature_extractor_weights_path=name).to(device)

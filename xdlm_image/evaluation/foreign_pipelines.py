@@ -20,7 +20,7 @@ from diffusers import DiffusionPipeline
 from xdlm_image.devices import warn_if_slow
 from xdlm_image.evaluation.sampler_settings import SamplerSettings
 from xdlm_image.evaluation.seeds import image_generators, image_seed
-from xdlm_image.tokenizer.codes import tokenizer_hash
+from xdlm_image.weights import weights_hash
 
 OURS = {"XDLMPipeline", "XDLMImg2ImgPipeline", "XDLMInpaintPipeline"}
 DENOISERS = ("transformer", "unet", "prior")
@@ -137,7 +137,7 @@ class ForeignPipeline:
         }
         digest = hashlib.sha256(json.dumps([self.name, configs], sort_keys=True, default=str).encode())
         for name in sorted(self.modules):
-            digest.update(tokenizer_hash(self.modules[name]).encode())  # names, shapes and values: of any module
+            digest.update(weights_hash(self.modules[name]).encode())
         return {
             "class": self.name,
             "weights_hash": digest.hexdigest(),

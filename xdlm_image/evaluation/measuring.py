@@ -195,12 +195,7 @@ def load_measured(place: Path, key: dict[str, Any], num_codes: int | None, featu
         hashes = _hashes(place, key["layers"], num_codes)
         if about["key"] != key or about["statistics_sha256"] != hashes:
             raise ValueError("its files do not belong together")
-        statistics = {
-            layer: StreamedStatistics.load(
-                place / f"{layer}.safetensors", {"layer": layer, "extractor": key["extractor"]}
-            )
-            for layer in key["layers"]
-        }
+        statistics = {layer: StreamedStatistics.load(place / f"{layer}.safetensors") for layer in key["layers"]}
         pairs = None if num_codes is None else PairFrequencies.load(place / "pairs.safetensors", num_codes)
         kept = score = None
         if features is not None:

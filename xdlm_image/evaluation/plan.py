@@ -35,7 +35,7 @@ from xdlm_image.evaluation.seeds import SEED_RULE
 from xdlm_image.processes import own_device
 from xdlm_image.ranks import rank_and_world
 from xdlm_image.recipes import DataOptions, EvaluateRecipe
-from xdlm_image.tokenizer.codes import tokenizer_hash
+from xdlm_image.weights import weights_hash
 
 
 @dataclass
@@ -227,7 +227,7 @@ def _check_pipeline(
     return {
         "folder": folder,
         "weights_hash": pipeline_hash(pipeline),
-        "tokenizer_hash": tokenizer_hash(pipeline.vqvae),
+        "tokenizer_hash": weights_hash(pipeline.vqvae),
         "scheduler": {k: v for k, v in dict(pipeline.scheduler.config).items() if not k.startswith("_")},
         "parameters": sum(p.numel() for p in pipeline.transformer.parameters()),
         "conditional": num_classes is not None,

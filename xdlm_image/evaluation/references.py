@@ -35,7 +35,8 @@ from xdlm_image.files import refuse_unwritable, write_json
 from xdlm_image.ranks import barrier, of_first_rank, rank_and_world
 from xdlm_image.recipes import DataOptions, ReferenceRecipe
 from xdlm_image.recipes.sampling import FEATURE_METRICS
-from xdlm_image.tokenizer.codes import grid_of, load_tokenizer, tokenizer_hash
+from xdlm_image.tokenizer.codes import grid_of, load_tokenizer
+from xdlm_image.weights import weights_hash
 
 SCHEMA_VERSION = 2
 FLOORS = ".floors"  # hidden: what is removed in the end is nobody else's
@@ -297,7 +298,7 @@ def reference(recipe: ReferenceRecipe) -> Path:
         images,
         floor_images,
         extractor,
-        {tokenizer_hash(vqvae): vqvae for vqvae in loaded},
+        {weights_hash(vqvae): vqvae for vqvae in loaded},
         recipe.num_samples,
         recipe.batch_size,
     )

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from xdlm_image.files import write_atomic
 from xdlm_image.ranks import rank_and_world
@@ -114,28 +114,13 @@ class StreamedStatistics:
         return write_atomic(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
     @classmethod
-    def load(cls, path: str | Path, metadata: dict[str, str] | None = None) -> StreamedStatistics:
-        """Read a file that `save` wrote.
-
-        Args:
-            path: The file.
-            metadata: What the file must be of; None takes any.
-
-        Raises:
-            FileNotFoundError: No such file.
-            ValueError: It is damaged, or of something else than `metadata`.
-        """
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"statistics {str(path)!r}: no such file")
+    def load(cls, path: str | Path) -> StreamedStatistics:
+        """Read a file that `save` wrote. Raises ValueError where it is damaged."""
         try:
-            with safe_open(path, framework="pt") as file:
-                found = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in ("count", "mean", "scatter")}
-        except SafetensorError as error:
+            tensors = load_file(path)
+            statistics = cls(len(tensors["mean"]))
+        except (SafetensorError, KeyError) as error:
             raise ValueError(f"statistics {str(path)!r}: damaged ({error}); delete the file") from error
-        if metadata is not None and found != metadata:
-            raise ValueError(f"statistics {str(path)!r}: they are of {found}, expected {metadata}; delete the file")
-        statistics = cls(len(tensors["mean"]))
         statistics.count = int(tensors["count"])
         statistics.mean, statistics.scatter = tensors["mean"], tensors["scatter"]
         return statistics

@@ -20,7 +20,7 @@ from xdlm_image.evaluation.report import markdown
 from xdlm_image.metric_lines import NAME, MetricLines
 from xdlm_image.pipelines import XDLMPipeline
 from xdlm_image.recipes.recipe_file import check_recipe_file
-from xdlm_image.tokenizer.codes import tokenizer_hash
+from xdlm_image.weights import weights_hash
 
 
 @dataclass
@@ -65,7 +65,7 @@ def read_sources(
             sources.recipe = _recipe(run / "recipe.yaml")
             sources.curve = _last_values(run)
             codes = _json(_found(run, sources.recipe, "codes") / "manifest.json", missing={})
-            if codes.get("tokenizer_hash") == tokenizer_hash(pipeline.vqvae):  # else encoded anew since
+            if codes.get("tokenizer_hash") == weights_hash(pipeline.vqvae):  # else encoded anew since
                 sources.codes = codes
             if tokenizer is None:
                 _read_tokenizer(sources, pipeline, _found(run, sources.recipe, "tokenizer"))
@@ -121,7 +121,7 @@ def _read_tokenizer(sources: Sources, pipeline: XDLMPipeline, folder: Path) -> b
         vqvae = VQModel.from_pretrained(str(folder), local_files_only=True, use_safetensors=True)
     except (OSError, ValueError):
         return False
-    if tokenizer_hash(vqvae) != tokenizer_hash(pipeline.vqvae):
+    if weights_hash(vqvae) != weights_hash(pipeline.vqvae):
         return False
     sources.tokenizer = {**_json(folder / "report.json", missing={}), **_json(folder / "tokenizer.json", missing={})}
     if (folder / "provenance.json").is_file():
@@ -148,7 +148,7 @@ def _read_evaluation(
                 f"with row: {', '.join(pipelines)}"
             )
         about = pipelines[named[0]]
-        if about["tokenizer_hash"] != tokenizer_hash(pipeline.vqvae):
+        if about["tokenizer_hash"] != weights_hash(pipeline.vqvae):
             raise ValueError(f"row={named[0]!r} of {str(path)!r}: it was measured with another tokenizer's weights")
         content["protocol"]["pipelines"] = {named[0]: about}
         content["protocol"]["images"], content["image_sets"], content["floors"]["image_sets"] = {}, [], []

@@ -5,7 +5,6 @@ This file owns the calls into diffusers' `VQModel` that are easy to get wrong. I
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import torch
 from diffusers import VQModel
 
 from xdlm_image.hub.ids import fetch_hint
+from xdlm_image.weights import weights_hash
 
 INFO_FILE = "tokenizer.json"
 
@@ -76,15 +76,6 @@ def check_codes(codes: torch.Tensor, num_codes: int) -> None:
         )
 
 
-def tokenizer_hash(vqvae: VQModel) -> str:
-    """sha256 over every weight's name, shape and float32 value; the order and dtype of the weights do not matter."""
-    digest = hashlib.sha256()
-    for name, value in sorted(vqvae.state_dict().items()):
-        digest.update(f"{name} {tuple(value.shape)}\n".encode())
-        digest.update(value.detach().to("cpu", torch.float32).contiguous().numpy().astype("<f4").tobytes())
-    return digest.hexdigest()
-
-
 def load_tokenizer(path: str | Path, device: str | torch.device | None = None) -> VQModel:
     """Load a tokenizer folder (`VQModel.save_pretrained`'s layout) in evaluation mode.
 
@@ -114,7 +105,7 @@ def load_tokenizer(path: str | Path, device: str | torch.device | None = None) -
         )
     vqvae.eval().requires_grad_(False)
     note = tokenizer_info(folder)
-    if note is not None and note.get("tokenizer_hash", "") not in ("", tokenizer_hash(vqvae)):
+    if note is not None and note.get("tokenizer_hash", "") not in ("", weights_hash(vqvae)):
         raise ValueError(
             f"tokenizer={str(path)!r}: its weights are not those its {INFO_FILE} tells of; copy the whole folder"
         )

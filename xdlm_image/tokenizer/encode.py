@@ -34,8 +34,9 @@ from xdlm_image.files import write_json
 from xdlm_image.processes import own_device, process_state
 from xdlm_image.ranks import barrier, rank_and_world
 from xdlm_image.recipes import DataOptions, EncodeRecipe
-from xdlm_image.tokenizer.codes import encode_images, grid_of, load_tokenizer, tokenizer_hash, tokenizer_info
+from xdlm_image.tokenizer.codes import encode_images, grid_of, load_tokenizer, tokenizer_info
 from xdlm_image.tokenizer.measure import save_reconstructions
+from xdlm_image.weights import weights_hash
 
 REPORT = "report.json"  # beside the manifest
 BLOCK = 1_024  # images, about, that a killed run loses on each process
@@ -72,7 +73,7 @@ def encode(recipe: EncodeRecipe) -> Path:
         tqdm.write(f"note: {recipe.tokenizer} was trained {note}")
     grid = grid_of(vqvae, data.image_size)
     to_encode: list[tuple[ImageSet, Manifest]] = []
-    weights = tokenizer_hash(vqvae)
+    weights = weights_hash(vqvae)
     for split in recipe.splits:  # all are opened and compared before the first is encoded
         images = open_images(data, split)
         manifest = Manifest(

@@ -29,7 +29,7 @@ from xdlm_image.metric_lines import MetricLines
 from xdlm_image.processes import only_command
 from xdlm_image.recipes import WHERE_IMAGES_ARE, TokenizerRecipe
 from xdlm_image.tokenizer.codebook import draw_badly_served, kmeans, nearest
-from xdlm_image.tokenizer.codes import INFO_FILE, grid_of, load_tokenizer, tokenizer_hash, tokenizer_info
+from xdlm_image.tokenizer.codes import INFO_FILE, grid_of, load_tokenizer, tokenizer_info
 from xdlm_image.tokenizer.losses import PerceptualLoss, reconstruction_loss
 from xdlm_image.tokenizer.measure import measure_tokenizer, save_reconstructions
 from xdlm_image.training.batches import batch_indices, step_seed
@@ -40,6 +40,7 @@ from xdlm_image.training.checkpoints import (
     refuse_other_recipe,
 )
 from xdlm_image.training.launch import make_accelerator
+from xdlm_image.weights import weights_hash
 
 REPORT_FILE = "report.json"
 LATENTS_PER_CODE = 40  # for k-means
@@ -364,7 +365,7 @@ class TokenizerTraining:
         self.ema.copy_to(vqvae.parameters())
         vqvae.eval().requires_grad_(False)
         measured = {
-            "tokenizer_hash": tokenizer_hash(vqvae),
+            "tokenizer_hash": weights_hash(vqvae),
             "images": self.test_images.fingerprint,
             "extractor": None if self.extractor is None else self.extractor.weights_hash,
         }

@@ -15,10 +15,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from xdlm_image.weights import weights_hash
+
 from ..data.labels import labels_of_folders
 from ..models import XDLMTransformer2DModel
 from ..recipes import TransformerOptions
-from ..tokenizer.codes import load_tokenizer, tokenizer_hash
+from ..tokenizer.codes import load_tokenizer
 
 CLASSES = "conditioning.class_embed.weight"  # (classes + 1, C), the null class last
 
@@ -51,11 +53,7 @@ def begin_at(
     argument = f"init_from={str(folder)!r}"
     network, pipeline = find_network(folder)
     start = _load(network, argument)
-    if (
-        pipeline is not None
-        and tokenizer is not None
-        and tokenizer_hash(load_tokenizer(pipeline / "vqvae")) != tokenizer
-    ):
+    if pipeline is not None and tokenizer is not None and weights_hash(load_tokenizer(pipeline / "vqvae")) != tokenizer:
         raise ValueError(
             f"{argument}: its tokenizer is not the one that made the codes, so its codes mean something else; encode "
             f"with {str(pipeline / 'vqvae')!r}, or name {str(network)!r} to take the weights all the same"
