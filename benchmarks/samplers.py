@@ -170,14 +170,22 @@ def against_lowest(results: list[dict]) -> list[dict]:
         here = [row for row in results if row["nfe"] == nfe]
         for layer in here[0]["fid"]:
             lowest = min(here, key=lambda row: statistics.mean(row["fid"][layer]))
-            for row in here:
-                values = [a - b for a, b in zip(row["fid"][layer], lowest["fid"][layer])]
-                names = {"model": row["model"], "sampler": row["sampler"], "nfe": nfe, "layer": layer}
-                lowest_of = f"{lowest['model']} {lowest['sampler']}"
-                rows.append(
-                    names | {"lowest": lowest_of, "mean": statistics.mean(values), "interval": interval(values)}
-                )
+            name = f"{lowest['model']} {lowest['sampler']}"
+            rows += [compared(row, lowest, layer) | {"lowest": name} for row in here]
     return rows
+
+
+def against_plain(results: list[dict]) -> list[dict]:
+    """Every sampler of a model against the plain one with as many evaluations, paired by seed."""
+    plain = {(row["model"], row["nfe"]): row for row in results if row["sampler"] == "plain"}
+    found = [(row, plain.get((row["model"], row["nfe"]))) for row in results if row["sampler"] != "plain"]
+    return [compared(row, base, layer) for row, base in found if base is not None for layer in row["fid"]]
+
+
+def compared(row: dict, base: dict, layer: str) -> dict:
+    values = [a - b for a, b in zip(row["fid"][layer], base["fid"][layer])]
+    names = {name: row[name] for name in ("model", "sampler", "nfe")} | {"layer": layer}
+    return names | {"mean": statistics.mean(values), "interval": interval(values)}
 
 
 def against_baseline(results: list[dict]) -> list[dict]:
@@ -262,6 +270,7 @@ def main() -> None:
             "results": results,
             "differences": against_baseline(results),
             "against_lowest": against_lowest(results),
+            "against_plain": against_plain(results),
         }
         write_json(arguments.output, content)
         show(content, arguments.names[0])
@@ -278,10 +287,10 @@ def show(content: dict, baseline: str) -> None:
         low, high = row["interval"]
         place = f"{row['sampler']:15} {row['num_steps']} steps {row['layer']:8}"
         print(f"{place} {row['model']} - {baseline} {row['mean']:+.3f} [{low:+.3f}, {high:+.3f}]")
-    for row in content["against_lowest"]:
+    for row in content["against_lowest"] + content["against_plain"]:
         low, high = row["interval"]
         place = f"{row['model']:9} {row['sampler']:15} {row['nfe']:3} NFE {row['layer']:8}"
-        print(f"{place} - {row['lowest']} {row['mean']:+.3f} [{low:+.3f}, {high:+.3f}]")
+        print(f"{place} - {row.get('lowest', 'plain')} {row['mean']:+.3f} [{low:+.3f}, {high:+.3f}]")
 
 
 if __name__ == "__main__":

@@ -461,3 +461,19 @@ def test_a_compiled_run_learns_the_same_and_resumes(world: Path) -> None:
         eager, compiled = logged(world / "eager", key), logged(world / "compiled", key)
         assert eager.keys() == compiled.keys() and len(eager) > 1
         assert list(compiled.values()) == pytest.approx(list(eager.values()), rel=1e-3)
+
+
+@pytest.mark.gpu
+def test_gpu_training_compiled_in_bfloat16_learns_resumes_and_draws(world: Path) -> None:
+    """As `shipped/train.sh gpu` trains, in processes of their own: one keeps the precision it began with."""
+    recipe = recipe_in(world, max_steps=60, checkpoint_every=15, optimizer="muon")
+    (world / "recipe.yaml").write_text(yaml.safe_dump(dataclasses.asdict(recipe)))
+    ways = ["--mixed_precision=bf16", "--compile=true"]
+    for stop in (30, 60):
+        command = ["-m", "xdlm_image.cli", "train", f"--config={world / 'recipe.yaml'}", f"--stop_after={stop}", *ways]
+        subprocess.run([sys.executable, *command], check=True)
+    losses = list(logged(world / "run", "train/loss").values())
+    assert len(losses) == 60 and sum(losses[-15:]) < 0.9 * sum(losses[:15])
+    pipe = XDLMPipeline.from_pretrained(world / "run" / "pipeline").to("cuda")
+    codes = pipe(["odd", "third"], num_steps=4, output_type="latent").images
+    assert codes.device.type == "cuda" and codes.shape == (2, *GRID) and codes.max() < CODES
