@@ -123,7 +123,7 @@ def add_code(pipeline: DiffusionPipeline, folder: Path) -> None:
     siblings = []
     for part, component in pipeline.components.items():
         module_name = type(getattr(component, "_orig_mod", component)).__module__
-        if module_name.partition(".")[0] in ("diffusers", "transformers"):
+        if component is None or module_name.partition(".")[0] in ("diffusers", "transformers"):
             continue
         code = code_of(module_name)
         parts[part], *others = code

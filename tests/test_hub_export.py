@@ -318,6 +318,12 @@ def test_a_pipeline_without_its_tokenizer_is_saved_and_loaded(saved, tmp_path):
         again(0)
     with pytest.raises(ValueError, match="saved without its tokenizer"):
         open_pipeline(tmp_path, torch.device("cpu"))
+    exported = without.save_for_hub(tmp_path / "exported", card="# Codes only")
+    program = f"""
+from diffusers import DiffusionPipeline
+found["codes"] = codes(DiffusionPipeline.from_pretrained({str(exported)!r}, trust_remote_code=True))
+"""
+    assert run(program, tmp_path, clean=True)[0]["codes"] == codes(load(saved))
     index = json.loads((tmp_path / "model_index.json").read_text())
     (tmp_path / "model_index.json").write_text(json.dumps(index | {"scheduler": [None, None]}))
     with pytest.raises(ValueError, match="scheduler is .None, None., must be"):
