@@ -73,6 +73,27 @@ def test_comparisons_of_samplers_follow_from_their_results(monkeypatch):
                 assert ours.get(name) == pytest.approx(theirs.get(name), abs=1e-12)
 
 
+def test_tables_of_the_recipes_are_of_their_run():
+    files = ROOT / "docs/fashion_mnist"
+    cells = json.loads((files / "fid.json").read_text())["cells"]
+    of = {(cell["pipeline"], cell["num_steps"]): cell for cell in cells}
+    models, steps = ("mdlm", "xdlm-0.1", "udlm"), (1, 2, 4, 8, 16, 32, 64)
+    for header, metric in (
+        ("Fréchet distance, pooled features", "fid"),
+        ("against reconstructions", "fid_against_reconstructions"),
+    ):
+        for model, row in zip(models, table_of("docs/fashion_mnist.md", header), strict=True):
+            assert row[1:] == [f"{of[model, count][metric]['pooled']:.2f}" for count in steps]
+    found = {
+        row["pipeline"]: row["bits_per_token"] for row in json.loads((files / "nelbo.json").read_text())["results"]
+    }
+    for model, row in zip(
+        models, table_of("docs/fashion_mnist.md", "NELBO of the test images, bits a code"), strict=True
+    ):
+        bits, right = found[model], 100 * of[model, 8]["class_accuracy"]
+        assert row[2:] == [f"{bits['mean']:.2f} ± {bits['stderr']:.2f}", f"{right:.1f} %"]
+
+
 def test_table_of_trainings_is_of_their_sweeps():
     rows = table_of("docs/few_steps.md", "training seed")
     assert len(rows) == 3
