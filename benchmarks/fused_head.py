@@ -13,7 +13,7 @@ import math
 from functools import partial
 
 import torch
-from measuring import images_of, machine, measure, parser_of, prepare, show
+from measuring import images_of, machine, measure, objective, parser_of, prepare, show
 
 from xdlm_image.files import write_json
 from xdlm_image.objective import xdlm_head_nelbo, xdlm_nelbo
@@ -110,7 +110,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="measure compiled code, too")
     arguments = parser.parse_args()
     prepare(arguments)
-    result = machine(arguments) | {"memory_unit": "bytes of the logits", "shapes": {}}
+    result = machine(arguments) | objective(arguments) | {"memory_unit": "bytes of the logits", "shapes": {}}
     for shape in arguments.shapes:
         width, features, *tokens = (int(side) for side in shape.split("x"))
         rows = math.prod(images_of(tokens[0] if tokens else arguments.rows or arguments.elements // width))

@@ -10,7 +10,7 @@ THP_MEM_ALLOC_ENABLE=1 in the environment gives every candidate's large tensors 
 import math
 
 import torch
-from measuring import images_of, machine, measure, parser_of, prepare, show
+from measuring import images_of, machine, measure, objective, parser_of, prepare, show
 
 from xdlm_image.files import write_json
 from xdlm_image.objective import nelbo, xdlm_nelbo
@@ -88,7 +88,11 @@ def main() -> None:
     parser.add_argument("--k", type=float, default=0.1)
     arguments = parser.parse_args()
     prepare(arguments)
-    result = machine(arguments) | {"k": arguments.k, "memory_unit": "bytes of the logits", "widths": {}}
+    result = (
+        machine(arguments)
+        | objective(arguments)
+        | {"k": arguments.k, "memory_unit": "bytes of the logits", "widths": {}}
+    )
     for width in arguments.widths:
         rows = math.prod(images_of(arguments.rows or arguments.elements // width))
         unit = rows * width * arguments.dtype.itemsize

@@ -73,22 +73,25 @@ def machine(arguments: argparse.Namespace) -> dict[str, Any]:
             versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    of_logits = {}
-    if "dtype" in arguments:
-        passes = passes_for(torch.device(arguments.device), arguments.dtype, "auto").__name__.rpartition(".")[2]
-        if on_gpu and passes == "nelbo_eager":
-            raise SystemExit("the objective's Triton kernels do not run here: what was measured would be plain torch")
-        of_logits = {"dtype": str(arguments.dtype), "objective": passes}
     can = getattr(torch.cpu, "get_capabilities", dict)()
     return {
         "machine": torch.cuda.get_device_name() if on_gpu else platform.machine(),
         "cpu_units": [unit for unit in ("avx2", "avx512_f", "avx512_bf16", "amx_bf16") if can.get(unit)],
         "threads": arguments.threads,
         "huge_pages_for_all": os.environ.get("THP_MEM_ALLOC_ENABLE") == "1",
-        **of_logits,
+        **({"dtype": str(arguments.dtype)} if "dtype" in arguments else {}),
         "repeats": arguments.repeats,
         "versions": versions,
     }
+
+
+def objective(arguments: argparse.Namespace) -> dict[str, str]:
+    """Whose passes the objective takes here; on a GPU none but Triton's are worth measuring."""
+    device = torch.device(arguments.device)
+    passes = passes_for(device, arguments.dtype, "auto").__name__.rpartition(".")[2]
+    if device.type == "cuda" and passes == "nelbo_eager":
+        raise SystemExit("the objective's Triton kernels do not run here: what was measured would be plain torch")
+    return {"objective": passes}
 
 
 def measure(

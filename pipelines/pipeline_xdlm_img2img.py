@@ -113,7 +113,7 @@ class XDLMImg2ImgPipeline(XDLMPipeline):
         )
         num_images_per_prompt = operator.index(num_images_per_prompt)
         times = self._times(strength, num_steps, num_inference_steps)
-        pixels = preprocess(image, *self.image_size, self._tokenizer().config.in_channels)  # (B, C, H, W)
+        pixels = preprocess(image, *self.image_size, self.vqvae.config.in_channels)  # (B, C, H, W)
         ids = self._class_ids(class_labels)
         labels, number = self._pair({"pictures": len(pixels)}, ids, num_images_per_prompt, generator)
 

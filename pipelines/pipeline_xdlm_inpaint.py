@@ -92,7 +92,7 @@ class XDLMInpaintPipeline(XDLMImg2ImgPipeline):
             raise ValueError(f"keep_pixels={keep_pixels!r}: must be True or False")
         num_images_per_prompt = operator.index(num_images_per_prompt)
         times = self._times(strength, num_steps, num_inference_steps)
-        pixels = preprocess(image, *self.image_size, self._tokenizer().config.in_channels)  # (B, C, H, W)
+        pixels = preprocess(image, *self.image_size, self.vqvae.config.in_channels)  # (B, C, H, W)
         ids = self._class_ids(class_labels)
         masks = read_masks(mask_image)
         given = {"pictures": len(pixels), "masks": len(masks)}

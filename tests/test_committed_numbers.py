@@ -1,4 +1,4 @@
-"""The tables of README.md and docs/few_steps.md are those of the committed files, and scripts make those files."""
+"""The tables of README.md and of docs/ are those of the committed files, and scripts make those files."""
 
 import importlib
 import json

@@ -97,7 +97,8 @@ VERBS: dict[str, tuple[type, str, str]] = {
     ),
 }
 
-AT_ONCE = ("sample", "neighbours", "export")  # verbs that keep nothing of what was not finished
+# verbs that keep nothing of what was not finished
+AT_ONCE = ("sample", "neighbours", "export", "convert-llamagen", "convert-taming", "convert-xdlm")
 KINDS = {"float": "a finite number", "int": "a whole number", "bool": "true or false", "str": "a text"}
 SHARING = ("train-tokenizer", "encode", "train", "evaluate", "nelbo")  # verbs that share their work over processes
 

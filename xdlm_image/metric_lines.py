@@ -46,7 +46,9 @@ class MetricLines:
                 values = json.loads(text)
                 int(values["step"])
             except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{self.path}: line {number} is {text[:60]!r} ({error!r})") from error
+                raise ValueError(
+                    f"{self.path}: line {number} is {text[:60]!r} ({error!r}); mend or remove it"
+                ) from error
             read.append(values)
         return read
 

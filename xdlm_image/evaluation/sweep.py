@@ -42,7 +42,7 @@ from xdlm_image.pipelines import XDLMPipeline
 from xdlm_image.processes import only_command
 from xdlm_image.ranks import barrier, rank_and_world, sum_over_ranks
 from xdlm_image.recipes import EvaluateRecipe
-from xdlm_image.recipes.sampling import FEATURE_METRICS
+from xdlm_image.recipes.sampling import FEATURE_METRICS, VARIED
 from xdlm_image.tokenizer.codes import load_tokenizer
 
 CELL_VERSION = 4  # raise it when what a cell means changes: older cells are then measured anew
@@ -218,7 +218,7 @@ class _Cell:
 
 
 def _axes(settings: SamplerSettings) -> dict[str, Any]:
-    return {name: getattr(settings, name) for name in ("num_steps", *SETTINGS)}
+    return {name: getattr(settings, name) for name in ("num_steps", *VARIED)}
 
 
 def _cell(plan: Plan, name: str, settings: SamplerSettings, seed: int, reference: Reference) -> _Cell:
