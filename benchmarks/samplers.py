@@ -5,11 +5,12 @@
 Every sampler of every model but the plain one (ancestral, temperature 1) gets six trials of its one number
 (temperature; for annealed, which is ancestral, what the temperature falls to from 1 as t goes to 0; for confidence the
 choice temperature; for psi kappa; for psi-annealed, with kappa = 0, what annealed has; for guided, which is ancestral,
-the scale; for guided-annealed, with the temperature of annealed as tuned, the scale): on 1,000 images of a seed of
-their own, against the validation images. The lowest sum of pooled FID over the step counts wins, one number for all of
-them, and is measured on 5,000 images of three other seeds, against the test images. A guided step evaluates the
-network twice: what is compared has as many evaluations (NFE). Killed, the same command goes on; without torchrun it
-runs on one process. Of some samplers alone, what the output holds of the others stays.
+the scale; for guided-annealed, with the temperature of annealed as tuned, the scale; for grid and annealed-grid, with
+that temperature too, one of three time grids): on 1,000 images of a seed of their own, against the validation images.
+The lowest sum of pooled FID over the step counts wins, one number for all of them, and is measured on 5,000 images of
+three other seeds, against the test images. A guided step evaluates the network twice: what is compared has as many
+evaluations (NFE). Killed, the same command goes on; without torchrun it runs on one process. Of some samplers alone,
+what the output holds of the others stays.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from xdlm_image.files import write_json
 from xdlm_image.processes import process_state
 from xdlm_image.ranks import rank_and_world
 from xdlm_image.recipes import EvaluateRecipe
+from xdlm_image.schedulers.scheduling_xdlm import TIME_GRIDS
 
 ROOT = Path(__file__).resolve().parents[1]
 TEMPERATURES, CHOICE_TEMPERATURES = [0.4, 0.5, 0.6, 0.7, 0.8, 1.0], [0.25, 0.5, 1.0, 2.0, 4.5, 9.0]
@@ -44,8 +46,17 @@ VALUES = {
     "psi-annealed": ENDS,
     "guided": SCALES,
     "guided-annealed": SCALES,
+    "grid": sorted(TIME_GRIDS),
+    "annealed-grid": sorted(TIME_GRIDS),
 }
+ON_ANNEALED = ("guided-annealed", "annealed-grid")  # take the temperature of annealed as tuned
 SAVED = {"confidence": "ct", "psi": "kappa"}  # whose number is the scheduler's own, saved with a pipeline -> its sign
+VARIED = {  # the setting that trials of a sampler vary; of the others: temperature
+    "guided": "guidance_scale",
+    "guided-annealed": "guidance_scale",
+    "grid": "time_grid",
+    "annealed-grid": "time_grid",
+}
 METRICS = ("precision", "recall", "coverage", "class_accuracy")
 
 
@@ -79,22 +90,19 @@ def best_of(trials: list[dict], model: str, sampler: str) -> float:
     return best
 
 
-def settings_of(trials: list[dict], model: str, sampler: str, values: list[float]) -> dict:
-    """Options of a sweep for values of the sampler's number, after the trials of those before it."""
+def settings_of(trials: list[dict], model: str, sampler: str, values: list) -> dict:
+    """Options of a sweep for values of what the sampler varies, after the trials of those before it."""
     if sampler in SAVED:
         return {}
+    pairs = [(1.0, end) for end in values]
     if sampler == "psi-annealed":
-        return {"temperature": [(1.0, end) for end in values]}
-    if sampler == "plain":
-        return {"sampler": "ancestral"}
-    if sampler == "annealed":
-        return {"sampler": "ancestral", "temperature": [(1.0, end) for end in values]}
-    if sampler == "guided":
-        return {"sampler": "ancestral", "guidance_scale": values}
-    if sampler == "guided-annealed":
-        end = best_of(trials, model, "annealed")
-        return {"sampler": "ancestral", "guidance_scale": values, "temperature": [(1.0, end)]}
-    return {"sampler": sampler, "temperature": values}
+        return {"temperature": pairs}
+    if sampler == "halton":
+        return {"sampler": sampler, "temperature": values}
+    settings: dict = {"sampler": "ancestral"}
+    if sampler in ON_ANNEALED:
+        settings["temperature"] = [(1.0, best_of(trials, model, "annealed"))]
+    return settings | {VARIED.get(sampler, "temperature"): pairs if sampler == "annealed" else values}
 
 
 def folder_of(arguments: argparse.Namespace, model: str, sampler: str, value: float) -> str:
@@ -136,7 +144,7 @@ def trials_of(arguments: argparse.Namespace, trials: list[dict], model: str, sam
     for cell in cells(arguments, f"trials/{model}-{sampler}", folders, **settings):
         value = named[cell["pipeline"]]
         if value is None:
-            value = cell["guidance_scale" if sampler.startswith("guided") else "temperature"]
+            value = cell[VARIED.get(sampler, "temperature")]
             value = value[1] if isinstance(value, list) else value
         row: dict = {"model": model, "sampler": sampler, "value": value, "fid": {}}
         table.setdefault(value, row)["fid"][str(cell["num_steps"])] = cell["fid"]
@@ -253,8 +261,8 @@ def main() -> None:
         parser.error(f"--output {arguments.output}: it holds models beside --names; name all of them, or another file")
     trials, results = kept["trials"], kept["results"]
     tuned = {row["sampler"] for row in trials} | set(arguments.samplers)
-    if "guided-annealed" in arguments.samplers and "annealed" not in tuned:
-        parser.error("--samplers guided-annealed: takes the temperature of annealed; name that too")
+    if "annealed" not in tuned and (on_annealed := sorted({*arguments.samplers} & {*ON_ANNEALED})):
+        parser.error(f"--samplers {' '.join(on_annealed)}: takes the temperature of annealed; name that too")
     for sampler in [sampler for sampler in VALUES if sampler in arguments.samplers]:
         for model in names_with(arguments, sampler):
             trials += trials_of(arguments, trials, model, sampler)
