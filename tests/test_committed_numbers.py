@@ -117,6 +117,92 @@ def test_table_of_the_time_input_is_of_its_sweeps():
         assert told[row] == [f"{of[model, 4]:.2f} / {of[model, 8]:.2f}" for model in ("mdlm", "xdlm-0.1", "udlm")]
 
 
+def rounded(value: float, like: str) -> str:
+    """The value with as many decimals as a text."""
+    return f"{value:.{len(like.partition('.')[2])}f}"
+
+
+@pytest.mark.parametrize(
+    ("file", "parts", "header", "names"),
+    [
+        (
+            "loss_cpu.json",
+            "widths",
+            "time, V =",
+            {
+                "`cross_entropy`": "cross_entropy",
+                "as the paper writes it": "as the paper writes it",
+                "`xdlm_nelbo`": "xdlm_nelbo",
+                "... its forward pass alone": "... its forward pass",
+                "... `in_place=True`": "... in place",
+                "`xdlm_nelbo`, plain torch": "xdlm_nelbo, plain torch",
+                "the logits read once": "the logits read (largest of each row)",
+                "the logits copied to new memory": "the logits copied",
+            },
+        ),
+        (
+            "fused_head_cpu.json",
+            "shapes",
+            "time, V x D =",
+            {
+                "linear + `cross_entropy`": "linear + cross_entropy",
+                "... compiled": "linear + cross_entropy, compiled",
+                "linear + `xdlm_nelbo`": "linear + xdlm_nelbo",
+                "`xdlm_head_nelbo`": "xdlm_head_nelbo",
+            },
+        ),
+        (
+            "sampling_step_cpu.json",
+            "widths",
+            "time of a step",
+            {
+                "softmax + multinomial": "softmax + multinomial",
+                "reverse step": "reverse step, plain torch",
+                "the network of the paper's size": "bare network",
+            },
+        ),
+        (
+            "compiled_training_cpu.json",
+            None,
+            "options of `xdlm-image train`",
+            {
+                "none": "float32",
+                "`--compile true`": "float32, compiled",
+                "`--mixed_precision bf16`": "bfloat16",
+                "both": "bfloat16, compiled",
+                "both, `--attention_backend _native_math`": "bfloat16, compiled, math attention",
+            },
+        ),
+    ],
+)
+def test_tables_of_times_are_of_their_benchmarks(file, parts, header, names):
+    found = json.loads((ROOT / "benchmarks" / file).read_text())
+    columns = [part["candidates"] for part in found[parts].values()] if parts else [found["ways"]]
+    told = {name: cells for name, *cells in table_of("docs/speed.md", header)}
+    assert set(told) == {*names}
+    base = next(iter(names.values()))
+    for name, cells in told.items():
+        own = [candidates[names[name]] for candidates in columns]
+        for candidates, entry, text in zip(columns, own, cells):
+            assert text == rounded(entry["seconds"] / candidates[base]["seconds"], like=text), (name, text)
+        for text in filter(None, cells[len(columns) :]):
+            low, high = (f([entry["memory"] for entry in own]) for f in (min, max))
+            ends = text.split(" to ")
+            assert ends == [rounded(value, like=ends[0]) for value in (low, high)][: len(ends)], (name, text)
+            assert rounded(high, like=ends[0]) == ends[-1], (name, text)
+
+
+def test_table_of_the_official_code_is_of_its_benchmark():
+    found = json.loads((ROOT / "benchmarks/official_cpu.json").read_text())
+    loss, step = found["loss, forward and backward"], found["reverse step"]
+    rows = [(loss, "official"), (loss, "ours"), (step, "official"), (step, "ours")]
+    for (of, name), (_, *told) in zip(rows, table_of("docs/speed.md", "at 16,387 ids"), strict=True):
+        base = of.get("cross_entropy", {}).get("seconds")
+        values = [of[name]["seconds"] / of["official"]["seconds"], base and of[name]["seconds"] / base]
+        values.append(of[name]["memory"])
+        assert told == [rounded(value, like=text) if value else "" for value, text in zip(values, told, strict=True)]
+
+
 @pytest.mark.parametrize(
     ("committed", "sweeps"),
     [
