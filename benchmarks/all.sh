@@ -27,7 +27,7 @@ case "$device" in
     cuda) bench fused_head --compile --shapes 1024x256 16384x768x16384 16387x768x16384 --dtype bfloat16 ;;
     cpu) bench fused_head --compile ;;
 esac
-bench loss
+bench loss --compile
 bench sampling_step
 [ -z "${OFFICIAL:-}" ] || bench official --checkout "$OFFICIAL"
 bench compiled_training

@@ -1,10 +1,11 @@
 """The objective given logits, forward and backward, against cross_entropy on the same logits: time and peak memory.
 
-    python benchmarks/loss.py [--device cuda] [--widths 1024 16384 65536 262144] [--rows N] [--repeats 7] [--threads 1]
+    python benchmarks/loss.py [--device cuda] [--widths 1024 16384 65536 262144] [--rows N] [--repeats 7] [--compile]
 
 Beside `xdlm_nelbo` (compiled C++ on a CPU, Triton on a GPU; and in plain torch) stands the same objective as the paper
-writes it down, dense and left to autograd. All take turns in one process; the JSON lands beside this file. On Linux,
-THP_MEM_ALLOC_ENABLE=1 in the environment gives every candidate's large tensors pages of 2 MiB.
+writes it down, dense and left to autograd; with --compile cross_entropy and that too as torch.compile makes them. All
+take turns in one process; the JSON lands beside this file. On Linux, THP_MEM_ALLOC_ENABLE=1 in the environment gives
+every candidate's large tensors pages of 2 MiB.
 """
 
 import math
@@ -61,14 +62,21 @@ def candidates_at(width: int, rows: int, arguments) -> dict:
 
         return once
 
+    def cross_entropy(a):
+        return torch.nn.functional.cross_entropy(a.view(-1, width), inputs[1].view(-1))
+
+    def dense(a):
+        return dense_nelbo(a, *inputs).mean()
+
     candidates = {
-        "cross_entropy": run(
-            lambda a: torch.nn.functional.cross_entropy(a.view(-1, width), inputs[1].view(-1)),
-        ),
-        "as the paper writes it": run(lambda a: dense_nelbo(a, *inputs).mean()),
+        "cross_entropy": run(cross_entropy),
+        "as the paper writes it": run(dense),
         "xdlm_nelbo": run(lambda a: xdlm_nelbo(a, *inputs).mean()),
         "... its forward pass": lambda: xdlm_nelbo(logits.detach(), *inputs),
     }
+    if arguments.compile:
+        candidates["cross_entropy, compiled"] = run(torch.compile(cross_entropy, dynamic=False))
+        candidates["as the paper writes it, compiled"] = run(torch.compile(dense, dynamic=False))
     anchor, buffer = torch.zeros((), requires_grad=True), logits.detach().clone()
     candidates["... in place"] = lambda: (
         xdlm_nelbo(Produced.apply(anchor, buffer), *inputs, in_place=True).mean().backward()
@@ -86,6 +94,7 @@ def main() -> None:
     parser = parser_of(__file__, __doc__)
     parser.add_argument("--widths", type=int, nargs="+", default=[1024, 16384, 65536, 262144], help="vocabularies")
     parser.add_argument("--k", type=float, default=0.1)
+    parser.add_argument("--compile", action="store_true", help="measure compiled code, too")
     arguments = parser.parse_args()
     prepare(arguments)
     result = (
