@@ -2,7 +2,7 @@
 
 diffusers looks up `[library, class]` of every part among the modules that are imported, `subprocess` and `Popen`
 included, and refuses late and obscurely what has no way of loading. This file owns the refusals beforehand, and never
-writes. It imports only the standard library and its sibling, and travels beside the weights.
+writes. It imports only the standard library, safetensors and its sibling, and travels beside the weights.
 """
 
 import json
@@ -11,13 +11,16 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+
 from .travelling_code import VERSIONED
 
 CARD = "README.md"
 PICTURE = "samples.png"
+WEIGHTS = "diffusion_pytorch_model"  # diffusers' name of a part's weights
 CODE = rf"{VERSIONED.pattern}\.py"
 FILES = re.compile(rf"model_index\.json|{re.escape(CARD)}|{re.escape(PICTURE)}|{CODE}")  # of a self-contained folder
-PART_FILES = re.compile(rf"\w*config\.json|diffusion_pytorch_model.*\.safetensors(\.index.*\.json)?|{CODE}")
+PART_FILES = re.compile(rf"\w*config\.json|{WEIGHTS}.*\.safetensors(\.index.*\.json)?|{CODE}")
 CLASSES = {
     "transformer": ("XDLMTransformer2DModel",),
     "scheduler": ("XDLMScheduler", "XDLMOrderedScheduler", "XDLMPsiScheduler"),
@@ -78,25 +81,46 @@ def part_classes(folder: str | Path) -> dict[str, list[str]]:
         return {}
 
 
-def check_all_loaded(name: str, module: Any) -> None:
-    """Raise if a tensor of the module is in none of the safetensors files of the folder it came from.
+def check_all_loaded(name: str, module: Any, variant: str | None = None) -> None:
+    """Raise if a tensor of the module is in none of the safetensors files that it was loaded from.
 
     Of pickles, which only diffusers opens, it has left a tensor that they lack without values, on the device "meta";
-    and of a module that it has quantised.
+    and of a module that it has quantised. Offloaded weights are there too.
+
+    Args:
+        name: Of the part.
+        module: As diffusers has loaded it.
+        variant: That was asked for; a part without weights of it was loaded from its plain ones.
     """
     folder = Path(getattr(module.config, "_name_or_path", None) or "")
+    files = _weight_files(folder, variant)
     saved: set[str] = set()
-    files = sorted(folder.glob("diffusion_pytorch_model*.safetensors"))
     for file in files:
-        with file.open("rb") as stream:  # the header: its length in 8 bytes, then JSON by tensor name
-            saved |= set(json.loads(stream.read(int.from_bytes(stream.read(8), "little"))))
-    tensors = module.state_dict()
+        with safe_open(file, framework="pt") as weights:
+            saved |= set(weights.keys())
     by_name = bool(files) and getattr(module, "hf_quantizer", None) is None  # a quantised module has other tensors
-    missing = sorted(name for name in tensors if (name not in saved if by_name else tensors[name].is_meta))
+    offloaded = hasattr(module, "_hf_hook")
+    missing = sorted(
+        tensor
+        for tensor, values in module.state_dict().items()
+        if (by_name and tensor not in saved) or (values.is_meta and not offloaded)
+    )
     if missing:
         raise ValueError(
             f"{name}: {len(missing)} tensors are not in {folder}, such as {missing[:3]}; save or download it anew"
         )
+
+
+def _weight_files(folder: Path, variant: str | None) -> list[Path]:
+    """The safetensors files that diffusers loads of a part's folder: those that an index names go before a whole."""
+    for kind in [f".{variant}", ""] if variant else [""]:
+        index, whole = folder / f"{WEIGHTS}.safetensors.index{kind}.json", folder / f"{WEIGHTS}{kind}.safetensors"
+        if index.is_file():
+            shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            return [folder / shard for shard in sorted(set(shards))]
+        if whole.is_file():
+            return [whole]
+    return []
 
 
 def refuse_other_content(folder: Path, overwrite: bool) -> None:

@@ -81,7 +81,7 @@ class SelfContainedPipeline(DiffusionPipeline):
         pipeline.register_to_config(_name_or_path=str(path))
         for name in ("transformer", "vqvae"):
             if name not in kwargs and getattr(pipeline, name) is not None:  # given modules are the caller's
-                check_all_loaded(name, getattr(pipeline, name))
+                check_all_loaded(name, getattr(pipeline, name), kwargs.get("variant"))
         return pipeline
 
     @classmethod

@@ -1,10 +1,14 @@
 """What users of diffusers do with any pipeline, done with ours: precision, files, parts, compilation, memory."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
 from diffusers import VQModel
 from diffusers.models.attention_dispatch import attention_backend
+from safetensors.torch import load_file, save_file
 from torch._dynamo.testing import CompileCounter
 from xdlm_image.pipelines.folder_check import check_all_loaded
 
@@ -105,6 +109,42 @@ def test_variant_and_shards(pipe, tmp_path):
     loaded = XDLMPipeline.from_pretrained(tmp_path, variant="fp16", dtype=torch.float16)
     assert torch.equal(draw(loaded), draw(pipe))
     with pytest.raises((OSError, ValueError), match="variant|diffusion_pytorch_model"):
+        XDLMPipeline.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
+@pytest.mark.parametrize("part", ["transformer", "vqvae"])
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_a_tensor_is_looked_for_in_the_file_that_was_loaded(pipe, tmp_path, part, variant, low_cpu_mem_usage):
+    """Whole weights of another variant beside it hide nothing, and damaged ones harm nothing."""
+    for each in (None, "fp16"):
+        pipe.save_pretrained(tmp_path, variant=each)
+    names = {None: "diffusion_pytorch_model.safetensors", "fp16": "diffusion_pytorch_model.fp16.safetensors"}
+    options = {"variant": variant, "low_cpu_mem_usage": low_cpu_mem_usage}
+    asked, other = (tmp_path / part / name for name in (names.pop(variant), *names.values()))
+    kept = other.read_bytes()
+    for damage in (b"", b"\xff" * 8 + b"{}"):
+        other.write_bytes(damage)
+        assert torch.equal(draw(XDLMPipeline.from_pretrained(tmp_path, **options)), draw(pipe))
+    other.write_bytes(kept)
+    whole = load_file(asked)
+    lost = sorted(whole)[3]
+    save_file({k: v for k, v in whole.items() if k != lost}, asked, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"{part}: 1 tensors are not in .*{lost}"):
+        XDLMPipeline.from_pretrained(tmp_path, **options)
+    if variant:  # a part that has none of it comes from its plain weights
+        asked.unlink()
+        assert torch.equal(draw(XDLMPipeline.from_pretrained(tmp_path, **options)), draw(pipe))
+
+
+def test_shards_are_those_of_the_index(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path, max_shard_size="10KB")
+    index = tmp_path / "transformer" / "diffusion_pytorch_model.safetensors.index.json"
+    shard = index.parent / json.loads(index.read_text())["weight_map"]["proj_out.weight"]
+    shutil.copy(shard, index.parent / "diffusion_pytorch_model-00099-of-00099.safetensors")  # of an earlier saving
+    rest = {k: v for k, v in load_file(shard).items() if k != "proj_out.weight"}
+    save_file(rest, shard, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="transformer: 1 tensors are not in .*proj_out.weight"):
         XDLMPipeline.from_pretrained(tmp_path)
 
 
