@@ -145,7 +145,7 @@ def test_shards_are_those_of_the_index(pipe, tmp_path):
     rest = {k: v for k, v in load_file(shard).items() if k != "proj_out.weight"}
     save_file(rest, shard, metadata={"format": "pt"})
     with pytest.raises(ValueError, match="transformer: 1 tensors are not in .*proj_out.weight"):
-        XDLMPipeline.from_pretrained(tmp_path)
+        XDLMPipeline.from_pretrained(tmp_path, low_cpu_mem_usage=False)  # where diffusers draws it at random
 
 
 @pytest.mark.parametrize("options", [{"device_map": "cpu"}, {"low_cpu_mem_usage": False}], ids=str)
