@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -152,6 +153,36 @@ def test_folder_errors_say_what_to_do(tmp_path):
         open_images(folder_data(tmp_path), "test")
     with pytest.raises(ValueError, match="split='dev'.*train, validation, test"):
         open_images(folder_data(tmp_path), "dev")
+
+
+@pytest.mark.parametrize("folder", ["images", "images/a", "images/a/deeper"])
+def test_a_folder_that_cannot_be_listed_is_an_error_and_no_loss(tmp_path, folder, monkeypatch):
+    for inner in ("a/deeper", "b"):
+        class_folder(tmp_path / "images", inner)
+    scandir = os.scandir
+
+    def refused(path):
+        if str(path) == str(tmp_path / folder):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    with pytest.raises(ValueError, match=rf"data\.root: the folder .*{folder} cannot be listed \(Perm.*readable"):
+        open_images(folder_data(tmp_path / "images"), "train")
+
+
+def test_classes_that_a_cut_leaves_without_training_images_are_named(tmp_path, capsys):
+    class_folder(tmp_path, "a", 60)
+    cut = {"validation": 0.05, "test": 0.05}
+    names = [f"{i:03d}" for i in range(100) if hashed_split(f"{i:03d}/000.png", cut) != "train"]
+    assert len(names) > 5
+    for name in names:
+        class_folder(tmp_path, name, 1)
+    open_images(folder_data(tmp_path), "validation")
+    assert "note:" not in capsys.readouterr().err
+    open_images(folder_data(tmp_path), "train")
+    which = f"{len(names)} of {len(names) + 1} classes is left to train on ({', '.join(names[:5])}, ...)"
+    assert f"note: no image of {which}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("hidden", [".ipynb_checkpoints", "__MACOSX", "@eaDir"])

@@ -40,6 +40,7 @@ class FolderSplit:
         labels: int64 (N,).
         class_names: Name of each label.
         fingerprint: sha256 over file names, sizes and the split.
+        touched: sha256 over when each file was last written.
         cut: Share of each split that was cut off the training images, and as `of` the sha256 of their names, whatever
             their cut; empty where nothing was cut.
     """
@@ -48,6 +49,7 @@ class FolderSplit:
     labels: np.ndarray
     class_names: list[str]
     fingerprint: str
+    touched: str
     cut: dict[str, Any]
 
 
@@ -97,11 +99,19 @@ def find_split(data: DataOptions, split: str) -> FolderSplit:
             raise ValueError(f"data.root={data.root!r}: {folder.name} and {train.name} differ in the classes {odd[:5]}")
     elif cut:
         all_of_train = len(samples)
-        files = "\n".join(os.path.relpath(path, train) for path, _ in samples)
+        files = "\n".join(_below(train, path) for path, _ in samples)
         how = {"of": hashlib.sha256(files.encode(errors="surrogateescape")).hexdigest()} | cut
-        samples = [s for s in samples if hashed_split(os.path.relpath(s[0], train), cut) == split]
+        if any(cut.values()):
+            samples = [s for s in samples if hashed_split(_below(train, s[0]), cut) == split]
         if shares := " and ".join(f"{100 * share:.3g} % for {SHARE_OF[name]}" for name, share in cut.items() if share):
             why = f"{all_of_train:,} in {train}, cut by file name: {shares}"
+        bare = sorted(set(range(len(names))) - {label for _, label in samples})
+        if split == "train" and samples and bare:
+            _say_once(
+                f"note: no image of {len(bare)} of {len(names)} classes is left to train on ("
+                f"{', '.join(names[label] for label in bare[:5])}{', ...' * (len(bare) > 5)}), since they have so few: "
+                "add images, or make the folders train, val and test yourself"
+            )
     if not samples:
         more = "raise data.validation_fraction (alike in every verb), " if split == "validation" else ""
         raise ValueError(
@@ -109,22 +119,27 @@ def find_split(data: DataOptions, split: str) -> FolderSplit:
             f"of so few images came to none; add images, make the folders train, val and test yourself, {more}or leave "
             "the split out where splits are named"
         )
-    digest = hashlib.sha256(f"folder {split}\n".encode())
+    digest, touched = hashlib.sha256(f"folder {split}\n".encode()), hashlib.sha256()
     slow = len(samples) > 100_000
     for path, _ in tqdm(samples, desc=f"fingerprint of {split}", unit="image", disable=not slow):
-        relative = Path(path).relative_to(folder).as_posix()
-        size = os.path.getsize(path) if os.path.exists(path) else -1  # a dangling link: reading it names the file
+        try:
+            status = os.stat(path)
+            size, time = status.st_size, status.st_mtime_ns
+        except OSError:  # a dangling link: reading it names the file
+            size = time = -1
+        relative = _below(folder, path).replace(os.sep, "/")
         digest.update(f"{relative}\0{size}\n".encode(errors="surrogateescape"))
+        touched.update(f"{time}\n".encode())
     labels = np.array([label for _, label in samples], dtype=np.int64)
     paths = [path for path, _ in samples]
     kinds = f"{len(names)} class{'es' * (len(names) > 1)}: {', '.join(names[:5])}{', ...' * (len(names) > 5)}"
     _say_once(f"{split}: {len(samples):,} images of {why}; {kinds}")
-    return FolderSplit(paths, labels, names, digest.hexdigest(), how)
+    return FolderSplit(paths, labels, names, digest.hexdigest(), touched.hexdigest(), how)
 
 
 def _refuse_other_splits(given: str, root: Path) -> None:
     """Raise ValueError at folders that are called like splits and would be taken for classes, or for nothing."""
-    names = {path.name for path in root.iterdir() if path.is_dir() and not is_hidden(path.name)}
+    names = set(next(walk(str(root)))[1])
     splits = {name for name in names if name.lower() in LIKE_SPLITS}
     if "train" in names:
         taken = {"train", "test", "val" if "val" in names else "validation"}
@@ -138,6 +153,11 @@ def _refuse_other_splits(given: str, root: Path) -> None:
             f"data.root={given!r}: its folders {sorted(names)} are called like splits, and none is 'train'; call that "
             "of the training images train (the others val and test), or name a folder of class folders"
         )
+
+
+def _below(folder: Path, path: str) -> str:
+    """The name below `folder` of a path that `walk` made of it."""
+    return path.removeprefix(os.path.join(folder, ""))
 
 
 def _first_folder(root: Path, *names: str) -> Path | None:
@@ -202,9 +222,17 @@ def walk(
         others: Where files that are no images are counted, by suffix.
 
     Raises:
-        ValueError: A link leads to a folder above itself, where it would be met again and again.
+        ValueError: A folder cannot be listed; or a link leads to one above itself, where it would be met again and
+            again.
     """
-    for root, folders, files in os.walk(top, followlinks=True):
+
+    def not_listed(error: OSError) -> None:
+        raise ValueError(
+            f"{argument}: the folder {error.filename} cannot be listed ({error.strerror}), and its images would be "
+            "left out; make it readable, or take it away"
+        ) from error
+
+    for root, folders, files in os.walk(top, onerror=not_listed, followlinks=True):
         folders[:] = sorted(name for name in folders if not is_hidden(name))
         for link in filter(os.path.islink, (os.path.join(root, name) for name in folders)):
             target = os.path.realpath(link)
@@ -231,13 +259,18 @@ def hashed_split(name: str, cut: dict[str, float]) -> str:
     Places in [0, 1): test has [0.05, 0.1) whatever validation has; validation has its share downwards from 0.05, and
     further from 1, so that a larger share holds a smaller one.
     """
-    digest = hashlib.sha256(Path(name).as_posix().encode(errors="surrogateescape")).digest()
+    digest = hashlib.sha256(name.replace(os.sep, "/").encode(errors="surrogateescape")).digest()
     place = int.from_bytes(digest[:8], "big")  # uniform over [0, 2^64)
     twentieth = -(-(2**64) // 20)
     if "test" in cut and twentieth <= place < -(-(2**64) // 10):
         return "test"
-    is_validation = (twentieth - 1 - place) % 2**64 < round(Fraction(str(cut.get("validation", 0))) * 2**64)
+    is_validation = (twentieth - 1 - place) % 2**64 < _of_64_bits(cut.get("validation", 0))
     return "validation" if is_validation else "train"
+
+
+@cache
+def _of_64_bits(share: float) -> int:
+    return round(Fraction(str(share)) * 2**64)
 
 
 @cache

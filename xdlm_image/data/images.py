@@ -14,7 +14,6 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +70,8 @@ class ImageSet(Dataset):
         class_names: Name of each label.
         labels: int64 array (N,).
         fingerprint: sha256 over what the images are (array bytes, or file names and sizes) and the split.
+        touched: SHA-256 over when each file was last written, which `fingerprint` does not see; "" for an array's
+            images.
         cut: How the split was cut off a folder's training images (`folders.FolderSplit`); empty where it was not.
         split, image_size, channels, crop: How they were opened; only `train` crops at random.
     """
@@ -85,6 +86,7 @@ class ImageSet(Dataset):
         array: np.ndarray | None = None,
         paths: Sequence[str] | None = None,
         transform: Transform | None = None,
+        touched: str = "",
         cut: dict[str, Any] | None = None,
     ):
         self.split = split
@@ -95,6 +97,7 @@ class ImageSet(Dataset):
         self.class_names = class_names
         self.fingerprint = fingerprint
         self.transform = transform
+        self.touched = touched
         self.cut = cut or {}
         self._array = array  # (N, H, W) uint8
         # one array of bytes: a loader's workers share its memory, where counting references would copy each string
@@ -107,17 +110,6 @@ class ImageSet(Dataset):
     def paths(self) -> list[str]:
         """The images' files, in order; empty where they lie in one array."""
         return [] if self._paths is None else [os.fsdecode(path) for path in self._paths]
-
-    @cached_property
-    def touched(self) -> str:
-        """SHA-256 over when each file was last written, which `fingerprint` does not see; "" for an array's images."""
-        if self._paths is None:
-            return ""
-        digest = hashlib.sha256()
-        for path in self._paths:
-            time = os.stat(path).st_mtime_ns if os.path.exists(path) else -1  # a dangling link: reading it names it
-            digest.update(f"{time}\n".encode())
-        return digest.hexdigest()
 
     def raw(self, index: int, generator: torch.Generator | None = None) -> torch.Tensor:
         """Image `index` as uint8 (C, S, S) after resize and crop.
@@ -241,6 +233,7 @@ def open_images(data: DataOptions, split: str, transform: Transform | None = Non
         found.fingerprint,
         paths=found.paths,
         transform=transform,
+        touched=found.touched,
         cut=found.cut,
     )
 
