@@ -1,4 +1,4 @@
-"""What a launcher may ask of `train`: a precision, processes that wait; parameters in pieces are refused."""
+"""What a launcher may ask of a training: a precision, processes that wait; parameters in pieces are refused."""
 
 from pathlib import Path
 
@@ -8,9 +8,12 @@ import yaml
 from accelerate import PartialState
 from test_devices import own_accelerator  # noqa: F401
 from test_training import recipe_in, world  # noqa: F401
+from tokenizer_parts import home, pictures_fixture, tiny_recipe  # noqa: F401
 
 from xdlm_image.cli import parse
 from xdlm_image.devices import LONGEST_WAIT
+from xdlm_image.recipes import TokenizerRecipe
+from xdlm_image.tokenizer.train import TokenizerTraining
 from xdlm_image.training.loop import TrainingRun
 
 
@@ -20,6 +23,44 @@ def test_launchers_that_shard_are_refused_before_any_work(name: str, monkeypatch
     recipe = parse("train", ["--codes=nowhere", "--tokenizer=nowhere", "--output_dir=nowhere"])
     with pytest.raises(ValueError, match=f"=true: {name} .*accelerate launch --multi_gpu"):
         TrainingRun(recipe)
+    with pytest.raises(ValueError, match=f"=true: {name} "):
+        TokenizerTraining(TokenizerRecipe("nowhere"))
+
+
+def test_a_tokenizer_takes_the_launcher_s_precision_and_goes_on_with_it(
+    tmp_path: Path,
+    pictures,
+    monkeypatch,
+    own_accelerator,  # noqa: F811
+) -> None:
+    """As one that names it; runs of before have it by its name in their checkpoints."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    training = TokenizerTraining(tiny_recipe(tmp_path, pictures))
+    seen = []
+    training.vqvae.encoder.conv_in.register_forward_hook(lambda *a: seen.append(a[-1].dtype))
+    training.train_step(torch.zeros(2, 1, 16, 16))
+    assert seen == [torch.bfloat16]
+    training.save_checkpoint()
+    assert TokenizerTraining(tiny_recipe(tmp_path, pictures, mixed_precision="bf16")).resume()
+
+
+@pytest.mark.parametrize(("launched", "asked"), [("fp16", None), (None, "fp16"), ("bf16", "fp16")])
+def test_fp16_on_a_cpu_is_refused_and_another_precision_may_follow(
+    launched: str | None,
+    asked: str | None,
+    world: Path,  # noqa: F811
+    pictures,
+    monkeypatch,
+    own_accelerator,  # noqa: F811
+) -> None:
+    if launched is not None:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
+    name = "ACCELERATE_MIXED_PRECISION" if asked is None else "mixed_precision"
+    for start, recipe in ((TrainingRun, recipe_in), (TokenizerTraining, tiny_recipe)):
+        data = () if recipe is recipe_in else (pictures,)
+        with pytest.raises(ValueError, match=f"{name}='fp16': a CPU .*; name bf16 or no"):
+            start(recipe(world, *data, mixed_precision=asked))
+    assert TrainingRun(recipe_in(world, mixed_precision="no")).accelerator.mixed_precision == "no"
 
 
 @pytest.mark.parametrize(

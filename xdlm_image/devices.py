@@ -89,7 +89,7 @@ def uncompiled(is_compiled: bool) -> AbstractContextManager:
 
 
 def process_group_timeout() -> InitProcessGroupKwargs:
-    """For `Accelerator(kwargs_handlers=[...])`: processes wait `LONGEST_WAIT` for one that has more to do.
+    """For `PartialState(**it.to_kwargs())`: processes wait `LONGEST_WAIT` for one that has more to do.
 
     The group of processes is made once, by whoever asks first for accelerate's state, and keeps its timeout.
     """

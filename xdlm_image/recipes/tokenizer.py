@@ -76,7 +76,8 @@ class TokenizerRecipe:
         gradient_clip: Largest gradient norm; 0 does not clip.
         horizontal_flip: Mirror half of the training images.
         extractor: Extractor folder (from `train-extractor`) for rFID in the report; None leaves rFID out.
-        mixed_precision: accelerate's precision.
+        mixed_precision: accelerate's precision. None: what `accelerate launch` says (its configuration, or
+            ACCELERATE_MIXED_PRECISION), else `no`.
         compile: Train encoder and decoder through torch.compile: the first step takes minutes longer, and on a CPU a
             C++ compiler is needed.
         num_workers: Data loading processes.
@@ -105,7 +106,7 @@ class TokenizerRecipe:
     gradient_clip: float = 1.0
     horizontal_flip: bool = True
     extractor: str | None = None
-    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
     compile: bool = False
     num_workers: int = 0
     log_every: int = 50

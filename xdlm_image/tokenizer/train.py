@@ -149,12 +149,11 @@ class TokenizerTraining:
             raise ValueError(
                 f"resume=False, but output_dir={recipe.output_dir!r} holds a run: remove it, or name another folder"
             )
-        self.images = open_images(recipe.data, "train")
-        self.test_images = open_images(recipe.data, "test")
-
         self.accelerator = make_accelerator(recipe)
         self.device = self.accelerator.device
         self.processes = self.accelerator.num_processes  # that train; any number may measure
+        self.images = open_images(recipe.data, "train")
+        self.test_images = open_images(recipe.data, "test")
         self.extractor = None
         if recipe.extractor is not None:  # now, in case it fails
             from xdlm_image.evaluation.extractor import load_extractor
@@ -287,6 +286,7 @@ class TokenizerTraining:
         options = {k: v for k, v in dataclasses.asdict(self.recipe).items() if k not in FREE_TO_CHANGE}
         options["data"] = {k: v for k, v in options["data"].items() if k not in WHERE_IMAGES_ARE}
         options |= {
+            "mixed_precision": self.accelerator.mixed_precision,
             "images": self.images.fingerprint,
             "perceptual": None if self.perceptual is None else self.perceptual.weights_hash,
             "number of processes": self.processes,
@@ -403,7 +403,7 @@ class TokenizerTraining:
                 "device": str(self.device),
                 "parameters": sum(p.numel() for p in vqvae.parameters()),
             },
-            "recipe": dataclasses.asdict(recipe),
+            "recipe": dataclasses.asdict(recipe) | {"mixed_precision": self.accelerator.mixed_precision},
         }
         write_json(self.output / REPORT_FILE, report)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState, is_initialized
 from accelerate.utils import GradientAccumulationPlugin, parse_flag_from_env
 
@@ -42,15 +42,21 @@ def make_accelerator(recipe: TrainRecipe | TokenizerRecipe) -> Accelerator:
     Batches a step are the recipe's: `accelerate launch` exports a number even where nobody named one.
 
     Raises:
-        ValueError: The launcher asks for a precision that trainings do not know, or for another compiler; or an earlier
-            training of this Python process had another precision.
+        ValueError: The launcher wants parameters in pieces, a precision that trainings do not know, or another
+            compiler; fp16 on a CPU; or an earlier training of this Python process had another precision.
     """
+    refuse_sharding()
     launched = os.environ.get(PRECISION)
     if recipe.mixed_precision is None and launched not in (None, "no", "fp16", "bf16"):
-        raise ValueError(f"{PRECISION}={launched}: train takes no, fp16 or bf16; name one as mixed_precision")
+        raise ValueError(f"{PRECISION}={launched}: trainings take no, fp16 or bf16; name one as mixed_precision")
+    precision = recipe.mixed_precision or launched or "no"
     if os.environ.get(COMPILER, "no").lower() != "no":
         raise ValueError(f"{COMPILER}={os.environ[COMPILER]}: unset it; what compiles a training is compile=true")
-    if is_initialized() and AcceleratorState().mixed_precision != (recipe.mixed_precision or launched or "no"):
+    device = PartialState(cpu=on_cpu(), **process_group_timeout().to_kwargs()).device
+    if precision == "fp16" and device.type == "cpu":
+        name = PRECISION if recipe.mixed_precision is None else "mixed_precision"
+        raise ValueError(f"{name}='fp16': a CPU would compute in float32 all the same; name bf16 or no")
+    if is_initialized() and AcceleratorState().mixed_precision != precision:
         raise ValueError(
             f"mixed_precision={recipe.mixed_precision!r}: this Python process began with "
             f"{AcceleratorState().mixed_precision!r}, which accelerate keeps; train in a process of its own"
@@ -59,8 +65,7 @@ def make_accelerator(recipe: TrainRecipe | TokenizerRecipe) -> Accelerator:
         cpu=on_cpu(),
         mixed_precision=recipe.mixed_precision,
         gradient_accumulation_plugin=GradientAccumulationPlugin(getattr(recipe, "gradient_accumulation_steps", 1)),
-        kwargs_handlers=[process_group_timeout()],
     )
-    if accelerator.mixed_precision == "bf16":
-        warn_if_slow(accelerator.device, torch.bfloat16, "mixed_precision='bf16'")
+    if precision == "bf16":
+        warn_if_slow(device, torch.bfloat16, "mixed_precision='bf16'")
     return accelerator

@@ -40,7 +40,7 @@ from .batches import batch_indices, rank_positions, step_seed, stratified_times
 from .beginning import begin_at
 from .checkpoints import Checkpoint, CheckpointFolder, Learned, refuse_other_folders
 from .going_on import changes_of, refuse_other_beginning, what_binds
-from .launch import make_accelerator, refuse_sharding
+from .launch import make_accelerator
 from .meters import LossMeter
 from .trackers import log_picture, refuse_missing, start_trackers
 from .validation import validation_nelbo
@@ -105,8 +105,8 @@ class TrainingRun:
     """
 
     def __init__(self, recipe: TrainRecipe) -> None:
-        refuse_sharding()
         refuse_missing(recipe.trackers)
+        self.accelerator = make_accelerator(recipe)
         self.recipe = recipe
         self.output_dir = Path(recipe.output_dir)
         self.checkpoints = CheckpointFolder(self.output_dir / "checkpoints", recipe.keep_checkpoints)
@@ -122,7 +122,6 @@ class TrainingRun:
         if recipe.validation_codes:
             self.validation_cache = self._open_cache(recipe.validation_codes, "validation_codes")
         notes = [] if self.validation_cache is None else refuse_other_images(self.cache, self.validation_cache)
-        self.accelerator = make_accelerator(recipe)
         manifest = self.cache.manifest
         self.process = XDLMProcess(recipe.process.k, manifest.num_codes, recipe.process.definition, **self._ids())
         self.class_names = manifest.class_names if recipe.conditional else None
