@@ -17,8 +17,10 @@ from tokenizer_parts import home, pictures_fixture, tiny_recipe, trained_fixture
 
 from xdlm_image.data.code_cache import CodeCache
 from xdlm_image.data.images import open_images
+from xdlm_image.processes import only_command
 from xdlm_image.recipes import EncodeRecipe
 from xdlm_image.tokenizer import encode as encode_module
+from xdlm_image.tokenizer import train as train_module
 from xdlm_image.tokenizer.codes import encode_images, load_tokenizer
 from xdlm_image.tokenizer.encode import encode
 from xdlm_image.tokenizer.measure import measure_tokenizer
@@ -246,7 +248,30 @@ def test_broken_images_are_found_before_training_and_encoding(trained, tmp_path,
         train_tokenizer(tiny_recipe(tmp_path / "run", data))
     with pytest.raises(ValueError, match=r"1 of 12 files of test are broken:\n.*05\.png"):
         encode(EncodeRecipe(str(trained), str(tmp_path / "codes"), data))
-    assert not (tmp_path / "run").exists() and not (tmp_path / "codes").exists()
+    assert not any((tmp_path / "run").iterdir()) and not any((tmp_path / "codes").iterdir())
+
+
+def test_a_folder_that_cannot_be_written_or_is_at_work_is_known_before_an_image_is_read(
+    trained, tmp_path, pictures, monkeypatch
+):
+    """And a second command finds the first one's images untouched."""
+    data = dataclasses.replace(pictures, crop="center")
+    (tmp_path / "file").touch()
+
+    def never(*arguments):
+        raise AssertionError("read")
+
+    for module in (encode_module, train_module):
+        monkeypatch.setattr(module, "check_images", never)
+    for start in (
+        lambda output: encode(EncodeRecipe(str(trained), str(output), data)),
+        lambda output: train_tokenizer(tiny_recipe(output, data)),
+    ):
+        with pytest.raises(OSError, match=r"output_dir='.*file.run': cannot be written to"):
+            start(tmp_path / "file" / "run")
+    recipe = EncodeRecipe(str(trained), str(tmp_path / "codes"), data)
+    with only_command(tmp_path / "codes", True), pytest.raises(ValueError, match="output_dir='.*codes': another comm"):
+        encode(recipe)
 
 
 def test_a_cache_does_not_fit_changed_images(trained, tmp_path, pictures):

@@ -78,8 +78,8 @@ class EncodeRecipe:
         num_workers: Data loading processes; None is up to 8 for a folder of images where there are more than 4 cores,
             else 0.
         device: torch device; None picks the best there is.
-        overwrite: Replace the caches that are there. Without it, those of this very recipe are kept, and any other is
-            an error.
+        overwrite: Replace the caches that are there, also those of splits that a killed call had finished. Without it,
+            those of this very recipe are kept, and any other is an error.
     """
 
     tokenizer: str

@@ -29,9 +29,10 @@ from xdlm_image.data.code_cache import (
     write_code_cache,
 )
 from xdlm_image.data.image_check import check_images
-from xdlm_image.data.images import ImageSet, open_images
+from xdlm_image.data.images import ImageSet, normalise, open_images
+from xdlm_image.evaluation.batches import Uint8Images
 from xdlm_image.files import write_json
-from xdlm_image.processes import own_device, process_state
+from xdlm_image.processes import only_command, own_device, process_state
 from xdlm_image.ranks import barrier, rank_and_world
 from xdlm_image.recipes import DataOptions, EncodeRecipe
 from xdlm_image.tokenizer.codes import encode_images, grid_of, load_tokenizer, tokenizer_info
@@ -53,9 +54,11 @@ def encode(recipe: EncodeRecipe) -> Path:
     its own device; batches are the same however many there are.
 
     Raises:
-        ValueError: The tokenizer was trained for other sizes or channels; random crop; an image that cannot be read.
+        ValueError: The tokenizer was trained for other sizes or channels; random crop; an image that cannot be read;
+            another command is at work in output_dir.
         FileExistsError: A cache of something else, or a damaged one, is there and overwrite is False.
         FileNotFoundError: No tokenizer, no images.
+        OSError: Nothing can be written to output_dir; before any image is read.
     """
     data = recipe.data
     if data.crop != "center":
@@ -72,10 +75,18 @@ def encode(recipe: EncodeRecipe) -> Path:
     for note in _trained_otherwise(tokenizer_info(recipe.tokenizer) or {}, data) if is_main else ():
         tqdm.write(f"note: {recipe.tokenizer} was trained {note}")
     grid = grid_of(vqvae, data.image_size)
+    sets = [open_images(data, split) for split in recipe.splits]
+    with only_command(output, is_main):
+        _encode_sets(recipe, vqvae, grid, sets)
+    return output
+
+
+def _encode_sets(recipe: EncodeRecipe, vqvae: VQModel, grid: tuple[int, int], sets: list[ImageSet]) -> None:
+    """Encode those that are not encoded yet; all are compared with what is there before the first is."""
+    output, is_main = Path(recipe.output_dir), rank_and_world()[0] == 0
     to_encode: list[tuple[ImageSet, Manifest]] = []
     weights = weights_hash(vqvae)
-    for split in recipe.splits:  # all are opened and compared before the first is encoded
-        images = open_images(data, split)
+    for images in sets:
         manifest = Manifest(
             tokenizer_hash=weights,
             data_fingerprint=images.fingerprint,
@@ -93,11 +104,11 @@ def encode(recipe: EncodeRecipe) -> Path:
             tokenizer=str(recipe.tokenizer),
             cut=images.cut,
         )
-        if not recipe.overwrite and _is_encoded(output / split, manifest):
+        if not recipe.overwrite and _is_encoded(output / images.split, manifest):
             if is_main:
-                tqdm.write(f"{output / split}: already encoded from these images by this tokenizer; kept")
-                _report(vqvae, images, output / split)
-                CodeBlocks(output / split, manifest, size=1).remove()  # where a kill came just before that
+                tqdm.write(f"{output / images.split}: already encoded from these images by this tokenizer; kept")
+                _report(vqvae, images, output / images.split)
+                CodeBlocks(output / images.split, manifest, size=1).remove()  # where a kill came just before that
         else:
             to_encode.append((images, manifest))
     for images, _ in to_encode:
@@ -121,7 +132,6 @@ def encode(recipe: EncodeRecipe) -> Path:
         blocks.remove()
         _report(vqvae, images, path)
     barrier()
-    return output
 
 
 def _trained_otherwise(info: dict, data: DataOptions) -> Iterator[str]:
@@ -206,7 +216,7 @@ def _encoded(
     """Each of the blocks with its codes (b, views, h*w)."""
     size = recipe.batch_size
     batches = ([*block[i : i + size]] for block in blocks for i in range(0, len(block), size))
-    loader = iter(DataLoader(images, batch_sampler=batches, num_workers=_workers(recipe, images)))
+    loader = iter(DataLoader(Uint8Images(images), batch_sampler=batches, num_workers=_workers(recipe, images)))
     processes = process_state()
     label = f"encoding {images.split}"
     if processes is not None:
@@ -221,7 +231,8 @@ def _encoded(
         for block in blocks:
             parts = []
             for _ in range(0, len(block), size):
-                batch, _labels = next(loader)
+                raw, _labels = next(loader)
+                batch = normalise(raw)
                 views = [batch, batch.flip(-1)] if recipe.flip else [batch]
                 codes = [encode_images(vqvae, view).flatten(1).cpu() for view in views]  # each (b, h*w)
                 parts.append(torch.stack(codes, 1).numpy())

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from xdlm_image.data.image_check import check_images
 from xdlm_image.data.images import ImageSet, normalise, open_images
 from xdlm_image.devices import uncompiled
-from xdlm_image.files import share_permissions, write_json
+from xdlm_image.files import refuse_unwritable, share_permissions, write_json
 from xdlm_image.metric_lines import MetricLines
 from xdlm_image.processes import only_command
 from xdlm_image.recipes import WHERE_IMAGES_ARE, TokenizerRecipe
@@ -167,6 +167,8 @@ class TokenizerTraining:
         set_seed(recipe.seed)
         vqvae = build_vqvae(recipe)
         self.grid = grid_of(vqvae, recipe.data.image_size)
+        if self.accelerator.is_main_process:
+            refuse_unwritable(self.output, "output_dir")
         for images in (self.images, self.test_images):
             check_images(images, recipe.num_workers)
         if self.device.type in ("cpu", "cuda"):
