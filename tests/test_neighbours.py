@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -71,16 +72,14 @@ def test_samples_are_drawn_by_the_sampler_that_is_named(parts, tmp_path):
 
 
 def test_what_does_not_fit_is_refused(parts, tmp_path, capsys):
-    with pytest.raises(ValueError, match=r"held_out=99: 33 test images are wanted of each class .* there are 12 of '"):
-        neighbours(recipe_of(parts, tmp_path, held_out=99))
     with pytest.raises(ValueError, match="name a .png file"):
         neighbours(recipe_of(parts, tmp_path, output="near.jpg"))
     small = dataclasses.replace(parts.data, image_size=8)
     with pytest.raises(ValueError, match=r"trained on 3 x 16 x 16 images"):
         neighbours(recipe_of(parts, tmp_path, data=small))
-    options = f"--pipeline {tmp_path} --data.name folder --data.root {parts.data.root} --held_out 5"
+    options = f"--pipeline {tmp_path} --data.name folder --data.root {parts.data.root} --held_out 0"
     assert pytest.raises(SystemExit, main, ["neighbours", *options.split()]).value.code == 2
-    assert "held_out=5: at least 20" in capsys.readouterr().err
+    assert "held_out=0: must be at least 1" in capsys.readouterr().err
 
 
 def test_held_out_images_are_of_the_classes_that_are_drawn(parts, tmp_path):
@@ -92,9 +91,36 @@ def test_held_out_images_are_of_the_classes_that_are_drawn(parts, tmp_path):
         assert chosen == sorted(set(chosen)) and len(chosen) == recipe.held_out
         assert all(labels.count(label) == recipe.held_out * ids.count(label) / len(ids) for label in range(3))
     assert room._held_out_images(recipe, held_out, None) != chosen  # of no class: any
-    with pytest.raises(
-        ValueError, match="held_out=24: 16 test images are wanted of each class .* there are 12 of 'cat'"
-    ):
-        room._held_out_images(recipe, held_out, [2, 2, 1])
-    with pytest.raises(ValueError, match="held_out=99: there are 36 test images"):
-        room._held_out_images(recipe_of(parts, tmp_path, held_out=99), held_out, None)
+
+
+def test_of_classes_with_few_test_images_all_are_taken_and_this_is_said(parts, capsys, tmp_path):
+    held_out = open_images(parts.data, "test")
+    recipe = recipe_of(parts, tmp_path, held_out=24)
+    assert len(room._held_out_images(recipe, held_out, [2, 2, 1])) == 8 + 12
+    assert "note: held_out=24: there are fewer test images of 'cat' 12: 20 are searched for" in capsys.readouterr().out
+    usual = recipe_of(parts, tmp_path, held_out=NeighboursRecipe.held_out)
+    assert room._held_out_images(usual, held_out, [0, 1, 2]) == [*range(36)]
+    assert room._held_out_images(usual, held_out, None) == [*range(36)]
+    bare = SimpleNamespace(labels=held_out.labels * 0, class_names=held_out.class_names)
+    with pytest.raises(ValueError, match="class_labels=None: there is no test image of these classes"):
+        room._held_out_images(recipe, bare, [2])
+
+
+@pytest.mark.parametrize(("held_out", "percent"), [(1, 50), (9, 14), (36, 7)])
+def test_the_share_told_to_be_usual_is_that_of_samples_from_where_the_held_out_are(held_out, percent):
+    """Distances drawn alike for both: how often a sample falls below the limit, over many draws."""
+    generator = torch.Generator().manual_seed(0)
+    shares = []
+    for _ in range(600):
+        distances = torch.rand(50 + held_out, 1, generator=generator)
+        shares.append(room._compare(room.Nearest(distances, distances.long()), 50)["share_of_samples_nearer"])
+    assert sum(shares) / len(shares) == pytest.approx(room.usual_share(held_out), abs=0.03)
+    assert round(100 * room.usual_share(held_out)) == percent
+
+
+def test_the_default_answers_for_a_small_set(parts, tmp_path, capsys):
+    output = neighbours(recipe_of(parts, tmp_path, held_out=NeighboursRecipe.held_out))
+    said = capsys.readouterr().out
+    assert "held_out=500: there are fewer test images of 'ant' 12, 'bee, wasp' 12, 'cat' 12: 36 are searched" in said
+    assert "the nearest 5 % of 36 held-out images of the same classes do (about 7 % if none is a copy)" in said
+    assert json.loads(output.with_suffix(".json").read_text())["held_out_images"]["searched_for"] == 36

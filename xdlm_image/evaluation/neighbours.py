@@ -30,6 +30,7 @@ from xdlm_image.files import refuse_unwritable, write_json
 from xdlm_image.recipes import NeighboursRecipe
 
 PIXELS = "pixels"
+NEAREST = 0.05  # share of the held-out images that are the measure of what is near
 
 
 class Nearest(NamedTuple):
@@ -110,7 +111,7 @@ def neighbours(recipe: NeighboursRecipe) -> Path:
             name: getattr(recipe, name) for name in ("num_steps", "guidance_scale", "temperature", "sampler", "seed")
         },
         "training_images": describe_images(trained),
-        "held_out_images": describe_images(held_out),
+        "held_out_images": {**describe_images(held_out), "searched_for": len(chosen)},
         "extractor": extractor.describe(),
         "spaces": spaces,
     }
@@ -119,28 +120,38 @@ def neighbours(recipe: NeighboursRecipe) -> Path:
     for space, compared in spaces.items():
         print(
             f"{space}: {100 * compared['share_of_samples_nearer']:.1f} % of {len(samples)} samples lie nearer to a "
-            f"training image than the nearest 5 % of {recipe.held_out} held-out images{of_classes} do (about 5 % if "
-            "none is a copy)"
+            f"training image than the nearest {100 * NEAREST:.0f} % of {len(chosen)} held-out images{of_classes} do "
+            f"(about {100 * usual_share(len(chosen)):.0f} % if none is a copy)"
         )
     return Path(recipe.output)
 
 
 def _held_out_images(recipe: NeighboursRecipe, images: ImageSet, ids: list[int] | None) -> list[int]:
-    """Places of the held-out images that are searched for: each class as often as among the samples, or any."""
+    """Places of the held-out images that are searched for: each class as often as among the samples, or any.
+
+    Of a class that has fewer test images all are taken, and this is printed.
+
+    Raises:
+        ValueError: No class that is drawn has any.
+    """
     rng = np.random.default_rng(recipe.seed)
     if ids is None:
-        if recipe.held_out > len(images):
-            raise ValueError(f"held_out={recipe.held_out}: there are {len(images)} test images")
         return sorted(rng.permutation(len(images))[: recipe.held_out].tolist())
     chosen: list[int] = []
+    short: list[str] = []
     for label, wanted in Counter(ids[i % len(ids)] for i in range(recipe.held_out)).items():
         places = np.flatnonzero(images.labels == label)
         if len(places) < wanted:
-            raise ValueError(
-                f"held_out={recipe.held_out}: {wanted} test images are wanted of each class that is drawn, and there "
-                f"are {len(places)} of {images.class_names[label]!r}; ask for fewer, or for more classes"
-            )
+            short.append(f"{images.class_names[label]!r} {len(places)}")
         chosen += rng.permutation(places)[:wanted].tolist()
+    if not chosen:
+        raise ValueError(
+            f"class_labels={recipe.class_labels!r}: there is no test image of these classes to compare with; add some, "
+            "or name other classes"
+        )
+    if short:
+        few = ", ".join(short[:5]) + ", ..." * (len(short) > 5)
+        print(f"note: held_out={recipe.held_out}: there are fewer test images of {few}: {len(chosen)} are searched for")
     return sorted(chosen)
 
 
@@ -163,12 +174,18 @@ def _stream(
 def _compare(nearest: Nearest, num_samples: int) -> dict[str, Any]:
     """Distances to the nearest training image: of samples, and of held-out images as the measure of what is near."""
     samples, held_out = nearest.distances[:num_samples, 0], nearest.distances[num_samples:, 0]
-    limit = held_out.double().quantile(0.05)
+    limit = held_out.double().quantile(NEAREST)
     return {
         "samples": {"distances": samples.tolist(), "nearest_images": nearest.indices[:num_samples].tolist()},
         "held_out_quantiles": {str(q): float(held_out.double().quantile(q)) for q in (0.0, 0.05, 0.5, 0.95, 1.0)},
         "share_of_samples_nearer": float((samples.double() < limit).double().mean()),
     }
+
+
+def usual_share(held_out: int) -> float:
+    """The share of samples that `_compare` finds on average where none is a copy: 5 % of many held-out images, more of
+    few. N of them cut what is as likely into N + 1 parts, and the limit is the place 1 + 0.05 (N - 1) among them."""
+    return (1 + NEAREST * (held_out - 1)) / (held_out + 1)
 
 
 def _write_picture(

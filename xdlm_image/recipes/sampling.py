@@ -112,7 +112,8 @@ class NeighboursRecipe:
         class_labels: Ids or names of the classes; None takes every class, or the first ten of more than 20.
         images_per_class: Samples of each.
         num_neighbours: Training images shown beside each sample, in features and in pixels.
-        held_out: Test images that are searched for too, for comparison; of the classes that are drawn.
+        held_out: Most test images that are searched for too, for comparison: of the classes that are drawn, each as
+            often as among the samples, and all of one that has fewer, which is said.
         num_steps: Reverse steps.
         guidance_scale: 1 is no guidance.
         temperature: Divides the logits.
@@ -139,9 +140,8 @@ class NeighboursRecipe:
     device: str | None = None
 
     def __post_init__(self) -> None:
-        require_at_least(self, 1, "images_per_class", "num_neighbours", "num_steps", "batch_size")
+        require_at_least(self, 1, "images_per_class", "num_neighbours", "held_out", "num_steps", "batch_size")
         check_seed(self.seed)
-        require_at_least(self, 20, "held_out", remedy="at least 20: their nearest 5 % are the measure")
         require_finite("guidance_scale", self.guidance_scale)
         require_finite("temperature", self.temperature)
         require(self.temperature > 0, "temperature", self.temperature, "must be positive")
