@@ -10,12 +10,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from tokenizer_parts import home, pictures_fixture, tiny_recipe, trained_fixture  # noqa: F401
 
-from xdlm_image.data.code_cache import CodeCache
+from xdlm_image.data import code_blocks
+from xdlm_image.data.code_blocks import CodeBlocks
+from xdlm_image.data.code_cache import CodeCache, Manifest
 from xdlm_image.data.images import open_images
 from xdlm_image.processes import only_command
 from xdlm_image.recipes import EncodeRecipe
@@ -171,12 +174,49 @@ def test_a_killed_encoding_goes_on_with_the_block_it_was_at(trained, tmp_path, p
     assert seen == [7, 7, 5, 5]
     run(0)
     assert seen == [7] * 4 and not blocks.exists()
+    assert sorted(path.name for path in (tmp_path / "codes").iterdir()) == ["train"]
     for name in ("codes.bin", "labels.bin"):
         assert (tmp_path / "codes" / "train" / name).read_bytes() == (whole / name).read_bytes()
     with pytest.raises(KeyboardInterrupt):
         run(6, overwrite=True)
     run(0, overwrite=True, batch_size=8)  # blocks of other batches are of no use
     assert seen == [8] * 10
+
+
+def test_a_block_that_is_seen_late_is_waited_for_and_none_is_lost(tmp_path, pictures, monkeypatch):
+    images = open_images(dataclasses.replace(pictures, crop="center"), "train")
+    manifest = Manifest("", "", "train", 16, 1, "center", [1, 1], 16, len(images), 1, ["a"], "<u2", "<u2")
+    blocks = CodeBlocks(tmp_path / "codes" / "train", manifest, size=15)
+    blocks.begin()
+    for block in blocks.missing():
+        blocks.write(block, np.full((len(block), 1, 1), block.start % 16))
+    file = blocks.folder / "000000015.npy"
+    slept = []
+
+    def comes_after(seconds):
+        def sleep(wait):
+            slept.append(wait)
+            if sum(slept) > seconds and (tmp_path / "late").exists():
+                (tmp_path / "late").rename(file)
+
+        return sleep
+
+    monkeypatch.setattr(code_blocks.time, "sleep", comes_after(2))
+    file.rename(tmp_path / "late")
+    assert [codes.flat[0] for _, codes in blocks.read()] == [0, 15, 14] and slept == [0, 1, 2]
+    file.rename(tmp_path / "late")
+    monkeypatch.setattr(code_blocks.time, "sleep", comes_after(1000))
+    with pytest.raises(OSError, match=r"000000015\.npy cannot be read.*one folder that all nodes see"):
+        list(blocks.read())
+    (tmp_path / "late").rename(file)
+
+    def fails(*arguments, **named):
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="cannot be read"):
+        patch.setattr(np, "load", fails)
+        list(blocks.read())
+    assert not blocks.missing()
 
 
 RANK = """

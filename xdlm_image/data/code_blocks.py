@@ -12,7 +12,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from xdlm_image.data.code_cache import BESIDES, Manifest
 from xdlm_image.files import write_atomic, write_json
 
 OF = "of.json"
+WAITS = (0, 1, 2, 4, 8)  # seconds
 
 
 class CodeBlocks:
@@ -63,22 +66,38 @@ class CodeBlocks:
         """Every block in order, with its codes (b, views, h*w).
 
         Raises:
-            ValueError: A file is missing or damaged; it is removed, so that the next run makes it again.
+            ValueError: A file is damaged; it is removed, so that the next run makes it again.
+            OSError: A file cannot be read, or is not there even seconds later.
         """
         tail = (self.manifest.num_views, math.prod(self.manifest.grid))
         for block in self._all():
+            file = self._file(block)
             try:
-                codes = np.load(self._file(block), allow_pickle=False)
+                self._wait_for(file)
+                codes = np.load(file, allow_pickle=False)
                 if codes.shape != (len(block), *tail):
                     raise ValueError(f"it holds {codes.shape}")
-            except (OSError, ValueError, EOFError) as error:
-                self._file(block).unlink(missing_ok=True)
-                raise ValueError(f"{self._file(block)} is damaged ({error}): start again, it is made anew") from error
+            except (ValueError, EOFError) as error:
+                file.unlink(missing_ok=True)
+                raise ValueError(f"{file} is damaged ({error}): start again, it is made anew") from error
+            except OSError as error:
+                raise OSError(
+                    f"{file} cannot be read ({error}): start again, what is missing is made anew; output_dir must be "
+                    "one folder that all nodes see"
+                ) from error
             yield block, codes
 
     def remove(self) -> None:
         """Throw all blocks away."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _wait_for(self, file: Path) -> None:
+        """A file that another node wrote may be seen late, where a file system remembers what was not there."""
+        for seconds in WAITS:
+            if file.exists():
+                return
+            time.sleep(seconds)
+            os.listdir(self.folder)  # makes such a file system look again
 
     def _all(self) -> list[range]:
         total = self.manifest.num_images
