@@ -104,6 +104,12 @@ def test_unit_rows_warn_of_nothing_and_taming_rows_stay(tmp_path):
     assert torch.equal(ours.quantize.embedding.weight, original.quantize.embedding.weight)
 
 
+def test_llamagens_weights_may_lie_under_state_dict(tmp_path):
+    original = random_tokenizer("llamagen")
+    ours, _ = convert(tmp_path, "llamagen", {"state_dict": original.state_dict()})
+    assert torch.equal(ours.encoder.conv_in.weight, original.encoder.conv_in.weight)
+
+
 def test_averaged_weights_go_first_and_half_precision_is_widened(tmp_path):
     last, averaged = random_tokenizer("llamagen", seed=1), random_tokenizer("llamagen", seed=2).half()
     content = {"model": last.state_dict(), "ema": averaged.state_dict(), "steps": 3, "optimizer": {"state": {}}}
@@ -201,6 +207,8 @@ def test_numbers_that_are_no_weights_are_refused(tmp_path):
     refuse(tmp_path, "taming", {"state_dict": weights | {"quantize.embedding.weight": huge}}, "claims .* does not hold")
     many = weights | {f"encoder.down.{i}.block.0.conv1.weight": torch.zeros(1) for i in range(20)}
     refuse(tmp_path, "taming", {"state_dict": many}, "20 levels")
+    deep = weights | {f"encoder.down.0.block.{i}.conv1.weight": torch.zeros(1) for i in range(2, 20)}
+    refuse(tmp_path, "taming", {"state_dict": deep}, "2 levels of 20 layers")
     odd = dict(random_tokenizer("taming").state_dict()) | {
         "encoder.down.0.block.0.conv1.weight": torch.zeros(33, 32, 3, 3)
     }
@@ -214,6 +222,9 @@ def test_a_taken_folder_is_refused_before_the_file_is_read(tmp_path):
     (mine / "photo.txt").write_text("dear")
     recipe = ConversionRecipe(str(tmp_path / "missing.ckpt"), str(mine), overwrite=True)
     with pytest.raises(FileExistsError, match="holds other files"):
+        convert_taming(recipe)
+    recipe.output = str(mine / "photo.txt")
+    with pytest.raises(FileExistsError, match="photo.txt.*: is a file; name a folder"):
         convert_taming(recipe)
     recipe = ConversionRecipe(str(tmp_path / "last.ckpt"), str(tmp_path / "out"))
     convert_taming(recipe)

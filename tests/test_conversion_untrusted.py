@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from xdlm_image.cli import main
-from xdlm_image.conversion.checkpoint_file import Inert, read_checkpoint, setting
+from xdlm_image.conversion.checkpoint_file import Inert, check_tensor, check_tensors, read_checkpoint, setting
 from xdlm_image.conversion.official_xdlm import convert_xdlm
 from xdlm_image.conversion.vq_tokenizers import convert_llamagen, convert_taming
 from xdlm_image.recipes import ConversionRecipe, ConvertXDLMRecipe
@@ -215,6 +215,25 @@ def test_sizes_that_the_file_does_not_hold_are_refused_without_allocating(tmp_pa
             convert_llamagen(recipe)
     forged(path, pickled_tensor(4, (4,)), compression=zipfile.ZIP_DEFLATED)
     refuse(path, "compressed entries")
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+def test_tensors_that_are_no_plain_numbers_are_named():
+    for tensor, message in (
+        (torch.ones(2, 2).to_sparse(), "a is torch.float32, torch.sparse_coo: no plain"),
+        (torch.quantize_per_tensor(torch.ones(2), 1.0, 0, torch.qint8), "a is torch.qint8"),
+        (torch.ones(2, device="meta"), "a is torch.float32, torch.strided: no plain"),
+        (torch.ones(2, dtype=torch.int64), "a is torch.int64"),
+        (torch.ones(1).expand(2), r"a claims \(2,\) numbers"),
+    ):
+        with pytest.raises(ValueError, match=f"^here: {message}"):
+            check_tensor("a", tensor, "here")
+    check_tensor("a", torch.ones(2, 2).T, "here")
+    memory = torch.zeros(10).untyped_storage()  # entries of a forged archive may lie over each other
+    numbers = [torch.empty(0).set_(memory[start : start + 20]) for start in (0, 20, 4)]
+    check_tensors({"a": numbers[0], "b": numbers[1]}, "here")
+    with pytest.raises(ValueError, match="here: its tensors claim 40 bytes out of the same 24"):
+        check_tensors({"a": numbers[0], "b": numbers[2]}, "here")
 
 
 def test_nested_containers_do_not_explode(tmp_path):

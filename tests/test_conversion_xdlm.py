@@ -5,14 +5,16 @@ import sys
 import types
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from original_tokenizers import random_tokenizer
 from original_xdlm import random_network
 
 from xdlm_image import XDLMPipeline
+from xdlm_image.cli import main
 from xdlm_image.conversion.official_xdlm import convert_xdlm
-from xdlm_image.conversion.vq_tokenizers import convert_llamagen
+from xdlm_image.conversion.vq_tokenizers import convert_llamagen, convert_taming
 from xdlm_image.recipes import ConversionRecipe, ConvertXDLMRecipe
 
 CODES = 32  # so that a network of 35 ids fits
@@ -130,6 +132,30 @@ def test_plain_state_dicts_and_unconditional_networks(tmp_path, tokenizer):
     compare(pipeline, network, classes=None)
 
 
+def test_a_network_in_half_precision_has_rounded_frequencies(tmp_path, tokenizer):
+    network = random_network().bfloat16()
+    torch.save(network.state_dict(), tmp_path / "official.ckpt")
+    pipeline = convert(tmp_path, tokenizer[0], ema=False)
+    assert torch.equal(pipeline.transformer.token_embed.weight, network.vocab_embed.embedding.float())
+
+
+def test_a_network_of_codes_and_mask_alone(tmp_path, tokenizer):
+    torch.save({"ema": averaged(random_network(vocabulary=CODES + 1))}, tmp_path / "official.ckpt")
+    pipeline = convert(tmp_path, tokenizer[0])
+    assert pipeline.scheduler.process.num_ids == CODES + 1
+    assert pipeline([0, 8], num_steps=2, output_type="latent").images.max() < CODES
+
+
+def test_a_taming_tokenizer_is_told_from_llamagens(tmp_path):
+    original = random_tokenizer("taming", codes=CODES)
+    torch.save({"state_dict": original.state_dict()}, tmp_path / "last.ckpt")
+    convert_taming(ConversionRecipe(str(tmp_path / "last.ckpt"), str(tmp_path / "taming")))
+    torch.save(lightning(random_network(), random_network(), original), tmp_path / "official.ckpt")
+    convert(tmp_path, str(tmp_path / "taming"))
+    told = json.loads((tmp_path / "pipeline" / "provenance.json").read_text())
+    assert "the checkpoint carries the very tokenizer that was given" in told["notes"]
+
+
 @pytest.mark.parametrize("k", [0.0, 0.1, 1.0])
 def test_the_pipeline_samples_codes_only(tmp_path, tokenizer, k):
     torch.save({"ema": averaged(random_network())}, tmp_path / "official.ckpt")
@@ -186,12 +212,51 @@ def test_keys_are_strict(tmp_path, tokenizer):
     refuse(tmp_path, tokenizer[0], {"state_dict": more}, "2 unexpected: teacher.weight, extra", ema=False)
     turned = state | {"backbone.rotary_emb.inv_freq": torch.linspace(1, 2, 8)}
     refuse(tmp_path, tokenizer[0], {"state_dict": turned}, "not the frequencies", ema=False)
+    refuse(tmp_path, tokenizer[0], {"state_dict": state}, "num_attention_heads=6.* 3", ema=False, num_attention_heads=6)
+    deep = state | {f"backbone.blocks.{i}.norm1.weight": torch.zeros(1) for i in range(2, 1001)}
+    refuse(tmp_path, tokenizer[0], {"state_dict": deep}, "1001 blocks and 9 classes", ema=False)
+    none = state | {"backbone.y_embedder.embedding_table.weight": torch.zeros(1, 24)}
+    refuse(tmp_path, tokenizer[0], {"state_dict": none}, "2 blocks and 0 classes", ema=False)
     refuse(tmp_path, tokenizer[0], {"state_dict": state}, "holds no averaged weights; pass --ema false")
     refuse(tmp_path, tokenizer[0], {"ema": averaged(network)}, "averaged weights only", ema=False)
     refuse(
         tmp_path, tokenizer[0], {"state_dict": tokenizer[1].state_dict()}, "LlamaGen tokenizer: use convert-llamagen"
     )
     refuse(tmp_path, tokenizer[0], {"weights": 3}, "holds 'weights'")
+
+
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor")
+def test_no_size_is_believed_that_the_file_does_not_hold(tmp_path, tokenizer, capsys):
+    """A few bytes that claim terabytes: anything made of that size would fail otherwise than by ValueError."""
+    state = dict(random_network().state_dict())
+    frequencies, embedding, one = "rotary_emb.inv_freq", "vocab_embed.embedding", torch.zeros(1)
+    for name, tensor, message in (
+        (frequencies, one.expand(10**13), "rotary_emb.inv_freq claims .10000000000000,. numbers"),
+        (embedding, one.expand(35, 10**13), "vocab_embed.embedding claims .35, 10000000000000. numbers"),
+        (frequencies, torch.ones(8).to_sparse(), "rotary_emb.inv_freq is torch.float32, torch.sparse_coo"),
+        (frequencies, torch.ones(8, dtype=torch.complex64), "rotary_emb.inv_freq is torch.complex64"),
+    ):
+        refuse(tmp_path, tokenizer[0], state | {name: tensor}, message, ema=False)
+    out = str(tmp_path / "pipeline")
+    torch.save(state | {frequencies: torch.ones(8).to_sparse()}, tmp_path / "official.ckpt")
+    verb = ["convert-xdlm", "--checkpoint", str(tmp_path / "official.ckpt"), "--tokenizer", tokenizer[0], "--ema=false"]
+    assert main([*verb, "--k", "0.1", "--sample_size", "4", "--output", out]) == 2
+    assert "rotary_emb.inv_freq is torch.float32" in capsys.readouterr().err
+
+
+def test_views_of_the_same_numbers_are_refused(tmp_path, tokenizer):
+    """Small on the disk, large in memory: each would get numbers of its own."""
+    shadow = averaged(random_network())["shadow_params"]
+    sizes = [tensor.numel() for tensor in shadow]
+    for numbers, place in ((sum(sizes), "apart"), (max(sizes), "shared")):
+        flat, starts = torch.randn(numbers), np.cumsum([0, *sizes]) if place == "apart" else [0] * len(sizes)
+        views = [flat[start : start + size].view(like.shape) for start, size, like in zip(starts, sizes, shadow)]
+        (tmp_path / place).mkdir()
+        torch.save({"ema": {"shadow_params": views}}, tmp_path / place / "official.ckpt")
+    convert(tmp_path / "apart", tokenizer[0])  # each number once
+    refuse(
+        tmp_path / "shared", tokenizer[0], None, f"claim {4 * sum(sizes):,} bytes out of the same {4 * max(sizes):,}"
+    )
 
 
 def test_what_the_file_says_and_what_the_user_says_must_agree(tmp_path, tokenizer):

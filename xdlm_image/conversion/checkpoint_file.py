@@ -12,7 +12,6 @@ functions is called, whatever the file says. Any other name is refused before th
 from __future__ import annotations
 
 import re
-import struct
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -108,15 +107,11 @@ def read_checkpoint(path: str | Path) -> CheckpointFile:
 
 def _kind_of_file(path: Path, where: str) -> str:
     """`safetensors` or `torch`, by the first bytes and never by the name; ValueError says what else it is."""
-    size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(512)
     if head.startswith(b"PK\x03\x04"):
         return "torch"
-    if size > 8 and head[8:9] == b"{":
-        header = struct.unpack("<Q", head[:8])[0]
-        if header > size - 8:
-            raise ValueError(f"{where}: is a truncated safetensors file ({size} bytes); fetch it again")
+    if head[8:9] == b"{":
         return "safetensors"
     text = head.lstrip().lower()
     if not head:
@@ -201,10 +196,27 @@ def is_state_dict(value: Any) -> bool:
 
 def check_tensor(name: str, tensor: torch.Tensor, where: str) -> None:
     """Raise ValueError unless a tensor's numbers are all in the file and can be weights."""
-    if tensor.layout != torch.strided or tensor.is_quantized or not tensor.is_floating_point() or tensor.is_meta:
+    if tensor.layout != torch.strided or not tensor.is_floating_point() or tensor.is_meta:
         raise ValueError(f"{where}: {name} is {tensor.dtype}, {tensor.layout}: no plain floating-point weights")
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
         raise ValueError(f"{where}: {name} claims {tuple(tensor.shape)} numbers, which the file does not hold")
+
+
+def check_tensors(tensors: Mapping[str, torch.Tensor], where: str) -> None:
+    """`check_tensor` of each; also ValueError where they claim more numbers together than the file holds."""
+    for name, tensor in tensors.items():
+        check_tensor(name, tensor, where)
+    storages = {(tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()) for tensor in tensors.values()}
+    claimed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    held = end = 0
+    for start, length in sorted(storages):  # what lies within others counts once
+        held += max(0, start + length - max(start, end))
+        end = max(end, start + length)
+    if claimed > held:
+        raise ValueError(
+            f"{where}: its tensors claim {claimed:,} bytes out of the same {held:,}; no network converted here shares "
+            "weights, the file is forged"
+        )
 
 
 def weight(name: str, tensor: torch.Tensor, where: str) -> torch.Tensor:

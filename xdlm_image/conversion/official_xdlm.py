@@ -23,7 +23,7 @@ from xdlm_image.schedulers import XDLMScheduler
 from xdlm_image.tokenizer.codes import load_tokenizer
 from xdlm_image.weights import weights_hash
 
-from .checkpoint_file import read_checkpoint
+from .checkpoint_file import check_tensors, read_checkpoint
 from .folder import Conversion, provenance, refuse_taken, write_folder
 from .official_file import CLASSES, FREQUENCIES, OFFICIAL, TOKENIZER, Weights, training_of, weights_in
 from .state_dicts import fill, size
@@ -67,7 +67,7 @@ def build_network(
         ValueError: Keys or shapes that are not the official network's, or heads that do not divide its width.
     """
     found, notes = weights.network, []
-
+    check_tensors(found if weights.frequencies is None else {**found, FREQUENCIES: weights.frequencies}, where)
     width = size(found, "vocab_embed.embedding", 1, 768)
     if weights.frequencies is not None:
         heads = agreed("num_attention_heads", heads, width // max(1, 2 * weights.frequencies.numel()), where)

@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from .checkpoint_file import check_tensor, weight
+from .checkpoint_file import check_tensors, weight
 
 SHOWN = 8  # keys of a kind that an error names
 
@@ -95,8 +95,7 @@ def fill(
     for source in sources.values():
         expected |= source
     check_keys(found, expected, what, where)
-    for name, tensor in found.items():
-        check_tensor(name, tensor, where)
+    check_tensors(found, where)
     state = {
         key: convert(key, [weight(name, found[name], where) for name in source]) for key, source in sources.items()
     }
