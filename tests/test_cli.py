@@ -1,8 +1,11 @@
 """The command line as a user meets it: help, recipes by name, overrides, and errors that say what to do."""
 
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import fields
 from pathlib import Path
 
@@ -246,3 +249,37 @@ def test_values_of_no_type_that_fits_are_told_what_would(arguments, message, cap
     with pytest.raises(SystemExit):
         parse(arguments[0], arguments[1:])
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("number", "status", "word"), [(2, 130, "interrupted"), (15, 143, "terminated")])
+@pytest.mark.parametrize(
+    ("verb", "checkpoint", "then"),
+    [
+        ("train", False, "begins again, as there is no checkpoint yet"),
+        ("train", True, "goes on from its newest checkpoint"),
+        ("sample", False, "begins again"),
+        ("encode", False, "goes on"),
+    ],
+)
+def test_who_interrupts_is_told_what_the_same_command_does(
+    verb, checkpoint, then, number, status, word, monkeypatch, tmp_path, capsys
+):
+    def work(recipe):
+        os.kill(os.getpid(), number)
+        time.sleep(5)
+        return "not interrupted"
+
+    rooms = {"train": "training.loop", "sample": "evaluation.grids", "encode": "tokenizer.encode"}
+    monkeypatch.setattr(f"xdlm_image.{rooms[verb]}.{verb}", work)
+    if checkpoint:
+        (tmp_path / "checkpoints" / "step-00000250").mkdir(parents=True)
+    options = {
+        "train": ["--codes=c", "--tokenizer=t", f"--output_dir={tmp_path}"],
+        "sample": ["--pipeline=p", "--output=o.png"],
+        "encode": ["--tokenizer=t", f"--output_dir={tmp_path}"],
+    }
+    before = signal.getsignal(signal.SIGTERM)
+    assert main([verb, *options[verb]]) == status
+    told = f"xdlm-image {verb}: {word}; nothing half-written is left, and the same command {then}\n"
+    assert capsys.readouterr().err.endswith("\n" + told)
+    assert signal.getsignal(signal.SIGTERM) is before

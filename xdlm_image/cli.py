@@ -11,7 +11,9 @@ import importlib
 import importlib.resources
 import os
 import re
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import Field, fields, is_dataclass
@@ -97,6 +99,7 @@ VERBS: dict[str, tuple[type, str, str]] = {
     ),
 }
 
+BY_CHECKPOINT = ("train-extractor", "train-tokenizer", "train")
 # verbs that keep nothing of what was not finished
 AT_ONCE = ("sample", "neighbours", "export", "convert-llamagen", "convert-taming", "convert-xdlm")
 KINDS = {"float": "a finite number", "int": "a whole number", "bool": "true or false", "str": "a text"}
@@ -277,8 +280,27 @@ def usage() -> str:
     )
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, with which queues end their jobs."""
+
+
+def _terminate(*_: object) -> NoReturn:
+    raise Terminated
+
+
+def _what_comes_next(verb: str, recipe: Any) -> str:
+    """What a command does that was interrupted and is given again."""
+    if verb in AT_ONCE:
+        return "begins again"
+    if verb not in BY_CHECKPOINT:
+        return "goes on"
+    if any(Path(recipe.output_dir, "checkpoints").glob("step-*")):
+        return "goes on from its newest checkpoint"
+    return "begins again, as there is no checkpoint yet"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point. Returns the exit status: 0, 2 for wrong input, 130 when interrupted."""
+    """Entry point. Returns the exit status: 0, 2 for wrong input, 130 when interrupted, 143 when terminated."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(usage())
@@ -306,6 +328,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     usual = warnings.formatwarning
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # without a line of our source
     module, _, function = VERBS[verb][1].partition(":")
+    in_main = threading.current_thread() is threading.main_thread()  # signals are no other's
+    before = signal.signal(signal.SIGTERM, _terminate) if in_main else None
     try:
         result = getattr(importlib.import_module(module), function)(recipe)
     except (ValueError, OSError) as error:
@@ -313,15 +337,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"xdlm-image {verb}: error: {error}\n(XDLM_IMAGE_TRACEBACK=1 shows where)", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
+        number, how = (signal.SIGTERM, "terminated") if isinstance(stop, Terminated) else (signal.SIGINT, "interrupted")
         print(
-            f"\nxdlm-image {verb}: interrupted; nothing half-written is left, and the same command goes on"
-            + (" from its beginning" if verb in AT_ONCE else ""),
+            f"\nxdlm-image {verb}: {how}; nothing half-written is left, and the same command "
+            f"{_what_comes_next(verb, recipe)}",
             file=sys.stderr,
         )
-        return 130
+        return 128 + number
     finally:
         warnings.formatwarning = usual
+        if in_main:
+            signal.signal(signal.SIGTERM, before)
     print(result)
     return 0
 
