@@ -50,6 +50,9 @@ def test_small_images_are_enlarged_and_names_take_room(tmp_path):
     assert named.shape[0] > plain.shape[0] and named.shape[1] > plain.shape[1]
     margin = named[-2 * (56 + GAP) : -(56 + GAP), : named.shape[1] - plain.shape[1]]
     assert margin.min() < 100  # the first row's name is written left of it
+    broken = np.array(Image.open(save_grid(tmp_path / "c.png", images, ["a\nt", "bee"], ["1\r\n", "2"])))
+    whole = np.array(Image.open(save_grid(tmp_path / "d.png", images, ["a t", "bee"], ["1", "2"])))
+    np.testing.assert_array_equal(broken, whole)  # a name may come from anywhere
 
 
 def test_wrong_grids_are_refused(tmp_path):
@@ -131,6 +134,8 @@ def test_a_name_goes_before_an_id_and_one_label_needs_no_list(pipeline, tmp_path
     assert class_ids(opened, "bee") == [1] and class_ids(opened, 0) == [0] and class_ids(opened, None) == [0, 1, 2]
     with pytest.raises(ValueError, match=r"class_labels holds 5: the classes are 0 to 2"):
         class_ids(opened, 5)
+    with pytest.raises(ValueError, match=r"bee,5.*; several stand in brackets, as in '\[bee,5\]'"):
+        class_ids(opened, "bee,5")
 
 
 def test_places_that_cannot_be_written_are_found_before_drawing(pipeline, tmp_path, monkeypatch):

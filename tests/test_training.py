@@ -358,8 +358,11 @@ def test_run_goes_on_only_with_its_recipe_and_its_data(world: Path) -> None:
     with pytest.raises(ValueError, match="already holds checkpoints"):
         train(recipe_in(world, resume=False))
     newest = max((world / "run" / "checkpoints").iterdir())
-    (newest / "model.safetensors").write_bytes(b"torn")
-    with pytest.raises(ValueError, match="damaged"):
+    (newest / "optimizer.pt").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"damaged \(EOFError\(.*remove that folder to begin anew"):
+        train(recipe_in(world))
+    shutil.copytree(newest, newest.with_name("step-00000006"))
+    with pytest.raises(ValueError, match="step-00000006 is damaged .*remove that folder to go on from step 4"):
         train(recipe_in(world))
 
 

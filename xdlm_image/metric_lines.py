@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +40,21 @@ class MetricLines:
             FileNotFoundError: No such file.
             ValueError: A line is no JSON object with a step; names it.
         """
-        read = []
-        for number, text in enumerate(self._whole(), 1):
+        return [values for _, values in self._whole()]
+
+    def forget_after(self, step: int) -> None:
+        """Drop what a killed run wrote after its last checkpoint, and a line that it did not finish.
+
+        Raises:
+            ValueError: As `read`.
+        """
+        if self.path.exists():
+            write_text(self.path, "".join(text for text, values in self._whole() if values["step"] <= step))
+
+    def _whole(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        for number, text in enumerate(self.path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
+            if not text.endswith("\n"):
+                continue
             try:
                 values = json.loads(text)
                 int(values["step"])
@@ -49,15 +62,4 @@ class MetricLines:
                 raise ValueError(
                     f"{self.path}: line {number} is {text[:60]!r} ({error!r}); mend or remove it"
                 ) from error
-            read.append(values)
-        return read
-
-    def forget_after(self, step: int) -> None:
-        """Drop what a killed run wrote after its last checkpoint, and a line that it did not finish."""
-        if self.path.exists():
-            whole = [line for line in self._whole() if json.loads(line)["step"] <= step]
-            write_text(self.path, "".join(whole))
-
-    def _whole(self) -> list[str]:
-        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-        return [line for line in lines if line.endswith("\n")]
+            yield text, values

@@ -57,6 +57,7 @@ def save_grid(
     for argument, names, count in (("row_names", row_names, rows), ("column_names", column_names, columns)):
         if names is not None and len(names) != count:
             raise ValueError(f"{argument}: {len(names)} names for {count} rows or columns of images")
+    row_names, column_names = (names and [" ".join(n.split()) for n in names] for names in (row_names, column_names))
     factor = max(1, -(-SMALLEST_SIDE // height))
     cell_height, cell_width = height * factor, width * factor
     letters = max(12, min(28, cell_height // 4))  # pixels
@@ -102,7 +103,12 @@ def class_ids(pipeline: XDLMPipeline, class_labels: Sequence[str | int] | str | 
             print(f"class_labels=None: the first {ROWS_OF_MANY} of {num_classes} classes; name others to see them")
             return list(range(ROWS_OF_MANY))
         return list(range(num_classes or 1))
-    return pipeline.get_label_ids(class_labels)
+    try:
+        return pipeline.get_label_ids(class_labels)
+    except ValueError as error:
+        if isinstance(class_labels, str) and "," in class_labels:  # names may have commas, too
+            raise ValueError(f"{error}; several stand in brackets, as in '[{class_labels}]'") from error
+        raise
 
 
 def grid_labels(ids: Sequence[int], per_class: int) -> list[int]:

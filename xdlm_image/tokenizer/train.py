@@ -143,7 +143,7 @@ class TokenizerTraining:
     def __init__(self, recipe: TokenizerRecipe):
         self.recipe = recipe
         self.output = Path(recipe.output_dir)
-        self.checkpoints = CheckpointFolder(self.output / "checkpoints", keep=1)
+        self.checkpoints = CheckpointFolder(self.output / "checkpoints")
         self.metrics = MetricLines(self.output)
         if not recipe.resume and (self.checkpoints.steps() or (self.output / INFO_FILE).exists()):
             raise ValueError(
@@ -302,6 +302,9 @@ class TokenizerTraining:
         recipe, accelerator = self.recipe, self.accelerator
         if self.resume():
             accelerator.print(f"going on from step {self.step} of {recipe.max_steps}")
+        else:
+            number = f"{self.processes} x {recipe.batch_size} = {self.processes * recipe.batch_size:,} images a step"
+            accelerator.print(f"begins {self.output}: number of processes x batch_size = {number}")
         if accelerator.is_main_process:
             self.metrics.forget_after(self.step)
         views = TrainingViews(self.images, recipe.seed, recipe.horizontal_flip)

@@ -8,6 +8,7 @@ step is a function of (seed, step, rank) (`batches.py`), so a killed run goes on
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,10 +37,11 @@ from ..processes import only_command
 from ..recipes import TrainRecipe
 from ..schedulers import XDLMProcess, XDLMScheduler
 from ..tokenizer.codes import load_tokenizer
+from ..tokenizer.measure import SHOWN_AT_ONCE
 from .batches import batch_indices, rank_positions, step_seed, stratified_times
 from .beginning import begin_at
 from .checkpoints import Checkpoint, CheckpointFolder, Learned, refuse_other_folders
-from .going_on import changes_of, refuse_other_beginning, what_binds
+from .going_on import IMAGES_A_STEP, changes_of, refuse_other_beginning, what_binds
 from .launch import make_accelerator
 from .meters import LossMeter
 from .trackers import log_picture, refuse_missing, start_trackers
@@ -315,10 +317,9 @@ class TrainingRun:
             )
         self._log({f"validation/{name}": value for name, value in values.items()})
         accuracy = f", {100 * values['accuracy']:.2f} % of hidden codes guessed" if "accuracy" in values else ""
-        self.accelerator.print(
-            f"step {self.step}: validation NELBO {values['bits_per_token']:.4f} bits per token "
-            f"(+- {values['bits_per_token_stderr']:.4f}){accuracy}"
-        )
+        error = f" (+- {values['bits_per_token_stderr']:.4f})" if "bits_per_token_stderr" in values else ""
+        bits = f"{values['bits_per_token']:.4f} bits per token{error}"
+        self.accelerator.print(f"step {self.step}: validation NELBO {bits}{accuracy}")
 
     def draw_samples(self) -> None:
         """A class grid from the averaged weights: `samples/step-N.png`."""
@@ -335,7 +336,7 @@ class TrainingRun:
                 per_class=SAMPLES_PER_CLASS,
                 seed=0,
                 settings=SamplerSettings(num_steps=self.recipe.sample_steps),
-                batch_size=len(ids) * SAMPLES_PER_CLASS,
+                batch_size=SHOWN_AT_ONCE,
             )
         path = save_grid(self.output_dir / "samples" / f"step-{self.step:08d}.png", images, row_names=names or None)
         log_picture(self.accelerator, "samples", path, self.step)
@@ -388,7 +389,11 @@ class TrainingRun:
         """
         refuse_other_folders(self.checkpoints)
         newest = self.checkpoints.load_newest()
-        if newest is not None:
+        if newest is None:
+            cut = [self._bound()[name] for name in IMAGES_A_STEP]
+            product = f"{' x '.join(IMAGES_A_STEP)} = {' x '.join(map(str, cut))}"
+            self.accelerator.print(f"begins {self.output_dir}: {product} = {math.prod(cut):,} images a step")
+        else:
             self._go_on(newest)
         resolved = dataclasses.asdict(self.recipe)
         resolved |= {"init_from": self.init_from, "mixed_precision": self.accelerator.mixed_precision}

@@ -29,10 +29,10 @@ def validation_nelbo(
     Every image has its own noise, so the estimate does not depend on `batch_size` or the number of processes.
 
     Returns:
-        `bits_per_token` and `bits_per_token_stderr`; and `accuracy`, the share of hidden codes that are the likeliest
-        one, argmax over the codes of p(x_i | z): hidden are the places where z is the mask, and at k = 1, where no z
-        is, those where z is not x. Every hidden place counts as it would at times uniform in (0, 1]; left out where
-        nothing was hidden.
+        `bits_per_token` and, of two images or more, `bits_per_token_stderr`; and `accuracy`, the share of hidden codes
+        that are the likeliest one, argmax over the codes of p(x_i | z): hidden are the places where z is the mask, and
+        at k = 1, where no z is, those where z is not x. Every hidden place counts as it would at times uniform in
+        (0, 1]; left out where nothing was hidden.
     """
     num_images = min(num_images, len(cache))
     images = np.random.default_rng(SEED).permutation(len(cache))[:num_images]  # caches may be sorted by class
@@ -63,19 +63,21 @@ def validation_nelbo(
     dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64
     found = accelerator.reduce(found.to(accelerator.device, dtype), reduction="sum").cpu().double()
     bits, right, hidden = weights * found  # (n,) each
-    values = {"bits_per_token": bits.mean().item(), "bits_per_token_stderr": _stratified_stderr(bits[times.argsort()])}
+    values = {"bits_per_token": bits.mean().item()}
+    if num_images > 1:
+        values["bits_per_token_stderr"] = _stratified_stderr(bits[times.argsort()])
     return values | ({"accuracy": (right.sum() / hidden.sum()).item()} if hidden.sum() > 0 else {})
 
 
 def _stratified_stderr(values: torch.Tensor) -> float:
-    """Standard error of the mean of one value a stratum (n,), in the order of the strata.
+    """Standard error of the mean of one value a stratum (n >= 2,), in the order of the strata.
 
     Strata next to each other are compared, as if their means were equal: a little too much, since they are not.
 
         Var(mean) = sum over i of (v_{i+1} - v_i)^2 / (2 n (n - 1))
     """
     n = len(values)
-    return math.sqrt(values.diff().square().sum().item() / (2 * n * max(1, n - 1)))
+    return math.sqrt(values.diff().square().sum().item() / (2 * n * (n - 1)))
 
 
 def _labels(model: XDLMLoss, labels: torch.Tensor, device: torch.device) -> torch.Tensor | None:
