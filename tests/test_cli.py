@@ -212,6 +212,28 @@ def test_names_of_recipes_are_offered_where_they_fit(tmp_path, capsys):
     assert "has max_steps twice" in capsys.readouterr().err
 
 
+def test_recipes_of_other_verbs_are_told_apart_from_none(capsys) -> None:
+    with pytest.raises(SystemExit):
+        parse("train", ["--config", "fashion_mnist/tokenizer"])
+    error = capsys.readouterr().err
+    assert (
+        "--config 'fashion_mnist/tokenizer': a recipe of another verb; shipped for this one: fashion_mnist/m" in error
+    )
+    with pytest.raises(SystemExit):
+        parse("demo", ["--config=fashion_mnist/xdlm"])
+    assert "a recipe of another verb; shipped for this one: none\n" in capsys.readouterr().err
+
+
+def test_one_value_of_a_list_needs_no_brackets() -> None:
+    arguments = ["--output_dir=o", "--pipelines.a", "b", "--feature-metrics", "kid"]
+    recipe = parse("evaluate", ["--num_steps", "4", "--seeds=0", *arguments])
+    assert (recipe.num_steps, recipe.seeds, recipe.feature_metrics) == ([4], [0], ["kid"])
+    recipe = parse("evaluate", ["--num_steps", "[4, 8]", "--feature_metrics=[]", "--extractor", "e", *arguments[:3]])
+    assert (recipe.num_steps, recipe.feature_metrics, recipe.extractor) == ([4, 8], [], "e")
+    recipe = parse("train-tokenizer", ["--output_dir=o", "--model.block_out_channels", "32", "--data.root=r"])
+    assert recipe.model.block_out_channels == [32]
+
+
 def test_names_with_a_dot_are_told_where_to_go(capsys) -> None:
     with pytest.raises(SystemExit):
         parse("evaluate", ["--pipelines.xdlm-0.1", "folder", "--output_dir", "out"])
@@ -235,8 +257,14 @@ def test_paths_of_the_home_folder_are_found_where_no_shell_expands_them(monkeypa
         (["sample", "--guidance_interval", "0.5"], "guidance_interval=0.5: must be one of [float, float], null"),
         (["sample", "--guidance_scale", "[1, 2, 3]"], "guidance_scale=[1, 2, 3]: must be one of float, [float, float]"),
         (
-            ["encode", "--splits", "train"],
-            "splits=train: must be a list; lists stand in brackets, as in --splits '[t",
+            ["encode", "--splits", "train,test"],
+            "splits=train,test: must be a list; lists stand in brackets, as in --splits '[train,test]'",
+        ),
+        (["encode", "--splits", "tset"], "splits=tset: must be one of ['train', 'validation', 'test']\n"),
+        (["reference", "--tokenizers", "{x: f}"], "tokenizers={'x': 'f'}: must be a list; lists stand in brackets\n"),
+        (
+            ["sample", "--class_labels", "Bag", "Coat"],
+            "unrecognized arguments: Coat; an option takes one value, and several stand in brackets, as in '[a, b]'\n",
         ),
         (["train-tokenizer", "--model.block_out_channels", "32,64"], "as in --model.block_out_channels '[32,64]'"),
         (["train", "--process.k", "nan"], "error: process.k=nan: must be a finite number\n"),

@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import Field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -117,6 +117,8 @@ class RecipeParser(ArgumentParser):
                 near = nearest_option(".".join(found.groups()), list(self._options()))
                 message += f"; did you mean {near!r}?" if near else ""
                 break
+        if re.search(r"unrecognized arguments: [^-]", message):
+            message += "; an option takes one value, and several stand in brackets, as in '[a, b]'"
         if union := re.search(
             r'key "([\w.]+)":\s+Does not validate.*Subtypes: \[(.+?)\]\n.*Given value: (.*)', message, re.S
         ):
@@ -126,7 +128,8 @@ class RecipeParser(ArgumentParser):
             message = f"{name}={value}: must be one of {kinds}; lists stand in brackets"
         if bare_list := re.search(r'key "([\w.]+)":\s+Expected a <class \'list\'>\. Got value: (.*)', message):
             name, value = bare_list.groups()
-            message = f"{name}={value}: must be a list; lists stand in brackets, as in --{name} '[{value}]'"
+            example = "" if value.startswith("{") else f", as in --{name} '[{value}]'"
+            message = f"{name}={value}: must be a list; lists stand in brackets{example}"
         if typed := re.search(
             r'key "([\w.]+)":\s+Expected a (<class \'(\w+)\'>|typing\.Literal(\[.+?\]))\. Got value: (.*)', message
         ):
@@ -174,8 +177,8 @@ def parse(verb: str, arguments: Sequence[str]) -> Any:
         free = {field.name for field in fields(recipe_class) if str(field.type).startswith("dict")}
         bare = {f"--{f.name}": f.metadata.get("bare", "true") for f in fields(recipe_class) if _may_be_bare(f)}
         groups = {field.name for field in fields(recipe_class) if is_dataclass(field.default_factory)}
-        spelled = _recipe_first([*_spelled(arguments, free, groups)])
-        settings = parser.parse_args([*_with_values(spelled, bare)])
+        spelled = _recipe_first([*_spelled(arguments, free, groups, names)])
+        settings = parser.parse_args([*_in_brackets(_with_values(spelled, bare), {*_lists(recipe_class)})])
         recipe = parser.instantiate(settings)
         return recipe_class(**{key: _from_home(value) for key, value in vars(recipe).items() if key != "config"})
     except ValueError as error:
@@ -202,6 +205,28 @@ def _with_values(arguments: Sequence[str], bare: dict[str, str]) -> Iterator[str
         yield f"{argument}={bare[argument]}" if alone and argument in bare else argument
 
 
+def _lists(recipe_class: type, before: str = "--") -> Iterator[str]:
+    """Options that take nothing but a list."""
+    for field in fields(recipe_class):
+        if is_dataclass(field.default_factory):
+            yield from _lists(field.default_factory, f"{before}{field.name}.")
+        elif re.fullmatch(r"list\[.*\]", str(field.type)):
+            yield before + field.name
+
+
+def _in_brackets(arguments: Iterable[str], lists: set[str]) -> Iterator[str]:
+    """`--num_steps 4` is `--num_steps [4]`: a value that stands alone where a list is wanted."""
+    name = ""
+    for argument in arguments:
+        head, value = "", argument
+        if argument.startswith("--"):
+            name, equals, value = argument.partition("=")
+            head = name + equals
+        if name in lists and re.fullmatch(r"[^\[{,][^,]*", value):
+            name, value = "", f"[{value}]"
+        yield head + value
+
+
 def _recipe_first(arguments: Sequence[str]) -> list[str]:
     """`--config X` and `--config=X` before the options, which win over it wherever it was typed."""
     first: list[str] = []
@@ -212,13 +237,14 @@ def _recipe_first(arguments: Sequence[str]) -> list[str]:
     return first + rest
 
 
-def _spelled(arguments: Sequence[str], free: set[str], groups: set[str]) -> Iterator[str]:
+def _spelled(arguments: Sequence[str], free: set[str], groups: set[str], recipes: list[str]) -> Iterator[str]:
     """`--output-dir` is `--output_dir`; the name of a shipped recipe is its file.
 
     Args:
         arguments: As typed.
         free: Options whose keys are the user's own words (`--pipelines.my-run`), which stay as they are.
         groups: Options that hold options, for `check_recipe_file`.
+        recipes: Names of the shipped recipes of this verb.
     """
     is_config = False
     for argument in arguments:
@@ -232,11 +258,11 @@ def _spelled(arguments: Sequence[str], free: set[str], groups: set[str]) -> Iter
             if name[2:] in groups:
                 raise ValueError(f"{name}: name one of its options, as in {name}.NAME VALUE")
             if name == "--config" and equals:
-                value = _recipe_file(value, groups)
+                value = _recipe_file(value, groups, recipes)
             yield name + equals + value
             is_config = name == "--config" and not equals
         else:
-            yield _recipe_file(argument, groups) if is_config else argument
+            yield _recipe_file(argument, groups, recipes) if is_config else argument
             is_config = False
 
 
@@ -254,13 +280,17 @@ def shipped_recipes(options: set[str] | None = None) -> list[str]:
     )
 
 
-def _recipe_file(name: str, groups: set[str]) -> str:
+def _recipe_file(name: str, groups: set[str], recipes: list[str]) -> str:
     if Path(name).exists():
         check_recipe_file(name, groups)
         return name
     shipped = _shipped_folder() / f"{name}.yaml"
-    if shipped.exists():
+    if str(Path(name)) in recipes:
         return str(shipped)
+    if shipped.exists():
+        raise ValueError(
+            f"--config {name!r}: a recipe of another verb; shipped for this one: {', '.join(recipes) or 'none'}"
+        )
     near = difflib.get_close_matches(name, shipped_recipes(), n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}?" if near else f"shipped recipes: {', '.join(shipped_recipes())}"
     raise ValueError(f"--config {name!r}: no such file, and no shipped recipe; {hint}")

@@ -26,7 +26,8 @@ class SampleRecipe:
     Attributes:
         pipeline: Folder of the saved pipeline.
         output: Path of the grid picture (PNG).
-        class_labels: Ids or names of the classes; None draws every class, or the first ten of more than 20.
+        class_labels: Ids or names of the classes, `Bag` or `[Bag, 3]`; None draws every class, or the first ten of
+            more than 20.
         images_per_class: Images a row.
         num_steps: Reverse steps.
         guidance_scale: 1 is no guidance; each guided step runs the network on twice the batch. A pair such as `[1, 4]`
@@ -109,7 +110,8 @@ class NeighboursRecipe:
         data: The images that it was trained on; their test split tells how near images lie that nobody copied.
         extractor: In whose main features: see `evaluate`.
         output: Path of the picture (PNG); the distances lie beside it as .json.
-        class_labels: Ids or names of the classes; None takes every class, or the first ten of more than 20.
+        class_labels: Ids or names of the classes, `Bag` or `[Bag, 3]`; None takes every class, or the first ten of
+            more than 20.
         images_per_class: Samples of each.
         num_neighbours: Training images shown beside each sample, in features and in pixels.
         held_out: Most test images that are searched for too, for comparison: of the classes that are drawn, each as
