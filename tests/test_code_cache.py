@@ -132,6 +132,8 @@ def test_manifest_errors(tmp_path):
     with pytest.raises(FileNotFoundError, match="no code cache"):
         CodeCache.open(tmp_path / "nothing")
     write(tmp_path / "cache", manifest())
+    with pytest.raises(FileNotFoundError, match=r"no code cache .* there; name one of \['.*/cache'\]$"):
+        CodeCache.open(tmp_path)
     file = tmp_path / "cache" / "manifest.json"
     told = json.loads(file.read_text())
     file.write_text(json.dumps(told | {"schema_version": 99}))

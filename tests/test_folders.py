@@ -135,6 +135,8 @@ def test_fingerprint_tells_images_and_splits_apart(tmp_path):
 def test_folder_errors_say_what_to_do(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"data\.root='.*nowhere'.*name a folder"):
         open_images(folder_data(tmp_path / "nowhere"), "train")
+    with pytest.raises(FileNotFoundError, match=r"data\.root='.*\.py': a file, not a folder; name a folder"):
+        open_images(folder_data(__file__), "train")
     with pytest.raises(ValueError, match="no folder of class folders.*put the images of each class into a folder"):
         open_images(folder_data(tmp_path), "train")
     class_folder(tmp_path, "a", 2)

@@ -178,6 +178,12 @@ def test_wrong_requests_are_refused_before_anything_is_drawn(pipeline, tmp_path,
             sample(_recipe(pipeline, tmp_path / "x.png", **changes))
     with pytest.raises(ValueError, match=r"x\.jpg.*\.png"):
         sample(_recipe(pipeline, tmp_path / "x.jpg"))
+    for changes, message in (
+        (dict(image="nothing.png"), "image='nothing.png': no such file; name a picture"),
+        (dict(image=str(pipeline)), "image='.*': a folder, not a file; name a picture"),
+    ):
+        with pytest.raises(FileNotFoundError, match=message):
+            sample(_recipe(pipeline, tmp_path / "x.png", **changes))
     with pytest.raises(FileNotFoundError, match="no saved pipeline"):
         sample(_recipe(tmp_path / "nothing", tmp_path / "x.png"))
     assert not (tmp_path / "x.png").exists()

@@ -57,6 +57,8 @@ def test_hash_sees_values_only(trained, tmp_path):
 def test_damaged_tokenizers_are_refused(trained, tmp_path):
     with pytest.raises(FileNotFoundError, match="no such folder; train one"):
         load_tokenizer(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="a file, not a folder; train one"):
+        load_tokenizer(__file__)
     with pytest.raises(FileNotFoundError, match="`hf download somebody/vq-16 --local-dir DIR`"):
         load_tokenizer("somebody/vq-16")
     folder = tmp_path / "tokenizer"

@@ -104,9 +104,9 @@ class CodeCache:
         """
         folder = Path(path)
         if not (folder / MANIFEST).is_file():
-            raise FileNotFoundError(
-                f"{argument}={str(path)!r}: no code cache ({MANIFEST}) there; write one with encode"
-            )
+            splits = sorted(str(file.parent) for file in folder.glob(f"*/{MANIFEST}"))
+            remedy = f"name one of {splits}" if splits else "write one with encode"
+            raise FileNotFoundError(f"{argument}={str(path)!r}: no code cache ({MANIFEST}) there; {remedy}")
         try:
             content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
             version = content["schema_version"]

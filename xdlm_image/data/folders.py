@@ -62,9 +62,8 @@ def find_split(data: DataOptions, split: str) -> FolderSplit:
     assert data.root is not None  # DataOptions checked
     root = Path(data.root).expanduser()
     if not root.is_dir():
-        raise FileNotFoundError(
-            f"data.root={data.root!r}: no such folder; name a folder of class folders, or of images"
-        )
+        what = "a file, not a folder" if root.exists() else "no such folder"
+        raise FileNotFoundError(f"data.root={data.root!r}: {what}; name a folder of class folders, or of images")
     train = root / "train" if (root / "train").is_dir() else root
     _refuse_other_splits(data.root, root)
     own = {"validation": _first_folder(root, "val", "validation"), "test": _first_folder(root, "test")}
@@ -82,8 +81,8 @@ def find_split(data: DataOptions, split: str) -> FolderSplit:
         )
     if cut.get(split) == 0:
         raise ValueError(
-            f"data.validation_fraction=0: there is no {split} split of {root}, all of its training images train; leave "
-            "the split out, or set a fraction"
+            f"data.validation_fraction=0: there is no {split} split of {root}, as nothing is cut off for it; leave the "
+            "split out, or set a fraction"
         )
 
     names, samples = _list_folder(train)

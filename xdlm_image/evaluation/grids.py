@@ -154,7 +154,8 @@ def sample(recipe: SampleRecipe) -> Path:
     for name in ("image", "mask"):
         file = getattr(recipe, name)
         if file is not None and not Path(file).is_file():
-            raise FileNotFoundError(f"{name}={file!r}: no such file")
+            what = "a folder, not a file" if Path(file).is_dir() else "no such file"
+            raise FileNotFoundError(f"{name}={file!r}: {what}; name a picture")
     if recipe.image is not None:
         start = {"image": read_image(recipe.image, pipeline.vqvae.config.in_channels)}
         if recipe.mask is not None:

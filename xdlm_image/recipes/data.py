@@ -28,8 +28,9 @@ class DataOptions:
         channels: 1 (grey) or 3 (RGB).
         crop: `center` (shorter side resized, middle cut out), or `random` (training of tokenizers only).
         validation_fraction: Share of the training images that is cut off for validation, by file name, where a folder
-            has no validation images of its own (`root/val` without `root/test` is the test split). 0: all train, and
-            there is no validation split. Tell every verb the same.
+            has no validation images of its own (`root/val` without `root/test` is the test split). 0: none, and there
+            is no validation split. Where there are no test images, 5 % are cut off for them, whatever this is. Tell
+            every verb the same.
         download: Fetch Fashion-MNIST through torchvision when no local copy is found.
     """
 

@@ -85,9 +85,8 @@ def load_tokenizer(path: str | Path, device: str | torch.device | None = None) -
     """
     folder = Path(path)
     if not folder.is_dir():
-        raise FileNotFoundError(
-            f"tokenizer={str(path)!r}: no such folder; train one with train-tokenizer{fetch_hint(path)}"
-        )
+        what = "a file, not a folder" if folder.exists() else "no such folder"
+        raise FileNotFoundError(f"tokenizer={str(path)!r}: {what}; train one with train-tokenizer{fetch_hint(path)}")
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"tokenizer={str(path)!r}: has no config.json; it is no saved VQModel (unfinished?)")
     if not any(folder.glob("diffusion_pytorch_model*.safetensors")):
