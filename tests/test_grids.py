@@ -158,6 +158,17 @@ def test_images_of_two_calls_are_not_mixed(pipeline, tmp_path):
         sample(_recipe(pipeline, tmp_path / "a.png", images_dir=str(tmp_path / "images"), images_per_class=1))
 
 
+def test_images_are_not_written_among_the_folders_of_a_run(pipeline, tmp_path):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(
+        ValueError, match="images_dir=.*holds the folder 'checkpoints', which is no class .* nothing el"
+    ):
+        sample(_recipe(pipeline, tmp_path / "a.png", images_dir=str(tmp_path / "run")))
+    assert [path.name for path in tmp_path.rglob("*")] == ["run", "checkpoints"]
+    sample(_recipe(pipeline, tmp_path / "beside" / "a.png", images_dir=str(tmp_path / "beside"), class_labels="ant"))
+    sample(_recipe(pipeline, tmp_path / "beside" / "a.png", images_dir=str(tmp_path / "beside")))
+
+
 def test_wrong_requests_are_refused_before_anything_is_drawn(pipeline, tmp_path, monkeypatch):
     cases = [
         (dict(class_labels=["dragonfly"]), "dragonfly"),

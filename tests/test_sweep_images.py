@@ -47,7 +47,7 @@ def _numbers(folder):
     return [{key: value for key, value in cell.items() if key not in drop} for cell in cells]
 
 
-def test_images_on_disk_are_judged_as_the_pipeline_that_drew_them(parts, finished, tmp_path):
+def test_images_on_disk_are_judged_as_the_pipeline_that_drew_them(parts, finished, tmp_path, capsys):
     (cell,) = _numbers(finished)
     folder = next((finished / "codes").glob("mdlm-steps3-seed1-*"))
     codes = np.memmap(folder / "codes.bin", "<u2", "r").reshape(-1, 4, 4)[:18].astype(np.int64)
@@ -63,7 +63,9 @@ def test_images_on_disk_are_judged_as_the_pipeline_that_drew_them(parts, finishe
         name: str(tmp_path / file) for name, file in (("png", "drawn"), ("npz", "drawn.npz"), ("bare", "bare.npz"))
     }
     recipe = parts.recipe(tmp_path / "out", pipelines={}, images=images)
+    capsys.readouterr()
     content = json.loads(evaluate(recipe).read_text())
+    assert "cells:" not in capsys.readouterr().err  # no bar of nothing
     found = {result["name"]: result for result in content["image_sets"]}
     for name in images:
         assert found[name]["num_images"] == 18 and found[name]["fid"] == pytest.approx(cell["fid"], rel=1e-6)

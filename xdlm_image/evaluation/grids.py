@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from xdlm_image.data.folders import is_hidden
 from xdlm_image.data.images import read_image
 from xdlm_image.devices import best_device
 from xdlm_image.evaluation.drawing import class_names, draw_all, folder_names, open_pipeline
@@ -178,10 +179,11 @@ def sample(recipe: SampleRecipe) -> Path:
     check_trace(recipe, len(ids))
     labels = grid_labels(ids, recipe.images_per_class)
     refuse_unwritable(Path(recipe.output).parent, "the folder of output")
-    numbered = numbered_names(class_folders(folder_names(pipeline)), labels)
+    folders = class_folders(folder_names(pipeline))
+    numbered = numbered_names(folders, labels)
     if recipe.images_dir is not None:
         refuse_unwritable(recipe.images_dir, "images_dir")
-        _refuse_others(recipe.images_dir, numbered)
+        _refuse_others(recipe.images_dir, numbered, folders)
     images = class_grid(pipeline, ids, recipe.images_per_class, recipe.seed, settings, recipe.batch_size)
     if recipe.images_dir is not None:
         save_images(recipe.images_dir, numbered, images.flatten(0, 1))
@@ -191,11 +193,18 @@ def sample(recipe: SampleRecipe) -> Path:
     return save_grid(recipe.output, images, [names[i] for i in ids] if names else None)
 
 
-def _refuse_others(folder: str, names: Sequence[str]) -> None:
-    """Images that an earlier call left and this one would not replace: a folder is judged as one set."""
+def _refuse_others(folder: str, names: Sequence[str], classes: Sequence[str]) -> None:
+    """Images that an earlier call left and this one would not replace, or a folder of something else, a run's say: a
+    folder is judged as one set."""
     others = numbered_images(folder) - set(names)
     if others:
         raise ValueError(
             f"images_dir={folder!r}: holds {min(others)} and {len(others) - 1} more images of another call; move them "
             "away, or name another folder"
+        )
+    found = sorted(path.name for path in Path(folder).iterdir() if path.is_dir() and not is_hidden(path.name))
+    if strange := [name for name in found if name not in classes]:
+        raise ValueError(
+            f"images_dir={folder!r}: holds the folder {strange[0]!r}, which is no class of the pipeline; name a folder "
+            "that holds nothing else"
         )

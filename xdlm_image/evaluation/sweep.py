@@ -102,7 +102,7 @@ def _sweep(plan: Plan, output: Path) -> None:
         )
     ]
     done = sum(cell.result is not None for cell in cells)
-    with tqdm(total=len(cells), initial=done, desc="cells", unit="cell", disable=not main) as progress:
+    with tqdm(total=len(cells), initial=done, desc="cells", unit="cell", disable=not (main and cells)) as progress:
         for name in recipe.pipelines:
             left = [cell for cell in cells if cell.pipeline == name and cell.result is None]
             key = _key_of_pictures(plan, name)
