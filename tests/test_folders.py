@@ -11,7 +11,9 @@ import pytest
 from PIL import Image
 from test_images import GREY, class_folder, folder_data
 
-from xdlm_image.data.folders import hashed_split
+from xdlm_image import ranks
+from xdlm_image.data import images as images_module
+from xdlm_image.data.folders import find_split, hashed_split
 from xdlm_image.data.images import open_images
 from xdlm_image.evaluation.extractor_training import train_extractor
 from xdlm_image.recipes import DataOptions, ExtractorRecipe
@@ -171,6 +173,22 @@ def test_a_folder_that_cannot_be_listed_is_an_error_and_no_loss(tmp_path, folder
     monkeypatch.setattr(os, "scandir", refused)
     with pytest.raises(ValueError, match=rf"data\.root: the folder .*{folder} cannot be listed \(Perm.*readable"):
         open_images(folder_data(tmp_path / "images"), "train")
+
+
+@pytest.mark.parametrize("name", ["", "nowhere"])
+def test_the_first_rank_lists_for_all_and_all_raise_what_it_finds(tmp_path, monkeypatch, name):
+    class_folder(tmp_path, "a")
+    data = folder_data(tmp_path / name)
+    told, listed, ends = [], [], []
+    monkeypatch.setattr(images_module, "find_split", lambda *args: listed.append(1) or find_split(*args))
+    monkeypatch.setattr(ranks, "of_first_rank", lambda value: (told.append(value), told[0])[1])
+    for rank in (0, 1):
+        monkeypatch.setattr(ranks, "rank_and_world", lambda rank=rank: (rank, 2))
+        try:
+            ends.append(open_images(data, "train").paths)
+        except FileNotFoundError as error:
+            ends.append(str(error))
+    assert ends[0] == ends[1] and len(ends[0]) > 0 and len(listed) == 1
 
 
 def test_classes_that_a_cut_leaves_without_training_images_are_named(tmp_path, capsys):

@@ -5,10 +5,13 @@ This file owns sums, agreeing and waiting; who starts the processes is `processe
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
+
+T = TypeVar("T")
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -47,3 +50,20 @@ def of_first_rank(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box)
     return box[0]
+
+
+def on_first_rank(find: Callable[[], T]) -> T:
+    """What `find` gives on the first rank, on all of them; a ValueError or OSError of it is raised on all."""
+    if rank_and_world()[1] == 1:
+        return find()
+    found: T | None = None
+    error: Exception | None = None
+    if rank_and_world()[0] == 0:
+        try:
+            found = find()
+        except (ValueError, OSError) as raised:
+            error = raised
+    found, error = of_first_rank((found, error))
+    if error is not None:
+        raise error
+    return found

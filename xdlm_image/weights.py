@@ -13,5 +13,5 @@ def weights_hash(module: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
         digest.update(f"{name} {tuple(value.shape)}\n".encode())
-        digest.update(value.detach().to("cpu", torch.float32).contiguous().numpy().astype("<f4").tobytes())
+        digest.update(value.detach().to("cpu", torch.float32).contiguous().numpy().astype("<f4", copy=False))
     return digest.hexdigest()

@@ -39,6 +39,7 @@ from xdlm_image.pipelines.init_images import (
     values_of_16_bits,
 )
 from xdlm_image.processes import main_process_first
+from xdlm_image.ranks import on_first_rank
 from xdlm_image.recipes import DataOptions
 
 SPLITS = ("train", "validation", "test")
@@ -224,7 +225,7 @@ def open_images(data: DataOptions, split: str, transform: Transform | None = Non
         raise ValueError(f"split={split!r}: must be one of {', '.join(SPLITS)}")
     if data.name == "fashion-mnist":
         return _open_fashion_mnist(data, split, transform)
-    found = find_split(data, split)
+    found = on_first_rank(lambda: find_split(data, split))  # millions of files are asked for their sizes
     return ImageSet(
         data,
         split,
