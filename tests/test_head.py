@@ -212,6 +212,39 @@ def test_autocast_multiplies_in_its_dtype_and_adds_in_float32(dtype: torch.dtype
         assert (actual - wanted).norm() < 2e-2 * wanted.norm()
 
 
+def test_autocast_leaves_float64_alone() -> None:
+    leaves, rest = case()
+    expected = xdlm_head_nelbo(*leaves, *rest).mean
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(xdlm_head_nelbo(*leaves, *rest).mean, expected)
+
+
+def test_one_over_the_number_of_rows_is_not_rounded_to_half_precision() -> None:
+    grad, scale = torch.randn(1000).bfloat16(), torch.tensor(1 / 30)
+    expected = (grad.float() * scale).bfloat16()
+    assert torch.equal(head._scaled(grad, torch.bfloat16, scale), expected)
+    assert not torch.equal(grad * scale.bfloat16(), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_of_many_rows_add_up_in_float32(dtype: torch.dtype) -> None:
+    """4,096 equal rows have the mean of one; sums of 8 bits would lose the most of them."""
+    generator = torch.Generator().manual_seed(0)
+    feature, *leaves = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((8,), (16, 8), (16,)))
+    leaves = [value.requires_grad_() for value in leaves]
+    process, half = XDLMProcess(0.1, 16), torch.full((1,), 0.5)
+    found = []
+    for rows in (1, 4096):
+        x = torch.zeros(1, rows, dtype=torch.int64)
+        with torch.autocast("cpu", torch.bfloat16):
+            rest = (torch.full_like(x, process.mask), x, process, half, half)
+            found.append(gradients(xdlm_head_nelbo(feature.expand(1, rows, 8), *leaves, *rest).mean, leaves))
+    (weight_of_one, bias_of_one), (weight, bias) = found
+    rounding = 1e-5 if dtype == torch.float32 else 5e-3
+    assert (bias - bias_of_one).norm() < rounding * bias_of_one.norm()
+    assert (weight - weight_of_one).norm() < 5e-3 * weight_of_one.norm()  # a block's share is rounded on a CPU
+
+
 def test_tied_weights_add_up() -> None:
     leaves, rest = case()
     table, z = leaves[1], rest[0].clamp(max=K - 1)
@@ -304,6 +337,11 @@ def test_what_took_the_place_of_the_plain_head_is_run() -> None:
     del model.proj_out.forward
     XDLMLoss(model, PROCESS)(*batch()).mean.backward()
     assert calls == [1, 2, 3, 3]
+    for register in ("register_forward_pre_hook", "register_full_backward_hook"):
+        model = network()
+        getattr(model.proj_out, register)(lambda *_: calls.append(4))
+        XDLMLoss(model, PROCESS)(*batch()).mean.backward()
+    assert calls == [1, 2, 3, 3, 4, 4]
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")

@@ -153,6 +153,34 @@ def test_no_tokens_are_no_loss(backend: str) -> None:
     assert loss.shape == (0, 4) and logits.grad.shape == (0, 4, 5)
 
 
+@backends
+def test_the_mask_has_no_probability_however_large_its_logit(backend: str) -> None:
+    torch.manual_seed(5)
+    process = process_of(0.1, 37, "B")
+    z, x = (ids.to(DEVICE) for ids in codes(process, 9))
+    half = torch.full((1,), 0.5, device=DEVICE)
+    logits = torch.randn(1, 9, 40, device=DEVICE)
+    found = []
+    for score in (0.0, 1e4):
+        logits[..., process.mask] = score
+        found.append(loss_and_gradient(xdlm_nelbo, logits, z, x, process, half, half, backend=backend))
+    for low, high in zip(*found):
+        assert torch.equal(low, high)
+
+
+@backends
+def test_logits_may_lie_in_any_order(backend: str) -> None:
+    torch.manual_seed(6)
+    process = XDLMProcess(0.1, 40)
+    z, x = (ids.to(DEVICE) for ids in codes(process, 6))
+    half = torch.full((1,), 0.5, device=DEVICE)
+    columns_first = torch.randn(1, 40, 6, device=DEVICE).transpose(1, 2)
+    rest = (z, x, process, half, half)
+    found = loss_and_gradient(xdlm_nelbo, columns_first, *rest, backend=backend)
+    for ours, expected in zip(found, loss_and_gradient(xdlm_nelbo, columns_first.contiguous(), *rest, backend=backend)):
+        assert torch.equal(ours, expected)
+
+
 # --- the gradient written over the logits ---------------------------------------------------------
 
 
@@ -185,7 +213,10 @@ def test_in_place_gradient_is_the_gradient_and_takes_the_memory_of_the_logits(ba
 def test_in_place_is_refused_where_it_would_destroy_something(backend: str) -> None:
     base, *rest = in_place_case()
     view = torch.randn(6, 40, device=DEVICE).view(1, 6, 40).requires_grad_()  # a leaf that is a view
-    for leaf in (base, base.view(6, 40)[None], view, view.view(6, 40)[None]):
+    product = base * 2.0
+    with torch.no_grad():
+        leaf_of_none = product.view(1, 6, 40)
+    for leaf in (base, base.view(6, 40)[None], view, view.view(6, 40)[None], leaf_of_none.requires_grad_()):
         with pytest.raises(ValueError, match="in_place=True"):
             xdlm_nelbo(leaf, *rest, in_place=True, backend=backend)
     overlapping = (base * 2.0)[0].flatten().unfold(0, 40, 20)[None, :6]
@@ -196,6 +227,17 @@ def test_in_place_is_refused_where_it_would_destroy_something(backend: str) -> N
     ours = xdlm_nelbo(logits, *rest, in_place=True, backend=backend).sum()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         (ours + other).backward()
+
+
+@backends
+def test_in_place_takes_whatever_nothing_is_lost_by(backend: str) -> None:
+    base, z, x, *rest = in_place_case()
+    plain = base.detach().clone()
+    xdlm_nelbo(plain, z, x, *rest, in_place=True, backend=backend)  # nobody asks for a gradient
+    assert torch.equal(plain, base.detach())
+    row = torch.randn(40, device=DEVICE, requires_grad=True) * 1.0
+    row = row.as_strided((1, 1, 40), (1, 1, 1))  # the next row would begin one element later; there is none
+    xdlm_nelbo(row, z[:, :1], x[:, :1], *rest, in_place=True, backend=backend).sum().backward()
 
 
 # --- the choice -----------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The objective against golden numbers, brute force, the two end-to-end identities, and hostile floating point."""
 
+import decimal
 from itertools import pairwise
 from pathlib import Path
 
@@ -10,7 +11,16 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from xdlm_image.models import XDLMTransformer2DModel
-from xdlm_image.objective import XDLMLoss, discrete_kl, posterior, reference_nelbo, xdlm_head_nelbo, xdlm_nelbo
+from xdlm_image.objective import (
+    XDLMLoss,
+    discrete_kl,
+    nelbo,
+    posterior,
+    reference_nelbo,
+    row_scalars,
+    xdlm_head_nelbo,
+    xdlm_nelbo,
+)
 from xdlm_image.schedulers import XDLMProcess
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "public.npz", allow_pickle=False)
@@ -292,6 +302,48 @@ def test_times_that_were_rounded_are_refused() -> None:
     codes = torch.zeros(3, 4, dtype=torch.int64)
     with pytest.raises(ValueError, match="t: dtype torch.bfloat16.*cast_forward_inputs=False"):
         XDLMLoss(network, XDLMProcess(0.1, 8))(codes, codes, torch.rand(3).bfloat16(), torch.zeros(3).long())
+
+
+@pytest.mark.parametrize("through_head", [False, True])
+def test_transforms_of_torch_func_are_refused_and_change_nothing(through_head: bool) -> None:
+    """A first call within one must not pass for a machine where nothing can be compiled."""
+    process, x = XDLMProcess(0.1, 40), torch.zeros(1, 6, dtype=torch.long)
+    rest = (torch.full_like(x, 40), x, process, torch.full((1,), 0.5), torch.full((1,), 0.5))
+    passes = nelbo.passes_for(torch.device("cpu"), torch.float32, "auto")
+    nelbo._cpp_runs.cache_clear()
+
+    def loss(value: torch.Tensor) -> torch.Tensor:
+        if through_head:
+            return xdlm_head_nelbo(value[..., :3], torch.zeros(40, 3), None, *rest).mean
+        return xdlm_nelbo(value, *rest).sum()
+
+    with pytest.raises(RuntimeError, match="torch.func .*reference_nelbo"):
+        torch.func.grad(loss)(torch.randn(1, 6, 40))
+    assert nelbo.passes_for(torch.device("cpu"), torch.float32, "auto") is passes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_without_noise_the_impossible_stays_finite(dtype: torch.dtype) -> None:
+    """At beta = 0 a z other than x has no probability; its loss stands for infinity."""
+    x = torch.zeros(1, 3, dtype=torch.long)
+    z = torch.tensor([[8, 1, 0]])  # the mask, a wrong code, the right one
+    one = torch.ones(1, dtype=dtype)
+    loss = xdlm_nelbo(torch.zeros(1, 3, 8, dtype=dtype), z, x, XDLMProcess(0.1, 8), one, 0 * one)[0]
+    assert bool(loss.isfinite().all()) and bool((loss[:2] > 1e20).all()) and float(loss[2]) < 100
+
+
+def test_series_are_exact_in_float64() -> None:
+    """float64 is what all else is held against."""
+    decimal.getcontext().prec = 60
+    for exponent in range(-60, -15):
+        a = 10.0 ** (exponent / 10)
+        exact = decimal.Decimal(a)
+        log1p = (1 + exact).ln()
+        given = torch.tensor([a], dtype=torch.float64)
+        assert row_scalars._log1p_minus_ratio(given).item() == pytest.approx(
+            float(log1p - exact / (1 + exact)), 1e-12, 0
+        )
+        assert row_scalars._w_minus_log1p(given).item() == pytest.approx(float(exact - log1p), 1e-12, 0)
 
 
 def test_times_get_no_gradient() -> None:

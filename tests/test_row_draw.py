@@ -66,6 +66,29 @@ def test_rare_codes_are_drawn_as_often_as_they_should(draw) -> None:
     assert draw(logits, z == 0, z, inside.to(DEVICE))[0].tolist() == [30, 30, 30]
 
 
+def test_no_code_without_probability_is_drawn_where_sums_end_apart(draw) -> None:
+    """A group's sum in float32 may end above its columns' CDF in float64: between lies the last likely code."""
+    rows, v = [], []
+    for seed in range(60):
+        logits = 3 * torch.randn(128, generator=torch.Generator().manual_seed(seed))
+        logits[63], logits[64:] = -80.0, -3.0
+        weights = (logits - logits.max()).exp()
+        rough, exact = weights[:64].sum().double(), weights[:63].double().sum()
+        if rough > exact:
+            rows.append(logits)
+            v.append((rough + exact) / 2 / (rough + weights[64:].sum().double()))
+    assert len(rows) > 10
+    z = torch.zeros(len(rows), dtype=torch.int64, device=DEVICE)
+    drawn = draw(torch.stack(rows).to(DEVICE), z == 0, z, torch.stack(v).to(DEVICE))[0]
+    assert max(drawn.tolist()) < 63
+
+
+def test_float64_logits_are_no_kernels(monkeypatch) -> None:
+    monkeypatch.setattr(row_draw, "FAST", {"cpu": None})
+    z, half = torch.zeros(1, dtype=torch.int64), torch.full((1,), 0.5, dtype=torch.float64)
+    assert row_draw.draw_rows(torch.zeros(1, 70, dtype=torch.float64), z == 0, z, half)[0].tolist() == [35]
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 def test_logits_that_are_not_finite_are_told_where_they_are_read(draw, bad: float) -> None:
     logits = torch.zeros(2, 70, device=DEVICE)

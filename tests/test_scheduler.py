@@ -23,6 +23,9 @@ KS = [0.0, 1e-3, 0.1, 0.5, 1.0]
 DRAWS = 60_000
 
 
+NO_CODES, ONE_TENTH = torch.zeros(2, 3, dtype=torch.int64), torch.full((2,), 0.1)
+
+
 def process_of(k: float, K: int, definition: str) -> XDLMProcess:
     extra = {"vocab_size": K + 3, "mask_id": K + 1} if definition == "B" else {}
     return XDLMProcess(k, K, definition, **extra)
@@ -175,11 +178,12 @@ def test_temperature_sharpens() -> None:
     assert_drawn_from(z, torch.softmax(2 * logits.double(), -1))
 
 
+@pytest.mark.parametrize("ids", [2, 3])  # beside the codes, the mask among them
 @pytest.mark.parametrize("k", [0.0, 0.3, 1.0])
-def test_the_last_codes_are_codes_where_all_of_them_underflow_beside_another_id(k: float) -> None:
-    scheduler = XDLMScheduler(k=k, num_codes=3, definition="B", vocab_size=6, mask_id=3)
+def test_the_last_codes_are_codes_where_all_of_them_underflow_beside_another_id(k: float, ids: int) -> None:
+    scheduler = XDLMScheduler(k=k, num_codes=3, definition="B", vocab_size=3 + ids, mask_id=3)
     scheduler.set_timesteps(1)
-    logits = torch.tensor([-201.0, -200.0, -400.0, 0.0, 0.0, 0.0])  # e^-200 is 0 in float32
+    logits = torch.tensor([-201.0, -200.0, -400.0, *ids * [0.0]])  # e^-200 is 0 in float32
     z = torch.full((1, DRAWS), 3)
     z = scheduler.step(logits.expand(1, DRAWS, -1), 1.0, z, torch.Generator().manual_seed(0)).prev_sample
     assert_drawn_from(z, torch.softmax(logits[:3].double(), -1))
@@ -193,6 +197,21 @@ def test_time_grids_fall_from_one(grid: str) -> None:
         times = np.append(scheduler.timesteps.numpy(), 0.0)
         assert len(times) == n + 1 and times[0] == 1.0 and (np.diff(times) < 0).all()
         assert scheduler.next_timestep(times[-2]) == 0.0
+
+
+def test_weights_of_the_mixture_at_its_edges() -> None:
+    process, yes, no = XDLMProcess(0.1, 8), torch.tensor(True), torch.tensor(False)
+    # betas close to 0, where alphas are all 1 in float32
+    beta_t, beta_s = torch.tensor(6e-8), torch.tensor(2e-8)
+    w = process.mixture(torch.tensor(0.0), yes, 1 - beta_t, beta_t, 1 - beta_s, beta_s)
+    assert float(w.model) == pytest.approx(2 / 3, rel=1e-6)
+    # the probability of a mask is not read
+    times = [torch.tensor(value) for value in (0.3, 0.7, 0.6, 0.4)]
+    assert process.mixture(torch.tensor(0.7), yes, *times) == process.mixture(torch.tensor(0.0), yes, *times)
+    # without signal nothing moves
+    zero, one = torch.tensor(0.0), torch.tensor(1.0)
+    w = process.mixture(torch.tensor(0.5), no, zero, one, zero, one)
+    assert [float(part) for part in (w.model, w.uniform, w.mask, w.stay)] == [0.0, 0.0, 0.0, 1.0]
 
 
 def test_alpha_and_beta_are_exact_at_both_ends() -> None:
@@ -254,6 +273,10 @@ def test_numbers_of_numpy_are_saved_as_plain_ones(kind, own, tmp_path) -> None:
         (lambda: XDLMScheduler().set_timesteps(timesteps=0.5), "timesteps=0.5: give the times in a list"),
         (lambda: XDLMScheduler().set_timesteps(), "one of the two"),
         (lambda: XDLMScheduler().set_timesteps(timesteps=[1.0, 1.0]), "fall strictly"),
+        (lambda: XDLMScheduler().set_timesteps(timesteps=[1.5, 0.5]), "from 1 at most"),
+        (lambda: XDLMScheduler().set_timesteps(4, start="late"), "start='late': is no number"),
+        (lambda: XDLMProcess(0.1, 8).noise(NO_CODES, ONE_TENTH, ONE_TENTH), "alpha, beta: do not sum to 1"),
+        (lambda: XDLMProcess(0.1, 8).noise(NO_CODES, 0.5, ONE_TENTH), "alpha=0.5: no tensor"),
         (lambda: XDLMScheduler().add_noise(torch.zeros(1, 2).long(), torch.tensor([1.5])), r"\[0, 1\]"),
         (
             lambda: XDLMScheduler().step(torch.zeros(1, 2, 512), 0.5, torch.zeros(1, 2).long()),
@@ -272,10 +295,12 @@ def test_step_refuses_wrong_widths_and_temperatures() -> None:
     z = torch.zeros(1, 3, dtype=torch.long)
     with pytest.raises(ValueError, match=r"expected \(1, 3, 8\)"):
         scheduler.step(torch.zeros(1, 3, 9), 1.0, z)
-    with pytest.raises(ValueError, match="temperature=0"):
-        scheduler.step(torch.zeros(1, 3, 8), 1.0, z, temperature=0)
-    with pytest.raises(ValueError, match="not on the grid"):
-        scheduler.step(torch.zeros(1, 3, 8), 0.9, z)
+    for temperature, told in ((0, "temperature=0"), (1e-7, "temperature=1e-07"), ("hot", "'hot': is no number")):
+        with pytest.raises(ValueError, match=told):
+            scheduler.step(torch.zeros(1, 3, 8), 1.0, z, temperature=temperature)
+    for t in (0.9, 0.999):
+        with pytest.raises(ValueError, match="not on the grid"):
+            scheduler.step(torch.zeros(1, 3, 8), t, z)
     with pytest.raises(ValueError, match=r"sample: ids run from 9 to 9, must lie in \[0, 9\)"):
         scheduler.step(torch.zeros(1, 3, 8), 1.0, z + 9)
     with pytest.raises(ValueError, match="model_output: holds NaN"):

@@ -135,6 +135,19 @@ def test_constant_time_ignores_t_and_time_reads_it():
     assert torch.equal(double, a)
 
 
+def test_time_turns_a_thousandfold():
+    conditioning = tiny(time_conditioning="time").conditioning
+    angles = 500.0 * 10000.0 ** (-torch.arange(128) / 128)
+    frequencies = conditioning.time_proj(torch.tensor([0.5]))[0]
+    torch.testing.assert_close(frequencies, torch.cat([angles.cos(), angles.sin()]), atol=1e-4, rtol=0)
+
+
+def test_small_queries_are_normalised_too():
+    norm = tiny(qk_norm=True).transformer_blocks[0].attn.norm_q
+    x = 1e-2 * torch.randn(5, norm.weight.shape[0], generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(norm(x), norm.weight * x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt())
+
+
 # --- rotary positions -----------------------------------------------------------------------------
 
 
@@ -158,6 +171,15 @@ def test_rotary_products_depend_on_the_offset_alone(rope_type):
     assert spread < 1e-4
     means = torch.stack([torch.stack(v).mean() for v in seen.values()])
     assert torch.pdist(means[:, None]).min() > 1e-6  # no two offsets look alike
+
+
+def test_the_first_half_of_the_pairs_turns_with_the_row():
+    """As trained weights have it, which both axes exchanged would load without a word."""
+    cos, _ = rotary_embedding(2, 3, 8, "2d")  # (6, 8)
+    slow = 10000**-0.5
+    for place, (row, column) in enumerate([(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]):
+        angles = torch.tensor([row, slow * row, column, slow * column])
+        torch.testing.assert_close(cos[place], angles.cos().repeat(2), atol=1e-6, rtol=0)
 
 
 def test_transposed_grid_is_another_picture():

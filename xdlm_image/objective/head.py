@@ -48,7 +48,8 @@ def xdlm_head_nelbo(
     """`xdlm_nelbo(linear(features, weight, bias), ...)` and its mean, without the (B, L, V) logits.
 
     Under autocast the products run in its dtype; loss and weight gradients add up in float32. A weight that other
-    layers share (tied embeddings) gets its gradient as from any layer.
+    layers share (tied embeddings) gets its gradient as from any layer. In float16 a token's gradient, up to
+    `token_weight` / beta, must stay below 65,504: it is taken before any scale of the mean is known.
 
     Args:
         features: (B, L, D) what the projection reads.

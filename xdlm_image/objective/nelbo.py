@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ..schedulers import XDLMProcess
-from ..schedulers.process_xdlm import check_share
+from ..schedulers.process_xdlm import check_shares
 from . import nelbo_cpu, nelbo_eager
 from .row_scalars import Rows
 
@@ -71,7 +71,7 @@ def xdlm_nelbo(
         raise ValueError(f"logits: width {logits.shape[-1]}, but the process has logits_width={process.logits_width}")
     wide = logits.resolve_neg().reshape(-1, logits.shape[-1])
     wide = wide if wide.stride(1) == 1 else wide.contiguous()
-    if in_place and len(wide) > 1 and wide.stride(0) < wide.shape[1]:
+    if in_place and wide.stride(0) < wide.shape[1]:
         raise ValueError("in_place=True: rows of the logits share memory; give it logits.contiguous()")
     passes = passes_for(logits.device, logits.dtype, backend_for(backend, logits))
     return _XDLMNelbo.apply(wide, *rows, process, passes, in_place).view(x.shape)
@@ -87,6 +87,8 @@ def rows_of(
     beta: torch.Tensor,
 ) -> Rows:
     """z, x, alpha, beta, c of the tokens of `wide` (B, L, V), which errors call `name`: checked and flattened."""
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise RuntimeError("the objective takes no torch.func transforms; take objective.reference_nelbo for them")
     if wide.ndim != 3 or wide.shape[:2] != x.shape or z.shape != x.shape:
         shapes = f"{name} {tuple(wide.shape)}, z {tuple(z.shape)}, x {tuple(x.shape)}"
         raise ValueError(f"{shapes}: need (B, L, V), (B, L), (B, L)")
@@ -98,8 +100,7 @@ def rows_of(
             raise ValueError(f"{ids_name}: on {ids.device}, must be on {wide.device}, where the {name} are")
     dtype = torch.float64 if wide.dtype == torch.float64 else torch.float32
     alpha, beta = (_per_token(*given, x, dtype) for given in (("alpha", alpha), ("beta", beta)))
-    if x.device.type == "cpu" and not bool(((alpha + beta - 1.0).abs() < 0.01).all()):
-        raise ValueError("alpha, beta: do not sum to 1; beta is 1 - alpha, see XDLMProcess.alpha_beta")
+    check_shares(alpha, beta)
     rows = (z, x, alpha, beta, process.signal_ratio(alpha, beta))
     return Rows(*(value.contiguous().view(-1) for value in rows))
 
@@ -115,7 +116,6 @@ def _per_token(name: str, value: torch.Tensor, x: torch.Tensor, dtype: torch.dty
         spread = value.detach().to(dtype).reshape(value.shape + (1,) * (x.ndim - value.ndim)).expand(x.shape)
     except RuntimeError:
         raise ValueError(f"{name} {tuple(value.shape)}: {shapes}") from None
-    check_share(name, value)
     return spread
 
 

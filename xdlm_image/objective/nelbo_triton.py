@@ -279,8 +279,8 @@ def _forward_kernel(
         r = c * p_x * saturation
         w = c * q * saturation
         A = _log1p(w)
-        S = tl.where(c > 0, (A - tl.sum(sum_logs) - _log1p(u)) / tl.maximum(c, TINY), 0.0)
-        one_over_alpha = tl.where(alpha > 0, 1.0 / tl.maximum(alpha, TINY), 0.0)
+        S = (A - tl.sum(sum_logs) - _log1p(u)) / tl.maximum(c, TINY)
+        one_over_alpha = 1.0 / tl.maximum(alpha, TINY)
         g = tl.where(is_right, 1.0 / (beta + alpha * N_OVER_K), one_over_beta)
         loss = g * (A + S + tl.where(is_right, _w_minus_log1p(w), _log1p_minus_ratio(u)) * one_over_alpha)
         h = tl.where(is_right, w * one_over_alpha, 0.0)

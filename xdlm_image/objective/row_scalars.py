@@ -90,8 +90,8 @@ def loss_and_scalars(sums: RowSums, rows: Rows, process: XDLMProcess) -> tuple[t
     r = c * p_x * saturation
     w = c * q * saturation
     A = torch.log1p(w)
-    S = torch.where(c > 0, (A - log_terms - torch.log1p(u)) / c.clamp(min=TINY), 0.0)
-    one_over_alpha = torch.where(alpha > 0, 1.0 / alpha.clamp(min=TINY), 0.0)
+    S = (A - log_terms - torch.log1p(u)) / c.clamp(min=TINY)
+    one_over_alpha = 1.0 / alpha.clamp(min=TINY)  # what it multiplies is 0 at alpha = 0
     is_right = rows.z == rows.x
     is_wrong = ~is_right & (rows.z != process.mask)
     # 1 / (beta (1 + c)) with beta c = alpha N / k, finite at beta = 0

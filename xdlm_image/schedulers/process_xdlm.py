@@ -235,12 +235,12 @@ class XDLMProcess:
             Noisy codes, int64, the shape of x.
 
         Raises:
-            ValueError: If x holds ids that are no codes or alpha, beta lie outside [0, 1] (both looked for on the CPU
-                only), or their shape does not fit.
+            ValueError: If x holds ids that are no codes, or alpha and beta lie outside [0, 1] or do not sum to 1 (all
+                looked for on the CPU only), or their shape does not fit.
         """
         self.check_ids("x", x, self.num_codes)
+        check_shares(alpha, beta)
         for name, value in (("alpha", alpha), ("beta", beta)):
-            check_share(name, value)
             if value.ndim > x.ndim or any(m not in (1, n) for m, n in zip(value.shape, x.shape)):
                 raise ValueError(
                     f"{name} {tuple(value.shape)}: for codes {tuple(x.shape)} give one an image (B,), or one a code"
@@ -296,10 +296,17 @@ class XDLMProcess:
         return MixtureWeights(w_model, w_uniform, w_mask, (1.0 - w_model - w_noise).clamp(min=0.0))
 
 
-def check_share(name: str, value: torch.Tensor) -> None:
-    """Raise ValueError if alpha or beta lies outside [0, 1], or is NaN: no accelerator waits for that."""
-    if value.device.type == "cpu" and not bool(((value >= 0) & (value <= 1)).all()):
-        raise ValueError(f"{name}: runs from {float(value.min())} to {float(value.max())}, must lie in [0, 1]")
+def check_shares(alpha: torch.Tensor, beta: torch.Tensor) -> None:
+    """Raise ValueError unless alpha and beta are tensors in [0, 1], no NaN, that sum to 1: the values of those on an
+    accelerator are not looked at, as that would wait for it."""
+    for name, value in (("alpha", alpha), ("beta", beta)):
+        if not isinstance(value, torch.Tensor):
+            raise ValueError(f"{name}={value!r}: no tensor; give one value an image, (B,)")
+        if value.device.type == "cpu" and not bool(((value >= 0) & (value <= 1)).all()):
+            raise ValueError(f"{name}: runs from {float(value.min())} to {float(value.max())}, must lie in [0, 1]")
+    on_cpu = alpha.device.type == beta.device.type == "cpu"
+    if on_cpu and alpha.shape == beta.shape and not bool(((alpha + beta - 1.0).abs() < 0.01).all()):
+        raise ValueError("alpha, beta: do not sum to 1; beta is 1 - alpha, see XDLMProcess.alpha_beta")
 
 
 def _per_image(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -74,16 +74,12 @@ def _inverse_cdf(weights: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, 
         sums = torch.cat([sums, weights[:, whole:].sum(-1, keepdim=True)], 1)
     cdf = sums.to(v.dtype).cumsum(1)
     total = cdf[:, -1:]
-    target = _below(v * total, total)
-    group = torch.searchsorted(cdf, target, right=True).clamp_(max=cdf.shape[1] - 1)  # (r, 1)
+    target = v * total  # below total: v is below 1 by half a unit of its last place or more
+    group = torch.searchsorted(cdf, target, right=True)  # (r, 1)
     target = target - torch.where(group > 0, cdf.gather(1, (group - 1).clamp(min=0)), 0.0)
     columns = group * COLUMNS + torch.arange(COLUMNS, device=weights.device)  # (r, 64)
     inner = weights.gather(1, columns.clamp(max=width - 1)).to(v.dtype)
     cdf = torch.where(columns < width, inner, 0.0).cumsum(1)
-    column = torch.searchsorted(cdf, _below(target, cdf[:, -1:]), right=True).clamp_(max=COLUMNS - 1)
+    end = cdf[:, -1:]  # these sums are not those of the groups: a draw must not fall behind the last code of its group
+    column = torch.searchsorted(cdf, target.minimum(torch.nextafter(end, torch.zeros_like(end))), right=True)
     return (group * COLUMNS + column)[:, 0].clamp_(max=width - 1), total  # a code even where NaN is drawn from
-
-
-def _below(target: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
-    """target, or the largest number below end: a draw never falls behind the last code that has probability."""
-    return torch.minimum(target, torch.nextafter(end, torch.zeros_like(end)))

@@ -122,10 +122,11 @@ class XDLMScheduler(SchedulerMixin, ConfigMixin):
                     "(num_steps of a pipeline)"
                 )
             n = int(n)
+            start = _number("start", start)
             if not 1e-6 <= start <= 1.0:  # below, no code of a million is noise, and steps cannot be told apart
                 raise ValueError(f"start={start!r}: must lie in (0, 1], and not below 1e-6")
-            first = _progress_at(grid, float(start))
-            times = [float(start)] + [grid(first + (1.0 - first) * i / n) for i in range(1, n)]
+            first = _progress_at(grid, start)
+            times = [start] + [grid(first + (1.0 - first) * i / n) for i in range(1, n)]
             if not _fall(times):
                 raise ValueError(
                     f"num_inference_steps={n}: from start={start!r} the steps of the {self.config.time_grid} grid are "
@@ -229,6 +230,7 @@ class XDLMScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(
                 f"model_output: shape {tuple(model_output.shape)}, expected {(*sample.shape, process.logits_width)}"
             )
+        temperature = _number("temperature", temperature)
         if not 1e-6 <= temperature < math.inf:
             raise ValueError(f"temperature={temperature!r}: must be at least 1e-6, which is the argmax")
         process.check_ids("sample", sample, process.num_ids)
@@ -331,6 +333,13 @@ class XDLMScheduler(SchedulerMixin, ConfigMixin):
         drawn, p_z, finite = draw_rows(logits, wanted, z, v, temperature, excluded)
         self._finite = finite if self._finite is None else self._finite & finite
         return drawn, p_z
+
+
+def _number(name: str, value: float | torch.Tensor) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}={value!r}: is no number") from error
 
 
 def _fall(times: Sequence[float]) -> bool:
