@@ -126,7 +126,7 @@ class XDLMPipeline(SelfContainedPipeline):
     @property
     def do_classifier_free_guidance(self) -> bool:
         """Whether a step runs the network on the doubled batch."""
-        return self._guidance_scale != 1 and self.transformer.config.num_classes is not None
+        return self._guidance_scale != 1
 
     @property
     def num_timesteps(self) -> int:
@@ -171,6 +171,7 @@ class XDLMPipeline(SelfContainedPipeline):
         """
         _check_transformer(self.transformer)
         _check_scheduler(self.scheduler)
+        self.check_labels()
         process, config = self.scheduler.process, self.transformer.config
         if config.num_embeds != process.num_ids or config.out_channels != process.logits_width:
             raise ValueError(
@@ -188,8 +189,6 @@ class XDLMPipeline(SelfContainedPipeline):
         check_setting("guidance_scale", guidance_scale)
         check_interval("guidance_interval", guidance_interval)
         is_guided = {value_at(guidance_scale, t) for t in (0.0, 1.0)} != {1.0}
-        if is_guided and config.num_classes is None:
-            raise ValueError(f"guidance_scale={guidance_scale}: an unconditional model takes 1 only")
         if is_guided:
             self._refuse_guidance(guidance_scale)
         if not is_guided and guidance_interval is not None:
@@ -211,6 +210,8 @@ class XDLMPipeline(SelfContainedPipeline):
             )
 
     def _refuse_guidance(self, guidance_scale: InTime) -> None:
+        if self.transformer.config.num_classes is None:
+            raise ValueError(f"guidance_scale={guidance_scale}: an unconditional model takes 1 only")
         if not self.config.supports_guidance:
             raise ValueError(
                 f"guidance_scale={guidance_scale}: this model was trained without its null class "
@@ -394,7 +395,8 @@ class XDLMPipeline(SelfContainedPipeline):
             warnings.warn(  # once for many calls alike
                 f"guidance_scale={guidance_scale} guides no step: they leave the times {_listed(times.tolist())}, "
                 f"guidance_interval={guidance_interval}",
-                stacklevel=3,  # beyond torch.no_grad
+                # beyond torch.no_grad, and in pipelines that call this one beyond theirs
+                stacklevel=3 if type(self).__call__ is XDLMPipeline.__call__ else 5,
             )
         latents = self.prepare_latents(batch_size, generator, device, latents)  # (B, h, w)
         generator = self.scheduler.draw_ahead(generator, latents.shape, device)
@@ -476,7 +478,8 @@ def count(name: str, value: Any) -> int:
 
 def same_steps(num_steps: int | None, num_inference_steps: int | None, timesteps: Sequence[float] | None) -> int | None:
     """The step count that two names of one argument agree on; None where times are given instead."""
-    given = [n for n in (num_steps, num_inference_steps) if n is not None]
+    names = (("num_steps", num_steps), ("num_inference_steps", num_inference_steps))
+    given = [count(name, value) for name, value in names if value is not None]
     if given and timesteps is not None:
         raise ValueError(f"num_steps={given[0]} and timesteps: give the number of steps, or their times")
     if len(set(given)) == 2:
@@ -486,4 +489,4 @@ def same_steps(num_steps: int | None, num_inference_steps: int | None, timesteps
         )
     if timesteps is not None:
         return None
-    return count("num_steps", given[0]) if given else DEFAULT_STEPS
+    return given[0] if given else DEFAULT_STEPS

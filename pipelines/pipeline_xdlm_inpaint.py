@@ -88,7 +88,7 @@ class XDLMInpaintPipeline(XDLMImg2ImgPipeline):
             guidance_interval,
             callback_on_step_end,
         )
-        if not isinstance(keep_pixels, bool):
+        if keep_pixels not in (True, False):
             raise ValueError(f"keep_pixels={keep_pixels!r}: must be True or False")
         num_images_per_prompt = operator.index(num_images_per_prompt)
         times = self._times(strength, num_steps, num_inference_steps)

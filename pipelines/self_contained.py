@@ -20,7 +20,16 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from huggingface_hub import CommitInfo, HfApi, ModelCard, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from .folder_check import CARD, PICTURE, check_all_loaded, check_index, own_file, part_classes, refuse_other_content
+from .folder_check import (
+    CARD,
+    PICTURE,
+    WEIGHTS,
+    check_all_loaded,
+    check_index,
+    own_file,
+    part_classes,
+    refuse_other_content,
+)
 from .plain_card import plain_card
 from .travelling_code import REMOTE, VERSIONED, add_code
 
@@ -94,6 +103,19 @@ class SelfContainedPipeline(DiffusionPipeline):
 
     # --- saving -----------------------------------------------------------------------------------
 
+    def check_labels(self) -> None:
+        """Raise ValueError if classes that have names are none of the transformer's, which may have been exchanged."""
+        if self.transformer is None:
+            return
+        classes = self.transformer.config.num_classes or 0
+        for table in ("id2label", "id2synset"):
+            strange = [index for index in self.config.get(table) or {} if index >= classes]
+            if strange:
+                raise ValueError(
+                    f"{table} names classes {strange[:5]}, the transformer has {classes}; "
+                    f"{type(self).__name__}.from_pipe(pipe, {table}=...) takes the names of its own"
+                )
+
     def save_pretrained(
         self,
         save_directory: str | os.PathLike,
@@ -114,9 +136,15 @@ class SelfContainedPipeline(DiffusionPipeline):
             max_shard_size: Larger weights are split.
             push_to_hub: Push too, with code and card; see `push_to_hub`.
             **kwargs: Of `push_to_hub`; `repo_id` is the folder's name by default.
+
+        Raises:
+            ValueError: If names of classes are not the transformer's: the folder would not load.
         """
+        if kwargs.pop("use_flashpack", False):
+            raise ValueError("use_flashpack=True: weights are saved as safetensors or pickles only; leave it out")
         if kwargs and not push_to_hub:
             raise TypeError(f"save_pretrained: {', '.join(kwargs)} are for push_to_hub=True")
+        self.check_labels()
         options: dict[str, Any] = {"variant": variant, "max_shard_size": max_shard_size}
         super().save_pretrained(save_directory, safe_serialization=safe_serialization, **options)
         if TRAVELS:
@@ -246,7 +274,7 @@ class SelfContainedPipeline(DiffusionPipeline):
 
 
 def write_folder(
-    pipeline: DiffusionPipeline,
+    pipeline: SelfContainedPipeline,
     folder: Path,
     card: str | None,
     files: Mapping[str, Path],
@@ -256,6 +284,7 @@ def write_folder(
 
     One process at a time writes a folder.
     """
+    pipeline.check_labels()
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial, old = (folder.with_name(f".{folder.name}.{end}") for end in ("partial", "old"))
     shutil.rmtree(partial, ignore_errors=True)
@@ -341,20 +370,27 @@ def _require_pinned(path: Any, revision: Any) -> None:
 
 
 def _download(cls: type[DiffusionPipeline], path: Any, kwargs: Mapping[str, Any]) -> str:
-    """The folder of a hub's repository on this machine: configurations and safetensors, never code or pickles."""
+    """The folder of a hub's repository on this machine: configurations and safetensors, never code or pickles.
+
+    Of the weights of a part only those that will be loaded: the variant's, or plain ones where there are none of it.
+    """
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(path)):
         raise FileNotFoundError(f"{str(path)!r}: no such folder, and no id of a repository, OWNER/NAME")
     parts = [part for part in cls._get_signature_keys(cls)[0] if part not in kwargs]
     names = ("revision", "cache_dir", "token", "force_download", "local_files_only")
-    patterns = [
-        "model_index.json",
-        CARD,
-        PICTURE,
-        *(f"{part}/*.{end}" for part in parts for end in ("json", "safetensors")),
-    ]
     options = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+    settings = ["model_index.json", CARD, PICTURE, *(f"{part}/*.json" for part in parts)]
+    folder = ""
     try:
-        return snapshot_download(str(path), allow_patterns=patterns, **options)
+        for kind in [f".{kwargs['variant']}", ""] if kwargs.get("variant") else [""]:
+            files = [f"{WEIGHTS}{kind}{end}.safetensors" for end in ("", "-*")]  # whole, shards
+            weights = [f"{part}/{file}" for part in parts for file in files]
+            folder = snapshot_download(str(path), allow_patterns=settings + weights, **options)
+            bare = [part for part in parts if not any(any(Path(folder, part).glob(file)) for file in files)]
+            if bare == parts:  # nothing of this kind: diffusers says so
+                break
+            parts = bare  # go on to their plain weights
+        return folder
     except LocalEntryNotFoundError as error:
         raise FileNotFoundError(
             f"{str(path)!r}: no such folder, and no repository of that id could be had ({error})"

@@ -14,11 +14,13 @@ class HubServer:
     Attributes:
         url: What HF_ENDPOINT must be.
         asked: Path of every request.
+        tokens: What the last request of a path said of who asks, `Bearer TOKEN`; None where it did not.
     """
 
     def __init__(self) -> None:
         self.commits: dict[str, dict[str, dict[str, bytes]]] = {}  # repository -> commit -> file -> content
         self.asked: list[str] = []
+        self.tokens: dict[str, str | None] = {}
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 
@@ -62,6 +64,7 @@ class HubServer:
             def do_GET(self) -> None:
                 path = unquote(urlsplit(self.path).path).strip("/")
                 hub.asked.append(path)
+                hub.tokens[path] = self.headers.get("Authorization")
                 parts = path.split("/")
                 if parts[:2] == ["api", "models"]:
                     kind, revision = (parts[4:6] + ["revision", "main"])[:2] if len(parts) > 5 else ("revision", "main")

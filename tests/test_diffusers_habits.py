@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import types
 
 import numpy as np
 import pytest
@@ -84,6 +85,7 @@ def test_half_precision_predicts_the_same(pipe, tmp_path, dtype, bound):
         assert logits.dtype == dtype
         distance = (logits.float().softmax(-1) - expected).abs().sum(-1) / 2  # (B, L)
         assert distance.mean() < bound
+        assert half.decode_latents(draw(half)).dtype == draw(half, output_type="pt").dtype == torch.float32
         images = draw(half, output_type="np", guidance_scale=2.0)
         assert images.dtype == np.float32 and np.isfinite(images).all() and images.std() > 0.01
 
@@ -166,19 +168,40 @@ def test_swapping_the_scheduler(pipe):
     np.testing.assert_allclose(times, np.cos(np.pi / 2 * np.arange(4) / 4))
 
 
+def test_a_network_of_fewer_classes_needs_names_of_its_own(pipe, tmp_path):
+    config = dict(pipe.transformer.config) | {"num_classes": 3}
+    pipe.transformer = XDLMTransformer2DModel.from_config(config).eval()
+    message = "id2label names classes .3, 4., the transformer has 3; XDLMPipeline.from_pipe.pipe, id2label="
+    saving = (lambda: pipe.save_pretrained(tmp_path / "a"), lambda: pipe.save_for_hub(tmp_path / "b", card="# Mine"))
+    for call in (lambda: draw(pipe, [0]), *saving):
+        with pytest.raises(ValueError, match=message):
+            call()
+    assert not list(tmp_path.iterdir())
+    named = XDLMPipeline.from_pipe(pipe, id2label={0: "ant"})
+    named.save_pretrained(tmp_path)
+    assert XDLMPipeline.from_pretrained(tmp_path).id2label == {0: "ant"}
+
+
 def test_another_pipeline_of_the_same_parts(pipe):
     pipe.register_to_config(supports_guidance=False)
     for other in (XDLMPipeline.from_pipe(pipe), XDLMPipeline(**pipe.components)):
         other.set_progress_bar_config(disable=True)
         assert other.transformer is pipe.transformer and torch.equal(draw(other), draw(pipe))
+    parts = pipe.components | {"safety_checker": torch.nn.Identity()}
+    more = types.SimpleNamespace(components=parts, config=pipe.config)  # a pipeline with a part that this one has not
+    assert XDLMPipeline.from_pipe(more).components == pipe.components
     derived = XDLMPipeline.from_pipe(pipe)
     assert derived.id2label == pipe.id2label and derived.config.supports_guidance is False
 
 
 def test_a_part_given_when_loading_is_used(pipe, tmp_path):
     pipe.save_pretrained(tmp_path)
-    loaded = XDLMPipeline.from_pretrained(tmp_path, transformer=pipe.transformer)
-    assert loaded.transformer is pipe.transformer
+    own = XDLMTransformer2DModel.from_pretrained(tmp_path / "transformer")
+    own.register_buffer("counter", torch.zeros(()))  # what its file does not hold is its owner's matter
+    for transformer in (pipe.transformer, own):
+        loaded = XDLMPipeline.from_pretrained(tmp_path, transformer=transformer)
+        assert loaded.transformer is transformer
+    assert XDLMImg2ImgPipeline.from_pipe(loaded).name_or_path == str(tmp_path)
 
 
 def test_codes_need_no_tokenizer_and_pictures_do(pipe, tmp_path):
@@ -236,6 +259,23 @@ def test_a_callback_can_hold_codes(pipe):
     free, held = draw(pipe, **many), draw(pipe, callback_on_step_end=hold, **many)
     assert held.shape == (16, 3, 4) and (held[:, 0] == 7).all()
     assert not torch.equal(held[:, 1:], free[:, 1:])
+
+
+def test_logits_that_are_no_numbers_are_found_where_steps_are_skipped(pipe):
+    def stop(pipe, i, t, kwargs):
+        pipe._interrupt = True
+        pipe.scheduler._finite = torch.tensor(False)  # as a step leaves it, without waiting for the device
+        return kwargs
+
+    with pytest.raises(ValueError, match="NaN|finite"):
+        draw(pipe, callback_on_step_end=stop)
+
+
+def test_offloaded_models_are_given_back_once_a_call(pipe, monkeypatch):
+    calls = []
+    monkeypatch.setattr(pipe, "maybe_free_model_hooks", lambda: calls.append("given back"))
+    draw(pipe)
+    assert calls == ["given back"]
 
 
 # --- compilation ----------------------------------------------------------------------------------

@@ -397,6 +397,3 @@ found["theirs"] = [codes(pipe), type(pipe).__module__]
     assert any(
         path.startswith("me/light/") for path in asked[:first_code]
     )  # ours were done before any code was asked for
-
-
-# --- pushing --------------------------------------------------------------------------------------

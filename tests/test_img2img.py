@@ -11,7 +11,7 @@ from PIL import Image
 from test_pipeline import make_pipe, seeded
 from xdlm_image.pipelines.init_images import preprocess
 
-from xdlm_image import XDLMImg2ImgPipeline, XDLMOrderedScheduler, XDLMPipeline, XDLMScheduler
+from xdlm_image import XDLMImg2ImgPipeline, XDLMInpaintPipeline, XDLMOrderedScheduler, XDLMPipeline, XDLMScheduler
 from xdlm_image.cli import main
 from xdlm_image.data.images import open_images
 from xdlm_image.recipes import DataOptions
@@ -60,8 +60,9 @@ def test_half_precision_compares_with_the_codebook_in_float32(pipe):
 def test_strength_1_is_the_plain_pipeline_and_little_strength_keeps_the_picture(pipe):
     plain = XDLMPipeline.from_pipe(pipe)
     plain.set_progress_bar_config(disable=True)
-    expected = plain("tench", num_steps=4, generator=seeded(3), output_type="latent", guidance_scale=2.0).images
-    assert torch.equal(draw(pipe, PIXELS, "tench", 1.0, 4, seed=3, guidance_scale=2.0), expected)
+    for sampler in ({"guidance_scale": 2.0}, {"guidance_scale": 3.0, "guidance_interval": (0.2, 0.8)}):
+        expected = plain("tench", num_steps=4, generator=seeded(3), output_type="latent", **sampler).images
+        assert torch.equal(draw(pipe, PIXELS, "tench", 1.0, 4, seed=3, **sampler), expected)
     codes = pipe.encode_images(PIXELS)
     kept = [(draw(pipe, PIXELS, 0, s, num_images_per_prompt=64) == codes).float().mean().item() for s in (1e-6, 0.3, 1)]
     assert kept[0] == 1 and kept[0] > kept[1] > kept[2]
@@ -109,6 +110,27 @@ def test_steps_are_counted_as_run(pipe):
     steps = []
     draw(pipe, PIXELS, 0, 0.3, num_inference_steps=5, callback_on_step_end=lambda p, i, t, kw: steps.append(i) or kw)
     assert steps == [0, 1, 2, 3, 4] and pipe.num_timesteps == 5
+    seen = []
+    note = lambda p, i, t, kw: seen.append(set(kw)) or kw
+    draw(pipe, PIXELS, 0, num_steps=1, callback_on_step_end=note, callback_on_step_end_tensor_inputs=[])
+    assert seen == [set()]
+
+
+def test_a_picture_whose_codes_the_scheduler_does_not_know(pipe):
+    pipe.scheduler = XDLMScheduler(num_codes=int(pipe.encode_images(PIXELS).max()))
+    with pytest.raises(ValueError, match="image became code .*, the scheduler knows .*do not belong together"):
+        pipe.encode_images(PIXELS)
+
+
+@pytest.mark.parametrize("kind", [XDLMPipeline, XDLMImg2ImgPipeline, XDLMInpaintPipeline])
+def test_a_warning_names_the_line_of_the_caller(pipe, kind):
+    other = kind.from_pipe(pipe)
+    other.set_progress_bar_config(disable=True)
+    given = {"image": PIXELS, "mask_image": np.ones((20, 33))} if kind is XDLMInpaintPipeline else {"image": PIXELS}
+    sampler = {"guidance_scale": 2.0, "guidance_interval": (0.01, 0.02), "output_type": "latent"}
+    with pytest.warns(UserWarning, match="guides no step") as found:
+        other(**({} if kind is XDLMPipeline else given), class_labels=0, num_steps=2, **sampler)
+    assert [warning.filename for warning in found] == [__file__]
 
 
 def test_own_times_below_1_need_codes(pipe):
@@ -295,6 +317,7 @@ def test_output_types(channels):
     picture = pipe(Image.fromarray(PIXELS), "tench").images[0]
     assert picture.size == (10, 6) and picture.mode == {1: "L", 3: "RGB"}[channels]
     assert pipe(PIXELS, 0, output_type="np", return_dict=False)[0].shape == (1, 6, 10, channels)
+    assert isinstance(pipe(PIXELS, 0, output_type="latent", return_dict=False), tuple)
 
 
 def test_it_loads_the_same_folder(pipe, tmp_path):

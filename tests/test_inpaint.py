@@ -74,7 +74,13 @@ def test_kept_codes_are_the_pictures_in_every_state_and_the_rest_is_drawn(kind):
 
 
 @pytest.mark.parametrize(
-    "sampler", [{}, {"guidance_scale": 2.0}, {"guidance_scale": (1.0, 3.0), "temperature": (1, 0)}]
+    "sampler",
+    [
+        {},
+        {"guidance_scale": 2.0},
+        {"guidance_scale": (1.0, 3.0), "temperature": (1, 0)},
+        {"guidance_scale": 3.0, "guidance_interval": (0.2, 0.8)},
+    ],
 )
 def test_a_white_mask_is_image_to_image_and_at_strength_1_the_plain_pipeline(pipe, sampler):
     white = np.ones((6, 10), bool)
@@ -266,6 +272,9 @@ def test_what_is_no_mask(pipe, mask, message):
 def test_keep_pixels_is_no_word(pipe):
     with pytest.raises(ValueError, match="keep_pixels='no': must be True or False"):
         pipe(PIXELS, np.ones((6, 10)), 0, keep_pixels="no")
+    for keep in (True, False):
+        images = [draw(pipe, PIXELS, MASK, 0, output_type="np", keep_pixels=kind(keep)) for kind in (bool, np.bool_)]
+        assert np.array_equal(*images)
 
 
 def test_a_mask_of_16_bits_with_a_transparent_grey_is_refused(tmp_path):

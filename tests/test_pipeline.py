@@ -132,8 +132,15 @@ def test_unconditional_model():
     assert draw(pipe, num_images_per_prompt=4).shape == (4, 3, 5)
     with pytest.raises(ValueError, match="unconditional"):
         pipe(0)
-    with pytest.raises(ValueError, match="guidance_scale=2"):
+    with pytest.raises(ValueError, match="guidance_scale=2: an unconditional model takes 1 only"):
         pipe(guidance_scale=2)
+
+    def guide(pipe, i, t, given):
+        pipe._guidance_scale = 3.0
+        return given
+
+    with pytest.raises(ValueError, match="guidance_scale=3.0: an unconditional model takes 1 only"):
+        pipe(num_steps=2, callback_on_step_end=guide)
 
 
 # --- steps ----------------------------------------------------------------------------------------
@@ -141,7 +148,12 @@ def test_unconditional_model():
 
 @pytest.mark.parametrize(
     "arguments, steps",
-    [({}, 8), ({"num_steps": 3}, 3), ({"num_inference_steps": 5}, 5), ({"num_steps": 4, "num_inference_steps": 4}, 4)],
+    [
+        ({}, 8),
+        ({"num_steps": 3}, 3),
+        ({"num_inference_steps": 5}, 5),
+        ({"num_steps": torch.tensor(4), "num_inference_steps": 4}, 4),
+    ],
     ids=str,
 )
 def test_num_steps_and_num_inference_steps_are_one_argument(pipe, arguments, steps):
@@ -160,11 +172,12 @@ def test_num_steps_and_num_inference_steps_are_one_argument(pipe, arguments, ste
         {"num_inference_steps": 2.5},
         {"num_steps": torch.tensor(2.5)},
         {"num_steps": True},
+        {"num_steps": 2, "num_inference_steps": 2.0},
     ],
     ids=str,
 )
 def test_bad_step_counts(pipe, arguments):
-    with pytest.raises(ValueError, match="num_steps="):
+    with pytest.raises(ValueError, match="num_(inference_)?steps="):
         pipe(0, **arguments)
 
 
