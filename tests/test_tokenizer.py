@@ -157,7 +157,7 @@ def test_training_leaves_a_tokenizer_a_report_and_a_picture(trained, pictures):
     assert report["psnr"] == pytest.approx(float((10 * torch.log10(255**2 / mse)).mean()), abs=1e-3)
 
 
-def test_killed_and_resumed_is_bitwise_the_same(tmp_path, trained, pictures, monkeypatch):
+def test_killed_and_resumed_is_bitwise_the_same(tmp_path, trained, pictures, monkeypatch, capsys):
     recipe = tiny_recipe(tmp_path / "tokenizer", pictures)
     step, count = torch.optim.AdamW.step, 0
 
@@ -172,6 +172,8 @@ def test_killed_and_resumed_is_bitwise_the_same(tmp_path, trained, pictures, mon
         patch.setattr(torch.optim.AdamW, "step", dies_after_nine)
         train_tokenizer(recipe)
     output = tmp_path / "tokenizer"
+    told = "number of processes x batch_size = 1 x 4 = 4 images a step, of 40\n"
+    assert told in capsys.readouterr().out
     assert [line[0] for line in losses(output)] == list(range(1, 10))
     assert [p.name for p in (output / "checkpoints").glob("step-*")] == [f"step-{CHECKPOINT:08d}"]
     with pytest.raises(FileNotFoundError, match=r"no config\.json"):
@@ -182,6 +184,7 @@ def test_killed_and_resumed_is_bitwise_the_same(tmp_path, trained, pictures, mon
         file.write('{"step": 10, "lo')
 
     train_tokenizer(recipe)
+    assert told not in capsys.readouterr().out
     assert losses(output) == losses(trained)
     kept = sorted(path.name for path in (output / "checkpoints").iterdir())
     assert kept == [f"step-{step:08d}" for step in (2 * CHECKPOINT, STEPS)]

@@ -169,6 +169,22 @@ def half_done(trained: Path) -> Path:
     return trained.parent / "half"
 
 
+def test_a_tokenizer_that_is_not_named_is_looked_for_where_it_made_the_codes(world: Path) -> None:  # noqa: F811
+    folder = str(world / "tokenizer")
+    run = TrainingRun(recipe_in(world, tokenizer=None, **codes_with(world, "told", tokenizer=folder)))
+    run.resume()
+    assert yaml.safe_load((run.output_dir / "recipe.yaml").read_text())["tokenizer"] == folder
+    for gone in ("", "moved"):
+        codes = codes_with(world, f"gone{gone}", tokenizer=gone)
+        with pytest.raises(FileNotFoundError, match=f"tokenizer: left out, .* made by '{gone}', .* name where it is"):
+            TrainingRun(recipe_in(world, tokenizer=None, **codes))
+    vqvae = VQModel.from_pretrained(folder)
+    torch.nn.init.normal_(vqvae.quantize.embedding.weight)
+    vqvae.save_pretrained(folder)  # another since
+    with pytest.raises(ValueError, match="tokenizer: its hash is .*, but the codes in .* were made by"):
+        TrainingRun(recipe_in(world, tokenizer=None, codes=str(world / "told" / "train")))
+
+
 def test_weights_saved_in_short_floats_are_trained_in_float32(trained: Path, world: Path) -> None:  # noqa: F811
     source = XDLMTransformer2DModel.from_pretrained(trained / "pipeline" / "transformer").to(torch.bfloat16)
     source.save_pretrained(world / "short")

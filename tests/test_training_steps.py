@@ -227,7 +227,7 @@ def test_a_new_run_tells_its_images_a_step_and_one_that_goes_on_does_not(world: 
     for _ in range(2):
         run = run_in(world)
         run.resume()
-        told = "number of processes x batch_size x gradient_accumulation_steps = 1 x 8 x 2 = 16 images a step"
+        told = "number of processes x batch_size x gradient_accumulation_steps = 1 x 8 x 2 = 16 images a step, of 90"
         assert (told in capsys.readouterr().out) == (run.step == 0)
         run.train_step()
         run.save_checkpoint()

@@ -49,7 +49,7 @@ class Manifest:
         num_images, num_views: N, and 1 (plain) or 2 (plain, mirrored).
         class_names: Name of each label.
         dtype, label_dtype: numpy names of the element types (little-endian).
-        tokenizer: Where the tokenizer was, for people.
+        tokenizer: Where the tokenizer was, for people, and for who names none.
         checksums: File name -> sha256.
         cut: `ImageSet.cut`, for whether training and validation images are others; None in caches of before.
         schema_version: Of this format.

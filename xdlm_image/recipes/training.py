@@ -66,7 +66,8 @@ class TrainRecipe:
     Attributes:
         codes: Code cache of the training images (from `encode`).
         output_dir: Run folder: `checkpoints/`, `tensorboard/`, `metrics.jsonl`, `pipeline/`.
-        tokenizer: Tokenizer folder; goes into the saved pipeline and must be the one that made the codes.
+        tokenizer: Tokenizer folder; goes into the saved pipeline and must be the one that made the codes. None: where
+            it was then.
         validation_codes: Code cache for validation NELBO; None leaves validation out.
         init_from: Begin at the weights of a trained network: a saved pipeline, its `transformer` folder, or a run
             folder with `pipeline/` in it. For training longer, with another k, or on own classes (each then begins as
@@ -116,7 +117,7 @@ class TrainRecipe:
 
     codes: str
     output_dir: str
-    tokenizer: str
+    tokenizer: str | None = None
     validation_codes: str | None = None
     init_from: str | None = None
     process: ProcessOptions = field(default_factory=ProcessOptions)

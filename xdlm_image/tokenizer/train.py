@@ -304,6 +304,7 @@ class TokenizerTraining:
             accelerator.print(f"going on from step {self.step} of {recipe.max_steps}")
         else:
             number = f"{self.processes} x {recipe.batch_size} = {self.processes * recipe.batch_size:,} images a step"
+            number += f", of {len(self.images):,}"
             accelerator.print(f"begins {self.output}: number of processes x batch_size = {number}")
         if accelerator.is_main_process:
             self.metrics.forget_after(self.step)

@@ -118,7 +118,13 @@ class TrainingRun:
                 f"output_dir={recipe.output_dir!r}: already holds checkpoints; resume them (resume=true), remove them, "
                 "or name another folder"
             )
-        self.vqvae = load_tokenizer(recipe.tokenizer)
+        self.tokenizer = recipe.tokenizer or CodeCache.open(recipe.codes).manifest.tokenizer  # its folder
+        if not recipe.tokenizer and not (self.tokenizer and Path(self.tokenizer).is_dir()):
+            raise FileNotFoundError(
+                f"tokenizer: left out, and the codes in {recipe.codes} were made by {self.tokenizer!r}, which is no "
+                "folder here; name where it is"
+            )
+        self.vqvae = load_tokenizer(self.tokenizer)
         self.cache = self._open_cache(recipe.codes)
         self.validation_cache: CodeCache | None = None
         if recipe.validation_codes:
@@ -392,11 +398,13 @@ class TrainingRun:
         if newest is None:
             cut = [self._bound()[name] for name in IMAGES_A_STEP]
             product = f"{' x '.join(IMAGES_A_STEP)} = {' x '.join(map(str, cut))}"
-            self.accelerator.print(f"begins {self.output_dir}: {product} = {math.prod(cut):,} images a step")
+            number = f"{math.prod(cut):,} images a step, of {len(self.cache):,}"
+            self.accelerator.print(f"begins {self.output_dir}: {product} = {number}")
         else:
             self._go_on(newest)
         resolved = dataclasses.asdict(self.recipe)
         resolved |= {"init_from": self.init_from, "mixed_precision": self.accelerator.mixed_precision}
+        resolved["tokenizer"] = self.tokenizer
         start_trackers(self.accelerator, self.recipe.trackers, self.output_dir, self.step, resolved)
         if self.accelerator.is_main_process:
             self.metrics.forget_after(self.step)
