@@ -71,6 +71,8 @@ class XDLMPipeline(SelfContainedPipeline):
         num_classes = None if transformer is None else transformer.config.num_classes or 0
         labels = read_names("id2label", id2label, num_classes)
         synsets = read_synsets(id2synset, num_classes)
+        if supports_guidance not in (True, False):
+            raise ValueError(f"supports_guidance={supports_guidance!r}: must be True or False")
         self.register_to_config(id2label=labels, id2synset=synsets, supports_guidance=bool(supports_guidance))
         self.image_processor = VaeImageProcessor(do_resize=False, do_normalize=True)
 

@@ -56,10 +56,20 @@ def plain_card(pipeline: DiffusionPipeline, name: str) -> str:
 
 def how_to_load(pipeline: DiffusionPipeline, name: str) -> str:
     """The section of a card that shows the two ways to load."""
-    labels = dict(pipeline.config.get("id2label") or {})
-    first = json.dumps(next(iter(labels.values())).partition(",")[0], ensure_ascii=False) if labels else "0"
     conditional = pipeline.components["transformer"].config.num_classes is not None
-    example = first + ", " if conditional else ""
+    example = _example_label(pipeline) + ", " if conditional else ""
     repository = name if "/" in name else f"OWNER/{name}"
     stands_for = "" if "/" in name else f"`{repository}` stands for the repository, or the folder. "
     return HOW_TO_LOAD.format(name=repository, example=example, stands_for=stands_for)
+
+
+def _example_label(pipeline: DiffusionPipeline) -> str:
+    """A class as a call names it: by the first name that it shares with no other, else by its id."""
+    index, entry = next(iter((pipeline.config.get("id2label") or {0: ""}).items()))
+    for name in entry.split(","):
+        try:
+            pipeline.get_label_ids(name)
+        except ValueError:
+            continue
+        return json.dumps(name.strip(), ensure_ascii=False)
+    return str(index)

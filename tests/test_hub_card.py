@@ -14,8 +14,10 @@ import yaml
 from evaluation_parts import CLASSES, build_parts, save_pipeline
 from huggingface_hub import ModelCard
 from PIL import Image
+from test_pipeline import make_pipe
 from test_untrusted_input import png_that_claims
 from xdlm_image.pipelines import XDLMPipeline
+from xdlm_image.pipelines.plain_card import plain_card
 
 from xdlm_image.data.code_cache import Manifest
 from xdlm_image.evaluation import sweep
@@ -170,13 +172,47 @@ def test_names_of_others_stay_in_their_line(tmp_path):
     folder = save_pipeline(tmp_path / "pipeline")
     index = json.loads((folder / "model_index.json").read_text())
     index["id2label"]["1"] = "cat\n# A heading\n<script>"
+    index["id2label"]["2"] = "`dog` ![x](https://tracker.example/x.png) \\[y](https://example.org)"
     (folder / "model_index.json").write_text(json.dumps(index))
-    origin = {"url": "here\n\n# A heading", "licence": "mit\n---\n<img src=x>", "notes": ["a\n# A heading"]}
+    origin = {"url": "here\n\n# A heading", "licence": "mit\n---\n<img src=x>", "notes": ["a\n# A heading ![x](y)"]}
+    origin["source_file"] = "a` ![x](https://tracker.example) `b"
     (folder / "provenance.json").write_text(json.dumps(origin))
     export(ExportRecipe(str(folder), str(tmp_path / "out"), picture="none"))
     found = read(tmp_path / "out")
     assert found.text.count("# A heading") == 3 and found.data.license is None
-    assert not re.search(r"^# A heading|<script|<img", found.text, flags=re.MULTILINE)
+    assert not re.search(
+        r"^# A heading|<script|<img|\]\((https://(tracker|example)|y)|`dog|a`", found.text, flags=re.MULTILINE
+    )
+    assert "&#96;dog&#96; !&#91;x&#93;(https://tracker.example/x.png)" in found.text
+
+
+@pytest.mark.parametrize(
+    ("names", "example"),
+    [
+        ({0: "goldfish, Carassius auratus"}, '"goldfish", '),
+        ({0: "crane, bird", 1: "crane, machine"}, '"bird", '),
+        ({1: "crane", 2: "crane"}, "1, "),
+        ({0: ", bird"}, '"bird", '),
+        (None, "0, "),
+    ],
+)
+def test_the_example_of_a_card_can_be_drawn(tmp_path, names, example):
+    pipeline = XDLMPipeline.from_pretrained(save_pipeline(tmp_path / "pipeline"), id2label=names)
+    assert f"pipe({example}num_steps=8)" in plain_card(pipeline, "me/tiny")
+    assert len(pipeline.get_label_ids(json.loads(example.strip(", ")))) == 1
+
+
+def test_the_example_of_an_unconditional_pipeline_names_no_class():
+    assert "pipe(num_steps=8)" in plain_card(make_pipe(num_classes=None), "me/tiny")
+
+
+def test_folders_in_lists_are_left_out_too():
+    told = {
+        "seeds": [0, 1],
+        "sets": [{"root": "x", "name": "a", "from": "/home/alice"}, "/home/alice", "b"],
+        "t": ("~",),
+    }
+    assert card._without_paths(told) == {"seeds": [0, 1], "sets": [{"name": "a"}, "b"], "t": []}
 
 
 def test_what_is_not_known_is_called_so(tmp_path):

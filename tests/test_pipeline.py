@@ -461,9 +461,6 @@ def test_the_package_is_lazy():
 
 def test_a_saved_pipeline_loads_in_a_fresh_process(tmp_path) -> None:
     """The README's two lines: nothing but the name of the pipeline is imported."""
-    import subprocess
-    import sys
-
     make_pipe().save_pretrained(tmp_path)
     program = f"from xdlm_image import XDLMPipeline; XDLMPipeline.from_pretrained({str(tmp_path)!r})"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
@@ -495,3 +492,7 @@ def test_parts_and_arguments_of_other_kinds_are_named(pipe):
         XDLMPipeline(pipe.vqvae, pipe.scheduler, pipe.transformer)
     with pytest.raises(ValueError, match="k='x': must be a number"):
         XDLMScheduler(k="x")
+    with pytest.raises(ValueError, match=r"time_grid=\['x'\]: must be one of"):
+        XDLMScheduler(time_grid=["x"])
+    with pytest.raises(ValueError, match="supports_guidance='false': must be True or False"):
+        make_pipe(supports_guidance="false")

@@ -34,6 +34,19 @@ BATCH = 80
 NO_PICTURE = "none"
 HUB_DATASETS = {"fashion-mnist": "zalando-datasets/fashion_mnist"}  # name of `DataOptions` -> id on the hub
 UNKNOWN = "not known"
+# Settings that name a folder, or belong to one start and not to the training
+PRIVATE = {
+    "codes",
+    "validation_codes",
+    "init_from",
+    "output_dir",
+    "tokenizer",
+    "folder",
+    "root",
+    "resume",
+    "stop_after",
+}
+MARKUP = str.maketrans({"<": "&lt;", "[": "&#91;", "]": "&#93;", "`": "&#96;"})
 
 
 def write_card(
@@ -223,16 +236,17 @@ def _training(sources: Sources) -> str:
     return "\n".join([*lines, "", "The whole recipe, folders left out:", "", "```yaml", shown, "```"])
 
 
-def _without_paths(values: Mapping[str, Any]) -> dict[str, Any]:
+def _without_paths(value: Any) -> Any:
     """Settings without the folders of somebody's machine: keys that name one, and every text that looks like one."""
-    private = {"codes", "validation_codes", "init_from", "output_dir", "tokenizer", "folder", "root"}
-    private |= {"resume", "stop_after"}  # of one start, not of the training
-    kept: dict[str, Any] = {}
-    for key, value in values.items():
-        if key in private or (isinstance(value, str) and re.search(r"[/\\~]", value)):
-            continue
-        kept[key] = _without_paths(value) if isinstance(value, Mapping) else value
-    return kept
+
+    def is_path(item: Any) -> bool:
+        return isinstance(item, str) and re.search(r"[/\\~]", item) is not None
+
+    if isinstance(value, Mapping):
+        return {key: _without_paths(item) for key, item in value.items() if key not in PRIVATE and not is_path(item)}
+    if isinstance(value, list | tuple):
+        return [_without_paths(item) for item in value if not is_path(item)]
+    return value
 
 
 def _quality(sources: Sources) -> str:
@@ -263,21 +277,17 @@ def _licence(sources: Sources, licence: str | None) -> str:
         lines += ["Weights: no licence stated."]
     for part, about in sources.converted.items():
         what = "network" if part == "pipeline" else part
+        said = {key: one_line(str(value)) for key, value in about.items() if value}
         lines += [
             "",
             f"The weights of the {what} were converted, not trained here:",
             "",
-            *(
-                f"- {one_line(line)}"
-                for line in (
-                    f"from `{about.get('source_file', UNKNOWN)}`, SHA-256 `{about.get('source_sha256', UNKNOWN)}`, "
-                    f"format {about.get('source_format', UNKNOWN)}",
-                    f"published at: {about.get('url') or UNKNOWN}",
-                    f"licence, as given at the conversion: {about.get('licence') or 'not stated'}",
-                    f"converted by {about.get('converted_by', UNKNOWN)}",
-                    *_notes(about),
-                )
-            ),
+            f"- from `{said.get('source_file', UNKNOWN)}`, SHA-256 `{said.get('source_sha256', UNKNOWN)}`, "
+            f"format {said.get('source_format', UNKNOWN)}",
+            f"- published at: {said.get('url', UNKNOWN)}",
+            f"- licence, as given at the conversion: {said.get('licence', 'not stated')}",
+            f"- converted by {said.get('converted_by', UNKNOWN)}",
+            *(f"- {one_line(note)}" for note in _notes(about)),
         ]
     if sources.recipe:
         begins = "random weights" if sources.recipe.get("init_from") is None else "the weights of another network"
@@ -289,8 +299,8 @@ def _licence(sources: Sources, licence: str | None) -> str:
 
 
 def one_line(text: str) -> str:
-    """A text of somebody else's (a class name, a note) as it may stand in a line of the card: no HTML, no new line."""
-    return " ".join(text.split()).replace("<", "&lt;")
+    """A text of somebody else's (a class name, a note) in a line of the card: no new line, HTML, picture or link."""
+    return " ".join(text.split()).translate(MARKUP)
 
 
 def _notes(origin: Mapping[str, Any]) -> list[str]:

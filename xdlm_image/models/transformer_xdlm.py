@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -406,6 +407,9 @@ class XDLMTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin):
         def is_count(value: Any, least: int = 1) -> bool:
             return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
+        def is_number(value: Any) -> bool:
+            return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
         size = config["sample_size"]
         pair = isinstance(size, (list, tuple)) and len(size) == 2 and all(is_count(side) for side in size)
         require(is_count(size) or pair, "sample_size", "must be a positive integer or [rows, columns]")
@@ -423,8 +427,10 @@ class XDLMTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin):
             require(is_count(config[name]), name, "must be a positive integer")
         width = config["conditioning_dim"]
         require(width is None or is_count(width), "conditioning_dim", "must be a positive integer, or None for dim")
-        require(config["mlp_ratio"] > 0, "mlp_ratio", "must be positive")
-        require(0 <= config["dropout"] < 1, "dropout", "must lie in [0, 1)")
+        ratio, dropout = config["mlp_ratio"], config["dropout"]
+        require(is_number(ratio) and ratio > 0, "mlp_ratio", "must be a positive number")
+        require(is_number(dropout) and 0 <= dropout < 1, "dropout", "must be a number in [0, 1)")
+        require(isinstance(config["qk_norm"], bool), "qk_norm", "must be True or False")
         for name, choices in (
             ("norm_type", NORM_TYPES),
             ("activation_fn", ACTIVATIONS),

@@ -83,7 +83,7 @@ def draw_ahead(
     """`UniformsAhead` where that saves time, else `generator`.
 
     It does for one generator on the CPU if the numbers go elsewhere, and for generators there of which each image has
-    its own.
+    its own. Where they are drawn ahead, draws of others from them between the steps no longer change later steps.
     """
     if isinstance(generator, torch.Generator):
         helps = generator.device.type == "cpu" and torch.device(device or "cpu").type != "cpu"

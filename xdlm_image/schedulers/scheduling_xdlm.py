@@ -68,7 +68,7 @@ class XDLMScheduler(SchedulerMixin, ConfigMixin):
         mask_id: int | None = None,
         time_grid: str = "linear",
     ) -> None:
-        if time_grid not in TIME_GRIDS:
+        if time_grid not in [*TIME_GRIDS]:  # of a file: may be what no dict can be asked for
             raise ValueError(f"time_grid={time_grid!r}: must be one of {sorted(TIME_GRIDS)}")
         self.process = XDLMProcess(k, num_codes, definition, vocab_size, mask_id)
         given = {"k": k, "num_codes": num_codes, "vocab_size": vocab_size, "mask_id": mask_id}
@@ -169,7 +169,8 @@ class XDLMScheduler(SchedulerMixin, ConfigMixin):
 
         A generator per image then costs one loop over the images instead of one a step, and numbers that the CPU draws
         for another device one copy (of many numbers several). The generators end where they would after all steps of
-        the grid, or earlier if fewer are taken.
+        the grid, or earlier if fewer are taken. Who draws from them between the steps, a callback, changes the numbers
+        of later steps only where none are drawn ahead: callbacks should have generators of their own.
         """
         return draw_ahead(generator, shape, len(self.timesteps), device)
 
