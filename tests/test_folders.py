@@ -110,6 +110,17 @@ def test_images_without_class_folders_are_one_class(tmp_path):
         train_extractor(ExtractorRecipe(str(tmp_path / "extractor"), data))
 
 
+def test_folders_that_are_taken_for_one_class_are_told_of(tmp_path, capsys):
+    for name in ("food", "people"):
+        class_folder(tmp_path / "deep" / "a" / "b", name, 30)
+    class_folder(tmp_path / "loose", "a", 30)
+    class_folder(tmp_path / "loose" / "a", "more", 30)
+    for root, wanted in (("deep", ["a"]), ("deep/a/b", ["food", "people"]), ("loose", ["a"])):
+        assert open_images(folder_data(tmp_path / root), "train").class_names == wanted
+        note = f"note: the 2 folders in {tmp_path / 'deep/a/b'} are one class, 'a'; if each is one, name that\n"
+        assert (note in (said := capsys.readouterr().err)) == (root == "deep") == ("one class" in said)
+
+
 def test_files_of_other_kinds_are_told_of(tmp_path, capsys):
     class_folder(tmp_path, "a", 3)
     for name in ("a/1.gif", "a/2.GIF", "a/notes", "a/.hidden", "list.csv"):

@@ -191,6 +191,9 @@ def _list_folder(folder: Path) -> tuple[list[str], list[tuple[str, int]]]:
             "fashion-mnist)"
         )
     _tell_of_others(folder, others)
+    below = {os.path.dirname(path) for path, _ in samples} if len(names) == 1 else set()
+    if below and (common := os.path.commonpath(below)) not in below:
+        _say_once(f"note: the {len(below)} folders in {common} are one class, {names[0]!r}; if each is one, name that")
     if files:
         _say_once(f"note: {len(files):,} images beside the class folders of {folder} are of no class and not taken")
     return names, samples
