@@ -230,7 +230,7 @@ def test_one_value_of_a_list_needs_no_brackets() -> None:
     assert (recipe.num_steps, recipe.seeds, recipe.feature_metrics) == ([4], [0], ["kid"])
     recipe = parse("evaluate", ["--num_steps", "[4, 8]", "--feature_metrics=[]", "--extractor", "e", *arguments[:3]])
     assert (recipe.num_steps, recipe.feature_metrics, recipe.extractor) == ([4, 8], [], "e")
-    recipe = parse("train-tokenizer", ["--output_dir=o", "--model.block_out_channels", "32", "--data.root=r"])
+    recipe = parse("train-tokenizer", ["--output_dir=o", "--model.block_out_channels", "32"])
     assert recipe.model.block_out_channels == [32]
 
 

@@ -77,7 +77,7 @@ def test_what_does_not_fit_is_refused(parts, tmp_path, capsys):
     small = dataclasses.replace(parts.data, image_size=8)
     with pytest.raises(ValueError, match=r"trained on 3 x 16 x 16 images"):
         neighbours(recipe_of(parts, tmp_path, data=small))
-    options = f"--pipeline {tmp_path} --data.name folder --data.root {parts.data.root} --held_out 0"
+    options = f"--pipeline {tmp_path} --held_out 0"
     assert pytest.raises(SystemExit, main, ["neighbours", *options.split()]).value.code == 2
     assert "held_out=0: must be at least 1" in capsys.readouterr().err
 
