@@ -1,6 +1,7 @@
 """Self-contained folders: they load without the package, run no code unasked, keep their code."""
 
 import importlib
+import importlib.metadata
 import json
 import os
 import re
@@ -18,6 +19,7 @@ from evaluation_parts import NUM_CODES, save_pipeline
 from hub_server import HubServer
 from huggingface_hub import ModelCard
 from xdlm_image.pipelines import XDLMImg2ImgPipeline, XDLMPipeline
+from xdlm_image.pipelines.folder_check import own_file
 from xdlm_image.pipelines.self_contained import write_folder
 from xdlm_image.pipelines.travelling_code import code_of
 
@@ -133,6 +135,8 @@ def test_the_folder_holds_code_weights_and_card_and_nothing_of_this_machine(save
     for name, text in texts(exported).items():
         assert str(saved.parent) not in text and (name.endswith(".py") or "_name_or_path" not in text)
     index = json.loads((exported / "model_index.json").read_text())
+    version = re.sub(r"\W", "_", importlib.metadata.version("xdlm-image"))
+    assert all(f"_{version}_" in name for name in names if name.endswith(".py"))
     assert f"{index['_class_name'][0]}.py" in names and index["_class_name"][1] == "XDLMPipeline"
     assert f"transformer/{index['transformer'][0]}.py" in names and index["vqvae"] == ["diffusers", "VQModel"]
     modes = {stat.S_IMODE(p.stat().st_mode) for p in exported.rglob("*") if p.is_file()}
@@ -182,6 +186,7 @@ def test_code_that_cannot_travel_is_refused_and_leaves_nothing(saved, tmp_path, 
         "package": ("from xdlm_image.schedulers import XDLMScheduler\n", "imports 'xdlm_image.schedulers'"),
         "outside": ("from .. import models\n", "cannot travel; write 'from .name import"),
         "whole": ("from . import library\n", "cannot travel"),
+        "dotted": ("from .a.b import X\n", "'from .a.b import X' cannot travel"),
         "circle": ("from .circle import Own\n", "code in circles"),
         "text": ('X = """\nfrom .nowhere import thing\n"""\n', "reads like an import of 'nowhere'"),
     }
@@ -260,6 +265,11 @@ def test_links_of_a_folder_from_elsewhere_carry_nothing_of_this_machine(exported
     (snapshot / "README.md").rename(cache / "blobs" / "ab")
     (snapshot / "README.md").symlink_to("../../blobs/ab")
     assert load(snapshot).make_card(None, "name", tmp_path, {}) == ("# A card\n", {})
+    (tmp_path / "blobs").mkdir()  # of no cache: one level too high
+    (cache / "blobs" / "ab").rename(tmp_path / "blobs" / "ab")
+    (snapshot / "README.md").unlink()
+    (snapshot / "README.md").symlink_to("../../../blobs/ab")
+    assert (snapshot / "README.md").read_text() == "# A card\n" and not own_file(snapshot, "README.md")
 
 
 def test_saving_code_leaves_other_peoples_files_alone(exported, tmp_path, modules):

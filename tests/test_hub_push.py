@@ -82,6 +82,10 @@ def test_push_writes_a_card_and_keeps_an_edited_one(saved, hub_calls):
     assert hub_calls["order"] == ["create_repo", "create_branch", "file_exists", "upload_folder"]
     assert (hub_calls["file_exists"]["repo_id"], hub_calls["file_exists"]["revision"]) == ("me/mine", "new")
     assert not (hub_calls["folder"] / "README.md").exists()
+    hub_calls["order"].clear()
+    pipe.push_to_hub("mine", revision="refs/pr/1")  # a pull request's is no branch to be made
+    assert hub_calls["order"] == ["create_repo", "file_exists", "upload_folder"]
+    assert hub_calls["upload_folder"]["revision"] == "refs/pr/1"
 
 
 def test_save_pretrained_pushes_too(saved, hub_calls, tmp_path, monkeypatch):
@@ -90,6 +94,9 @@ def test_save_pretrained_pushes_too(saved, hub_calls, tmp_path, monkeypatch):
     assert not list((tmp_path / "tiny").rglob("*.py"))
     with pytest.raises(TypeError, match="repo_id are for push_to_hub=True"):
         load(saved).save_pretrained(tmp_path / "tiny", repo_id="me/tiny")
+    with pytest.raises(ValueError, match="use_flashpack=True: .*leave it out"):
+        load(saved).save_pretrained(tmp_path / "flash", use_flashpack=True)
+    assert not (tmp_path / "flash").exists()
     monkeypatch.chdir(tmp_path / "tiny")
     load(saved).save_pretrained(".", push_to_hub=True, card="# Mine")
     assert hub_calls["create_repo"]["repo_id"] == "tiny"
