@@ -249,7 +249,8 @@ def test_two_processes_killed_on_the_way_write_what_one_writes(trained, tmp_path
     (tmp_path / "rank.py").write_text(RANK)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += [str(tmp_path / "rank.py"), "encode", f"--tokenizer={trained}", f"--output_dir={tmp_path / 'two'}"]
-    command += [f"--data.root={data.root}", "--data.image_size=16", "--splits=[train,test]", "--batch_size=7"]
+    images = [f"--data.{name}={getattr(data, name)}" for name in ("root", "image_size", "channels")]
+    command += [*images, "--splits=[train,test]", "--batch_size=7"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     died = subprocess.run(command, env=environment | {"DIES": "1"}, capture_output=True, text=True, timeout=200)
     assert died.returncode != 0

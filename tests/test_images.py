@@ -229,13 +229,13 @@ def test_damaged_or_missing_fashion_mnist_is_a_clear_error(tmp_path):
 
 
 def test_a_root_means_a_folder_and_nothing_is_downloaded_among_images(tmp_path, monkeypatch):
-    assert DataOptions().name == "fashion-mnist" and DataOptions(root="here").name == "folder"
+    assert DataOptions().name == "fashion-mnist" and DataOptions(root="here", image_size=8).name == "folder"
     assert DataOptions("fashion-mnist", "here").name == "fashion-mnist"
-    given = [f"--data.root={tmp_path}"]
+    given = [f"--data.root={tmp_path}", "--data.image_size=64"]
     for verb, options in (("train-extractor", []), ("encode", ["--tokenizer=t"]), ("train-tokenizer", [])):
         named = [parse(verb, [*options, "--output_dir=o", *more]).data.name for more in ([], given)]
         assert named == ["fashion-mnist", "folder"]
-    (tmp_path / "recipe.yaml").write_text(f"output_dir: o\ndata:\n  root: {tmp_path}\n")
+    (tmp_path / "recipe.yaml").write_text(f"output_dir: o\ndata:\n  root: {tmp_path}\n  image_size: 64\n")
     assert parse("train-extractor", ["--config", str(tmp_path / "recipe.yaml")]).data.name == "folder"
 
     def downloads(*args, **options):

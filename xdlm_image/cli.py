@@ -172,7 +172,8 @@ def parse(verb: str, arguments: Sequence[str]) -> Any:
     parser.add_argument("--config", action="config", help=f"Recipe: a YAML file{shipped}.")
     parser.add_class_arguments(recipe_class, None)
     if "data" in {field.name for field in fields(recipe_class)}:
-        parser.set_defaults({"data.name": None})  # the default images have found theirs, which depends on data.root
+        # the default images have found theirs, which depend on data.root
+        parser.set_defaults({f"data.{name}": None for name in ("name", "image_size", "channels")})
     try:
         free = {field.name for field in fields(recipe_class) if str(field.type).startswith("dict")}
         bare = {f"--{f.name}": f.metadata.get("bare", "true") for f in fields(recipe_class) if _may_be_bare(f)}

@@ -84,9 +84,11 @@ class FeatureExtractor:
         """Raise ValueError when images of this shape cannot be judged."""
         if self.config is None or (channels, image_size) == (self.config.channels, self.config.image_size):
             return
+        own = self.config.image_size
         raise ValueError(
-            f"extractor: it was trained on {self.config.channels} x {self.config.image_size} x "
-            f"{self.config.image_size} images, the data have {channels} x {image_size} x {image_size}; {REMEDY}"
+            f"extractor: it was trained on {self.config.channels} x {own} x {own} images, the data have {channels} x "
+            f"{image_size} x {image_size}; set data.image_size and data.channels if they were meant to be those, or "
+            f"{REMEDY}"
         )
 
     def describe(self) -> dict[str, Any]:

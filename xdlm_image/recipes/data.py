@@ -24,8 +24,8 @@ class DataOptions:
             else `fashion-mnist`.
         root: Folder of your images; with the name `fashion-mnist`, where its files are or are downloaded to. None:
             Debian's package `dataset-fashion-mnist` if installed, else `~/.cache/xdlm_image`.
-        image_size: Side of the square image in pixels after resize and crop.
-        channels: 1 (grey) or 3 (RGB).
+        image_size: Side of the square image in pixels after resize and crop. A folder needs it; Fashion-MNIST has 28.
+        channels: 1 (grey) or 3 (RGB). None: 3 of a folder, 1 of Fashion-MNIST.
         crop: `center` (shorter side resized, middle cut out), or `random` (training of tokenizers only).
         validation_fraction: Share of the training images that is cut off for validation, by file name, where a folder
             has no validation images of its own (`root/val` without `root/test` is the test split). 0: none, and there
@@ -36,8 +36,8 @@ class DataOptions:
 
     name: ImageSetName | None = None
     root: str | None = None
-    image_size: int = 28
-    channels: Channels = 1
+    image_size: int = None  # type: ignore[assignment]  # as is channels, None only until the name is known
+    channels: Channels = None  # type: ignore[assignment]
     crop: Crop = "center"
     validation_fraction: float = 0.05
     download: bool = True
@@ -46,6 +46,13 @@ class DataOptions:
         if self.name is None:  # what is written down anywhere is the name that it stands for
             self.name = "fashion-mnist" if self.root is None else "folder"
         require(self.name != "folder" or self.root is not None, "data.root", self.root, "name the image folder")
+        is_folder = self.name == "folder"
+        if self.image_size is None and not is_folder:
+            self.image_size = 28
+        if self.channels is None:
+            self.channels = 3 if is_folder else 1
+        wanted = "say which square the images of your folder become, the same to every verb, as --data.image_size 64"
+        require(self.image_size is not None, "data.image_size", None, wanted)
         for name, kind in (("name", ImageSetName), ("channels", Channels), ("crop", Crop)):
             value, choices = getattr(self, name), get_args(kind)
             require(value in choices, f"data.{name}", value, f"must be one of {choices}")

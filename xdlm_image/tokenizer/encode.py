@@ -71,7 +71,10 @@ def encode(recipe: EncodeRecipe) -> Path:
     is_main = rank_and_world()[0] == 0
     vqvae = load_tokenizer(recipe.tokenizer, device)
     if vqvae.config.in_channels != data.channels:
-        raise ValueError(f"data.channels={data.channels}: {recipe.tokenizer} takes {vqvae.config.in_channels}")
+        raise ValueError(
+            f"data.channels={data.channels}: {recipe.tokenizer} takes {vqvae.config.in_channels}; set it to that, or "
+            "name another tokenizer"
+        )
     for note in _trained_otherwise(tokenizer_info(recipe.tokenizer) or {}, data) if is_main else ():
         tqdm.write(f"note: {recipe.tokenizer} was trained {note}")
     grid = grid_of(vqvae, data.image_size)
