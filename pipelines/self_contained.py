@@ -109,7 +109,7 @@ class SelfContainedPipeline(DiffusionPipeline):
             return
         classes = self.transformer.config.num_classes or 0
         for table in ("id2label", "id2synset"):
-            strange = [index for index in self.config.get(table) or {} if index >= classes]
+            strange = [index for index in self.config.get(table) or {} if int(index) >= classes]
             if strange:
                 raise ValueError(
                     f"{table} names classes {strange[:5]}, the transformer has {classes}; "
