@@ -7,10 +7,12 @@ import math
 
 import pytest
 import torch
-from tokenizer_parts import home, pictures_fixture, tiny_recipe  # noqa: F401
+from tokenizer_parts import home, pictures_fixture, tiny_recipe, trained_fixture  # noqa: F401
 
 from xdlm_image.data.images import normalise, open_images
+from xdlm_image.recipes import TokenizerModelOptions
 from xdlm_image.tokenizer.codebook import nearest
+from xdlm_image.tokenizer.codes import load_tokenizer
 from xdlm_image.tokenizer.losses import reconstruction_loss
 from xdlm_image.tokenizer.train import TokenizerTraining, TrainingViews, build_vqvae
 from xdlm_image.training.batches import batch_indices
@@ -117,3 +119,52 @@ def test_a_view_is_its_image_or_for_half_of_the_places_its_mirror(pictures, flip
     unlike = sum(not torch.equal(images.raw(i), images.raw(i).flip(-1)) for i in range(len(images))) / len(images)
     assert abs(mirrored / number - flips * unlike / 2) < 5 * math.sqrt(1 / 4 / number) * flips + 1e-9
     assert unlike > 0.4
+
+
+# --------------------------------------------------------------------------------------- a run that begins at another
+
+
+def test_a_run_begins_at_another_ones_weights_and_codebook(trained, tmp_path, pictures, monkeypatch):
+    monkeypatch.setattr(TokenizerTraining, "lay_codebook", lambda *_: pytest.fail("the codebook is there"))
+    recipe = tiny_recipe(tmp_path / "on", pictures, init_from=str(trained), plain_steps=None, max_steps=6)
+    assert recipe.plain_steps == 0
+    begun = TokenizerTraining(recipe)
+    of_trained = load_tokenizer(trained).state_dict()
+    for name, value in begun.vqvae.state_dict().items():
+        assert torch.equal(value, of_trained[name]), name
+    begun.run()
+    away = trained.with_name("away")
+    trained.rename(away)  # it is only read once
+    try:
+        assert TokenizerTraining(recipe).resume()
+    finally:
+        away.rename(trained)
+    moved = begun.vqvae.quantize.embedding.weight - of_trained["quantize.embedding.weight"]
+    assert 0 < float(moved.abs().max()) < 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"plain_steps": 4}, "plain_steps=4: with init_from the codebook is there"),
+        (
+            {"model": TokenizerModelOptions([8, 8, 16], 1, 4, 16, 2, 4)},
+            r"init_from=.*its block_out_channels is \[8, 8, 8\]",
+        ),
+        ({"init_from": "nowhere"}, "init_from='nowhere': .*no such folder"),
+    ],
+)
+def test_beginnings_that_do_not_fit_are_refused(trained, tmp_path, pictures, changes, message):
+    given = {"init_from": str(trained), "plain_steps": None, **changes}
+    model = given.pop("model", None)
+    with pytest.raises(ValueError, match=message):
+        recipe = tiny_recipe(tmp_path / "on", pictures, **given)
+        TokenizerTraining(recipe if model is None else dataclasses.replace(recipe, model=model))
+
+
+def test_what_a_run_goes_on_with_is_named_option_by_option(tmp_path, pictures):
+    recipe = tiny_recipe(tmp_path / "run", pictures, max_steps=6)
+    TokenizerTraining(recipe).run()
+    larger = dataclasses.replace(recipe, data=dataclasses.replace(pictures, image_size=20))
+    with pytest.raises(ValueError, match=r"data\.image_size=20, but the run in .* began with 16"):
+        TokenizerTraining(larger).resume()

@@ -58,12 +58,15 @@ class TokenizerRecipe:
         output_dir: Folder for checkpoints, the tokenizer, `report.json` and `reconstructions.png`.
         data: Which images.
         model: The tokenizer's sizes.
+        init_from: Folder of a tokenizer of these sizes at whose weights and codebook the run begins: to train one for
+            longer, or on other images. Only read when the run begins. None begins with new weights.
         seed: Seeds everything: weights, order, augmentation.
         batch_size: Images a step on each device.
         max_steps: Optimizer steps in all.
         learning_rate: Peak AdamW learning rate.
         warmup_steps: Steps of linear warm-up; cosine decay to 0 follows.
-        plain_steps: Steps as a plain autoencoder; then k-means lays the codebook onto the latents.
+        plain_steps: Steps as a plain autoencoder; then k-means lays the codebook onto the latents. None: 100, and 0 of
+            a run that begins with the codebook of another.
         weight_decay: AdamW weight decay.
         l1_weight: Weight of |x - x'| beside the squared error of weight 1 (pixels in [-1, 1]).
         edge_weight: Weight of the L1 error of horizontal and vertical differences, which keeps edges and texture.
@@ -89,12 +92,13 @@ class TokenizerRecipe:
     output_dir: str
     data: DataOptions = field(default_factory=DataOptions)
     model: TokenizerModelOptions = field(default_factory=TokenizerModelOptions)
+    init_from: str | None = None
     seed: int = 0
     batch_size: int = 64
     max_steps: int = 4000
     learning_rate: float = 1e-3
     warmup_steps: int = 100
-    plain_steps: int = 100
+    plain_steps: int = None  # type: ignore[assignment]  # only until init_from is known
     weight_decay: float = 0.0
     l1_weight: float = 1.0
     edge_weight: float = 1.0
@@ -145,6 +149,14 @@ class TokenizerRecipe:
             "warmup_steps",
             self.warmup_steps,
             f"must be below max_steps={self.max_steps}; lower warmup_steps, or raise max_steps",
+        )
+        if self.plain_steps is None:
+            self.plain_steps = 100 if self.init_from is None else 0
+        require(
+            self.init_from is None or self.plain_steps == 0,
+            "plain_steps",
+            self.plain_steps,
+            "with init_from the codebook is there from the first step; set 0, or leave it out",
         )
         require(
             0 <= self.plain_steps < self.max_steps,

@@ -137,6 +137,25 @@ def build_vqvae(recipe: TokenizerRecipe) -> VQModel:
     return vqvae
 
 
+def begin_at(vqvae: VQModel, folder: str) -> None:
+    """Give it the weights and the codebook of the tokenizer in a folder. Raises ValueError if that has other sizes."""
+    try:
+        trained = load_tokenizer(folder)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"init_from={folder!r}: {error}") from error
+    ours, theirs = (
+        {name: [*value] if isinstance(value, tuple) else value for name, value in one.config.items() if name[0] != "_"}
+        for one in (vqvae, trained)
+    )
+    other = [name for name in ours if name != "sample_size" and ours[name] != theirs[name]]
+    if other:
+        raise ValueError(
+            f"init_from={folder!r}: its {other[0]} is {theirs[other[0]]}, this run's {ours[other[0]]}; give model and "
+            "data those that it has"
+        )
+    vqvae.load_state_dict(trained.state_dict())
+
+
 class TokenizerTraining:
     """One run: model, optimizer, weight average, use of codes, and their checkpoints."""
 
@@ -166,6 +185,8 @@ class TokenizerTraining:
             self.perceptual = perceptual.to(self.device)
         set_seed(recipe.seed)
         vqvae = build_vqvae(recipe)
+        if recipe.init_from is not None and not self.checkpoints.steps():
+            begin_at(vqvae, recipe.init_from)
         self.grid = grid_of(vqvae, recipe.data.image_size)
         if self.accelerator.is_main_process:
             refuse_unwritable(self.output, "output_dir")
@@ -286,7 +307,8 @@ class TokenizerTraining:
     def _bound(self) -> dict:
         """What must not change between checkpoint and resume, as JSON gives it back."""
         options = {k: v for k, v in dataclasses.asdict(self.recipe).items() if k not in FREE_TO_CHANGE}
-        options["data"] = {k: v for k, v in options["data"].items() if k not in WHERE_IMAGES_ARE}
+        for group in ("data", "model"):
+            options |= {f"{group}.{k}": v for k, v in options.pop(group).items() if k not in WHERE_IMAGES_ARE}
         options |= {
             "mixed_precision": self.accelerator.mixed_precision,
             "images": self.images.fingerprint,
@@ -331,7 +353,7 @@ class TokenizerTraining:
         started = time.monotonic() - self.seconds
         layout = torch.channels_last if self.device.type in ("cpu", "cuda") else torch.contiguous_format
         for batch in loader:
-            if self.step == recipe.plain_steps:
+            if self.step == recipe.plain_steps and recipe.init_from is None:
                 self.lay_codebook(views)
             scalars = self.train_step(batch.to(self.device, memory_format=layout, non_blocking=True))
             self.seconds = time.monotonic() - started
