@@ -14,9 +14,9 @@ import pytest
 import torch
 from evaluation_parts import CLASSES, NUM_CODES, build_parts, one_thread, save_pipeline, statistics_of  # noqa: F401
 
-from xdlm_image.data.images import normalise, open_images
+from xdlm_image.data.images import Uint8Images, normalise, open_images
 from xdlm_image.evaluation import references, sweep
-from xdlm_image.evaluation.batches import Uint8Images, real_batches, reconstructed_batches
+from xdlm_image.evaluation.batches import real_batches, reconstructed_batches
 from xdlm_image.evaluation.code_pairs import PairFrequencies
 from xdlm_image.evaluation.comparing import fids
 from xdlm_image.evaluation.drawing import decode, draw_codes, open_pipeline

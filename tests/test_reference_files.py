@@ -11,9 +11,8 @@ import pytest
 import torch
 from evaluation_parts import build_parts, one_thread, statistics_of  # noqa: F401
 
-from xdlm_image.data.images import open_images
+from xdlm_image.data.images import Uint8Images, open_images
 from xdlm_image.evaluation import plan, reference_files, sweep
-from xdlm_image.evaluation.batches import Uint8Images
 from xdlm_image.evaluation.extractor import load_extractor
 from xdlm_image.evaluation.fid import fid_from_statistics
 from xdlm_image.evaluation.reference_files import KNOWN, KnownFile, find_reference_file, read_moments

@@ -13,8 +13,7 @@ from PIL import Image
 from torch_fidelity import calculate_metrics
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from xdlm_image.data.images import open_images
-from xdlm_image.evaluation.batches import Uint8Images
+from xdlm_image.data.images import Uint8Images, open_images
 from xdlm_image.evaluation.comparing import fids
 from xdlm_image.evaluation.extractor import load_extractor
 from xdlm_image.evaluation.fid import fid_from_statistics

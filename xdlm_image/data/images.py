@@ -200,6 +200,26 @@ def _named(path: str | os.PathLike) -> str:
     return f"image {str(path)!r}"
 
 
+class Uint8Images(Dataset[tuple[torch.Tensor, int]]):
+    """An image set before it is made float: item = (uint8 (C, S, S) after resize and crop, label).
+
+    Args:
+        images: The set.
+        indices: Which images, in this order; None takes all.
+    """
+
+    def __init__(self, images: ImageSet, indices: Sequence[int] | None = None) -> None:
+        self.images = images
+        self.indices = range(len(images)) if indices is None else indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, item: int) -> tuple[torch.Tensor, int]:
+        index = int(self.indices[item])
+        return self.images.raw(index), int(self.images.labels[index])
+
+
 def open_images(data: DataOptions, split: str, transform: Transform | None = None) -> ImageSet:
     """Open one split.
 

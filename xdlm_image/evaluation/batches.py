@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import torch
 from diffusers import VQModel
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from xdlm_image.data.images import ImageSet, normalise, to_uint8
+from xdlm_image.data.images import ImageSet, Uint8Images, normalise, to_uint8
 from xdlm_image.ranks import rank_and_world
 from xdlm_image.tokenizer.codes import decode_codes, encode_images
 
@@ -41,26 +41,6 @@ def blocks_of_rank(total: int, batch_size: int) -> Iterator[range]:
     rank, world = rank_and_world()
     for start in range(rank * batch_size, total, world * batch_size):
         yield range(start, min(start + batch_size, total))
-
-
-class Uint8Images(Dataset[tuple[torch.Tensor, int]]):
-    """An image set as the metrics want it: item = (uint8 (C, S, S) after resize and crop, label).
-
-    Args:
-        images: The set.
-        indices: Which images, in this order; None takes all.
-    """
-
-    def __init__(self, images: ImageSet, indices: Sequence[int] | None = None) -> None:
-        self.images = images
-        self.indices = range(len(images)) if indices is None else indices
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, item: int) -> tuple[torch.Tensor, int]:
-        index = int(self.indices[item])
-        return self.images.raw(index), int(self.images.labels[index])
 
 
 def real_batches(

@@ -20,9 +20,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from xdlm_image.data.image_check import check_images
-from xdlm_image.data.images import ImageSet, normalise, open_images
+from xdlm_image.data.images import ImageSet, Uint8Images, normalise, open_images
 from xdlm_image.devices import best_device
-from xdlm_image.evaluation.batches import Uint8Images, real_batches
+from xdlm_image.evaluation.batches import real_batches
 from xdlm_image.evaluation.extractor import load_extractor
 from xdlm_image.evaluation.small_classifier import ExtractorConfig, SmallClassifier, read_extractor_config
 from xdlm_image.files import sha256_of_file, write_atomic, write_json

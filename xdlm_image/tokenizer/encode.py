@@ -29,8 +29,7 @@ from xdlm_image.data.code_cache import (
     write_code_cache,
 )
 from xdlm_image.data.image_check import check_images
-from xdlm_image.data.images import ImageSet, normalise, open_images
-from xdlm_image.evaluation.batches import Uint8Images
+from xdlm_image.data.images import ImageSet, Uint8Images, normalise, open_images
 from xdlm_image.files import write_json
 from xdlm_image.processes import only_command, own_device, process_state
 from xdlm_image.ranks import barrier, rank_and_world
