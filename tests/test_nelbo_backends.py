@@ -1,59 +1,29 @@
 """Every way to read the logits gives the same loss and gradient: plain torch, compiled C++, and Triton's kernels
 (without a GPU, in Triton's interpreter, which is slow: cases are few and tiny)."""
 
-import importlib.util
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from triton_here import kernel, needs_triton
+from nelbo_cases import (  # noqa: F401
+    DEVICE,
+    backends,
+    codes,
+    in_place_case,
+    loss_and_gradient,
+    needs_compiler,
+    on_cpu_backends,
+    process_of,
+    small_blocks_fixture,
+)
+from triton_here import needs_triton
 
 from xdlm_image.objective import nelbo, nelbo_cpu, nelbo_eager, reference_nelbo, xdlm_nelbo
 from xdlm_image.objective.row_scalars import Rows
 from xdlm_image.schedulers import XDLMProcess
-
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler here")
-on_the_cpu = pytest.mark.skipif(DEVICE.type != "cpu", reason="the tensors of these tests are on the GPU")
-cpp = pytest.param("cpp", marks=[needs_compiler, on_the_cpu])
-backends = pytest.mark.parametrize("backend", ["eager", cpp, pytest.param("triton", marks=kernel)])
-on_cpu_backends = pytest.mark.parametrize("backend", ["eager", pytest.param("cpp", marks=needs_compiler)])
-
-
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch) -> None:
-    """Small vocabularies then take several blocks."""
-    monkeypatch.setattr(nelbo_eager, "BLOCK_ELEMENTS_CPU", 200)
-    if importlib.util.find_spec("triton") is not None:
-        from xdlm_image.objective import nelbo_triton
-
-        monkeypatch.setattr(nelbo_triton, "ROW_IN_REGISTERS", 16)
-        monkeypatch.setattr(nelbo_triton, "BLOCK", 32)
-
-
-def process_of(k: float, K: int, definition: str) -> XDLMProcess:
-    extra = {"vocab_size": K + 3, "mask_id": K + 1} if definition == "B" else {}
-    return XDLMProcess(k, K, definition, **extra)
-
-
-def codes(process: XDLMProcess, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """z and x (1, rows): mask, right and (for k > 0) wrong in turn."""
-    x = torch.randint(process.num_codes, (1, rows))
-    kind = torch.arange(rows)[None] % 3
-    wrong = (x + 1) % process.num_codes if process.k > 0 else torch.tensor(process.mask)
-    return torch.where(kind == 0, process.mask, torch.where(kind == 1, x, wrong)), x
-
-
-def loss_and_gradient(function, logits, z, x, process, alpha, beta, **options):
-    """Loss (1, R) and the gradient of its sum weighted by 1, 2, 3, ..., both float64 on the CPU."""
-    logits = logits.clone().requires_grad_()
-    loss = function(logits, z, x, process, alpha, beta, **options)
-    (loss * torch.arange(1, 1 + loss.shape[1], device=loss.device)).sum().backward()
-    return loss.detach().double().cpu(), logits.grad.double().cpu()
 
 
 @backends
@@ -179,65 +149,6 @@ def test_logits_may_lie_in_any_order(backend: str) -> None:
     found = loss_and_gradient(xdlm_nelbo, columns_first, *rest, backend=backend)
     for ours, expected in zip(found, loss_and_gradient(xdlm_nelbo, columns_first.contiguous(), *rest, backend=backend)):
         assert torch.equal(ours, expected)
-
-
-# --- the gradient written over the logits ---------------------------------------------------------
-
-
-def in_place_case():
-    torch.manual_seed(3)
-    process = XDLMProcess(0.1, 40)
-    z, x = (ids.to(DEVICE) for ids in codes(process, 6))
-    half = torch.full((1,), 0.5, device=DEVICE)
-    base = torch.randn(1, 6, 40, device=DEVICE, requires_grad=True)
-    return base, z, x, process, half, half
-
-
-@backends
-def test_in_place_gradient_is_the_gradient_and_takes_the_memory_of_the_logits(backend: str) -> None:
-    base, *rest = in_place_case()
-    xdlm_nelbo(base * 2.0, *rest, backend=backend).sum().backward()
-    expected, base.grad = base.grad, None
-    logits = base * 2.0
-    seen = []
-    logits.register_hook(lambda grad: seen.append(grad.data_ptr()))
-    loss = xdlm_nelbo(logits, *rest, in_place=True, backend=backend)
-    address = logits.data_ptr()
-    loss.sum().backward(retain_graph=True)
-    assert torch.equal(base.grad, expected) and seen == [address]
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.sum().backward()
-
-
-@backends
-def test_in_place_is_refused_where_it_would_destroy_something(backend: str) -> None:
-    base, *rest = in_place_case()
-    view = torch.randn(6, 40, device=DEVICE).view(1, 6, 40).requires_grad_()  # a leaf that is a view
-    product = base * 2.0
-    with torch.no_grad():
-        leaf_of_none = product.view(1, 6, 40)
-    for leaf in (base, base.view(6, 40)[None], view, view.view(6, 40)[None], leaf_of_none.requires_grad_()):
-        with pytest.raises(ValueError, match="in_place=True"):
-            xdlm_nelbo(leaf, *rest, in_place=True, backend=backend)
-    overlapping = (base * 2.0)[0].flatten().unfold(0, 40, 20)[None, :6]
-    with pytest.raises(ValueError, match="in_place=True: rows of the logits share memory"):
-        xdlm_nelbo(overlapping, *rest, in_place=True, backend=backend)
-    logits = base * 2.0
-    other = logits.square().sum()  # its backward pass reads the logits after ours has overwritten them
-    ours = xdlm_nelbo(logits, *rest, in_place=True, backend=backend).sum()
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        (ours + other).backward()
-
-
-@backends
-def test_in_place_takes_whatever_nothing_is_lost_by(backend: str) -> None:
-    base, z, x, *rest = in_place_case()
-    plain = base.detach().clone()
-    xdlm_nelbo(plain, z, x, *rest, in_place=True, backend=backend)  # nobody asks for a gradient
-    assert torch.equal(plain, base.detach())
-    row = torch.randn(40, device=DEVICE, requires_grad=True) * 1.0
-    row = row.as_strided((1, 1, 40), (1, 1, 1))  # the next row would begin one element later; there is none
-    xdlm_nelbo(row, z[:, :1], x[:, :1], *rest, in_place=True, backend=backend).sum().backward()
 
 
 # --- the choice -----------------------------------------------------------------------------------
