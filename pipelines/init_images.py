@@ -4,6 +4,7 @@ This file owns the limits of size, modes, orientation and the rule of resizing. 
 only torch, diffusers, Pillow, numpy and the standard library, so that it can travel beside the weights.
 """
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -165,7 +166,8 @@ def to_pixels(image: Any, name: str) -> torch.Tensor:
         pixels = pixels[None] if pixels.ndim == 2 else pixels
     else:
         kind = type(image).__name__
-        raise ValueError(f"{name} is a {kind}: give a Pillow picture, an array, a tensor, or a list of those")
+        opened = "; PIL.Image.open reads a file" if isinstance(image, str | os.PathLike) else ""
+        raise ValueError(f"{name} is a {kind}: give a Pillow picture, an array, a tensor, or a list of those{opened}")
     shape = tuple(image.shape)
     pixels = pixels[None] if pixels.ndim == 3 else pixels
     if pixels.ndim != 4 or pixels.shape[1] not in (1, 3) or 0 in pixels.shape[2:]:
@@ -178,7 +180,9 @@ def to_pixels(image: Any, name: str) -> torch.Tensor:
     pixels = pixels.float()  # (n, c, H, W)
     if pixels.numel() and not (pixels.min() >= -ROUNDING and pixels.max() <= 1 + ROUNDING):  # NaN fails too
         low, high = pixels.min().item(), pixels.max().item()
-        raise ValueError(f"{name} holds values from {low:.6g} to {high:.6g}: floats must lie in [0, 1]")
+        remedy = "; divide by 255, or give uint8" if low >= 0 and high <= 255 else ""
+        remedy = "; take (x + 1) / 2" if -1 <= low < 0 and high <= 1 else remedy
+        raise ValueError(f"{name} holds values from {low:.6g} to {high:.6g}: floats must lie in [0, 1]{remedy}")
     return pixels.clamp(0, 1)
 
 

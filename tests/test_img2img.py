@@ -263,7 +263,8 @@ def test_grey_colour_palette_alpha_and_rotation(pipe, tmp_path):
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        ("cat.png", "image is a str"),
+        ("cat.png", "image is a str: .*PIL.Image.open"),
+        (np.full((6, 10, 3), -0.5), r"holds values from -0.5 to -0.5: .*; take \(x \+ 1\) / 2"),
         (None, "image is a NoneType"),
         ([], "image is empty"),
         (np.zeros((0, 6, 10, 3), np.float32), "image is empty"),
