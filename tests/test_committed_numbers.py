@@ -132,6 +132,8 @@ def rounded(value: float, like: str) -> str:
             "time, V =",
             {
                 "`cross_entropy`": "cross_entropy",
+                "`cross_entropy`, compiled": "cross_entropy, compiled",
+                "the paper's, compiled": "as the paper writes it, compiled",
                 "as the paper writes it": "as the paper writes it",
                 "`xdlm_nelbo`": "xdlm_nelbo",
                 "... its forward pass alone": "... its forward pass",
