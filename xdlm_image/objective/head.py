@@ -62,7 +62,7 @@ def xdlm_head_nelbo(
         `mean` and `per_token`, float32 (float64 where the products are).
 
     Raises:
-        ValueError: As `xdlm_nelbo`; or if the weights do not fit the features and the process.
+        ValueError, RuntimeError: As `xdlm_nelbo`; or if the weights do not fit the features and the process.
     """
     rows = rows_of("features", features, z, x, process, alpha, beta)
     expected = (process.logits_width, features.shape[-1])

@@ -62,6 +62,7 @@ def xdlm_nelbo(
         ValueError: If shapes, dtypes or devices do not fit, ids, alpha or beta are out of range (looked for on the CPU
             only), the backend is unknown, or `in_place` would overwrite a leaf of autograd, such as a parameter, or
             logits that overlap in memory.
+        RuntimeError: If a transform of torch.func calls it.
     """
     owner = logits if logits._base is None else logits._base
     if in_place and logits.requires_grad and (owner.is_leaf or logits.is_leaf):
@@ -113,10 +114,9 @@ def _per_token(name: str, value: torch.Tensor, x: torch.Tensor, dtype: torch.dty
     if value.device != x.device:
         raise ValueError(f"{name}: on {value.device}, must be on {x.device}, where the codes are")
     try:
-        spread = value.detach().to(dtype).reshape(value.shape + (1,) * (x.ndim - value.ndim)).expand(x.shape)
+        return value.detach().to(dtype).reshape(value.shape + (1,) * (x.ndim - value.ndim)).expand(x.shape)
     except RuntimeError:
         raise ValueError(f"{name} {tuple(value.shape)}: {shapes}") from None
-    return spread
 
 
 def backend_for(backend: str, *tensors: torch.Tensor | None) -> str:
