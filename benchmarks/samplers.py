@@ -1,6 +1,6 @@
 """Does what few steps cost depend on the sampler? Ancestral, annealed, orders and correctors, tuned alike, per model.
 
-    torchrun --nproc-per-node 2 benchmarks/samplers.py [--models shipped/fashion_mnist] [--samplers guided annealed]
+    torchrun --nproc-per-node 2 benchmarks/samplers.py [--samplers guided annealed] [--num_steps 16]
 
 Every sampler of every model but the plain one (ancestral, temperature 1) gets six trials of its one number
 (temperature; for annealed, which is ancestral, what the temperature falls to from 1 as t goes to 0; for confidence the
@@ -9,8 +9,8 @@ the scale; for guided-annealed, with the temperature of annealed as tuned, the s
 that temperature too, one of three time grids): on 1,000 images of a seed of their own, against the validation images.
 The lowest sum of pooled FID over the step counts wins, one number for all of them, and is measured on 5,000 images of
 three other seeds, against the test images. A guided step evaluates the network twice: what is compared has as many
-evaluations (NFE). Killed, the same command goes on; without torchrun it runs on one process. Of some samplers alone,
-what the output holds of the others stays.
+evaluations (NFE). Killed, the same command goes on; without torchrun it runs on one process. Of some samplers or step
+counts alone, what the output holds of the others stays.
 """
 
 import argparse
@@ -83,14 +83,20 @@ def names_with(arguments: argparse.Namespace, sampler: str) -> list[str]:
     return [name for name in arguments.names if sampler not in ("halton", "confidence") or k[name] < 1]
 
 
-def best_of(trials: list[dict], model: str, sampler: str) -> float:
-    """The sampler's number of the lowest distances of the model."""
+def steps_of(trial: dict) -> list[int]:
+    """The step counts whose distances it summed up."""
+    return sorted(map(int, trial["fid"]))
+
+
+def best_of(arguments: argparse.Namespace, trials: list[dict], model: str, sampler: str) -> float:
+    """The sampler's number of the lowest distances of the model, over the step counts of this command."""
     tried = [trial for trial in trials if (trial["model"], trial["sampler"]) == (model, sampler)]
+    tried = [trial for trial in tried if steps_of(trial) == arguments.num_steps]
     best: float = min(tried, key=lambda trial: sum(fid["pooled"] for fid in trial["fid"].values()))["value"]
     return best
 
 
-def settings_of(trials: list[dict], model: str, sampler: str, values: list) -> dict:
+def settings_of(arguments: argparse.Namespace, trials: list[dict], model: str, sampler: str, values: list) -> dict:
     """Options of a sweep for values of what the sampler varies, after the trials of those before it."""
     if sampler in SAVED:
         return {}
@@ -101,7 +107,7 @@ def settings_of(trials: list[dict], model: str, sampler: str, values: list) -> d
         return {"sampler": sampler, "temperature": values}
     settings: dict = {"sampler": "ancestral"}
     if sampler in ON_ANNEALED:
-        settings["temperature"] = [(1.0, best_of(trials, model, "annealed"))]
+        settings["temperature"] = [(1.0, best_of(arguments, trials, model, "annealed"))]
     return settings | {VARIED.get(sampler, "temperature"): pairs if sampler == "annealed" else values}
 
 
@@ -114,9 +120,15 @@ def folder_of(arguments: argparse.Namespace, model: str, sampler: str, value: fl
     return str(arguments.models / "pipelines" / model)
 
 
+def output_of(arguments: argparse.Namespace, folder: str) -> Path:
+    """Where the sweep over the step counts of this command goes."""
+    path: Path = arguments.folder / "-".join([folder, *map(str, arguments.num_steps)])
+    return path
+
+
 def cells(arguments: argparse.Namespace, folder: str, pipelines: dict[str, str], **changes) -> list[dict]:
     """A sweep over the pipelines, and its results."""
-    output = arguments.folder / folder
+    output = output_of(arguments, folder)
     usual = {
         "extractor": str(arguments.models / "extractor"),
         "num_steps": arguments.num_steps,
@@ -139,7 +151,7 @@ def trials_of(arguments: argparse.Namespace, trials: list[dict], model: str, sam
     if sampler in SAVED:
         named = {f"{model}-{SAVED[sampler]}{value}": value for value in values}
     folders = {name: folder_of(arguments, model, sampler, value or 0.0) for name, value in named.items()}
-    settings = TRIAL | settings_of(trials, model, sampler, values)
+    settings = TRIAL | settings_of(arguments, trials, model, sampler, values)
     table: dict[float, dict] = {}
     for cell in cells(arguments, f"trials/{model}-{sampler}", folders, **settings):
         value = named[cell["pipeline"]]
@@ -153,14 +165,13 @@ def trials_of(arguments: argparse.Namespace, trials: list[dict], model: str, sam
 
 def measured(arguments: argparse.Namespace, trials: list[dict], model: str, sampler: str) -> list[dict]:
     """Results of a model with a sampler as its trials tuned it, an entry a step count; numbers by seed."""
-    value = best_of(trials, model, sampler)
+    value = best_of(arguments, trials, model, sampler)
     reference = str(arguments.models / "reference")
     final = {"num_samples": 5000, "seeds": SEEDS, "classifier": arguments.classifier, "reference": reference}
     name = f"{model}-{sampler}" if sampler in SAVED else model
     folder = folder_of(arguments, model, sampler, value)
-    found = cells(
-        arguments, f"final/{model}-{sampler}", {name: folder}, **final, **settings_of(trials, model, sampler, [value])
-    )
+    settings = settings_of(arguments, trials, model, sampler, [value])
+    found = cells(arguments, f"final/{model}-{sampler}", {name: folder}, **final, **settings)
     rows = []
     for steps in arguments.num_steps:
         own = [cell for cell in found if cell["num_steps"] == steps]
@@ -213,7 +224,7 @@ def against_baseline(results: list[dict]) -> list[dict]:
 
 def shared_protocol(arguments: argparse.Namespace, sampler: str) -> dict:
     """What all sweeps of results have in common, and the weights of the models, from those of one sampler."""
-    folders = {name: arguments.folder / "final" / f"{name}-{sampler}" for name in names_with(arguments, sampler)}
+    folders = {name: output_of(arguments, f"final/{name}-{sampler}") for name in names_with(arguments, sampler)}
     protocols = {name: json.loads((folder / "fid.json").read_text())["protocol"] for name, folder in folders.items()}
     first = protocols[arguments.names[0]]
     shared = {name: value for name, value in first.items() if name not in ("pipelines", "sampler")}
@@ -222,18 +233,21 @@ def shared_protocol(arguments: argparse.Namespace, sampler: str) -> dict:
 
 
 def kept_of_others(arguments: argparse.Namespace) -> dict:
-    """What the output holds of the samplers that are not measured now."""
-    if set(arguments.samplers) == set(VALUES) or not arguments.output.is_file():
+    """What the output holds of the samplers and step counts that are not measured now."""
+    if not arguments.output.is_file():
         return {"trials": [], "results": []}
     content: dict = json.loads(arguments.output.read_text())
-    for part in ("trials", "results"):
-        content[part] = [row for row in content[part] if row["sampler"] not in arguments.samplers]
+    samplers, steps = arguments.samplers, arguments.num_steps
+    content["trials"] = [r for r in content["trials"] if r["sampler"] not in samplers or steps_of(r) != steps]
+    content["results"] = [r for r in content["results"] if r["sampler"] not in samplers or r["num_steps"] not in steps]
     return content
 
 
 def in_order(rows: list[dict], names: list[str]) -> list[dict]:
-    """Rows by sampler, then by model."""
-    return sorted(rows, key=lambda row: ([*VALUES].index(row["sampler"]), names.index(row["model"])))
+    """Rows by sampler, then by model, then by step count."""
+    steps = [row.get("num_steps") or min(steps_of(row)) for row in rows]
+    places = [([*VALUES].index(row["sampler"]), names.index(row["model"]), of) for row, of in zip(rows, steps)]
+    return [row for _, row in sorted(zip(places, rows), key=lambda pair: pair[0])]
 
 
 def main() -> None:
@@ -256,11 +270,15 @@ def main() -> None:
     if arguments.names[0] not in names_with(arguments, "halton"):
         parser.error(f"--names {arguments.names[0]}: the baseline comes first and needs masks, k < 1")
     arguments.dtype = arguments.dtype or fast_dtype(best_device())
+    arguments.num_steps = sorted(set(arguments.num_steps))
     kept = kept_of_others(arguments)
+    for trial in kept["trials"]:
+        if trial["sampler"] in arguments.samplers and {*steps_of(trial)} & {*arguments.num_steps}:
+            parser.error(f"--num_steps: {trial['sampler']} was tuned over {steps_of(trial)} in {arguments.output}")
     if not {row["model"] for row in kept["results"]} <= set(arguments.names):
         parser.error(f"--output {arguments.output}: it holds models beside --names; name all of them, or another file")
     trials, results = kept["trials"], kept["results"]
-    tuned = {row["sampler"] for row in trials} | set(arguments.samplers)
+    tuned = {row["sampler"] for row in trials if steps_of(row) == arguments.num_steps} | set(arguments.samplers)
     if "annealed" not in tuned and (on_annealed := sorted({*arguments.samplers} & {*ON_ANNEALED})):
         parser.error(f"--samplers {' '.join(on_annealed)}: takes the temperature of annealed; name that too")
     for sampler in [sampler for sampler in VALUES if sampler in arguments.samplers]:
@@ -268,7 +286,7 @@ def main() -> None:
             trials += trials_of(arguments, trials, model, sampler)
             results += measured(arguments, trials, model, sampler)
         shared = shared_protocol(arguments, sampler)
-        if "models" in kept and any(kept[part] != kept[part] | shared[part] for part in ("protocol", "models")):
+        if kept["results"] and any(kept[part] != kept[part] | shared[part] for part in ("protocol", "models")):
             raise SystemExit(f"{arguments.output} was measured otherwise (protocol, models); name another --output")
     trials, results = in_order(trials, arguments.names), in_order(results, arguments.names)
     if rank_and_world()[0] == 0:

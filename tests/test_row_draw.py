@@ -17,7 +17,7 @@ def draw(request, monkeypatch):
     """`draw_rows` in torch, as a kernel of one block, and as one of several."""
     if request.param == "torch":
         monkeypatch.setattr(row_draw, "FAST", {})
-        monkeypatch.setattr(row_draw, "BLOCK_ELEMENTS", {"cpu": 1000})
+        monkeypatch.setattr(row_draw, "BLOCK_ELEMENTS_CPU", 1000)
         return row_draw.draw_rows
     from xdlm_image.schedulers import row_draw_triton
 

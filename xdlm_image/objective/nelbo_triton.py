@@ -19,6 +19,8 @@ from .row_scalars import Rows, RowScalars
 
 ROW_IN_REGISTERS = 4096  # widest row that forward reads once; wider ones leave a multiprocessor registers for one
 BLOCK = 1024  # of wider rows, and of the backward pass
+LOGITS_A_THREAD = 16  # of a block that holds the row
+LOGITS_A_THREAD_OF_BLOCKS = 8  # of others, as sums of each are carried along
 ROW_BYTES_IN_CACHE = 1 << 15  # of a row; 8 on each of 132 multiprocessors leave room in the 50 MB of an H100
 FOUR_FIT = tl.constexpr(1e9)  # c below which the product of four 1 + c p_j, whose p_j sum to 1 at most, is finite
 TINY = tl.constexpr(TINY_NUMBER)
@@ -92,8 +94,8 @@ def self_check(device: torch.device, dtype: torch.dtype) -> None:
 
 
 def _warps(block: int, width: int) -> int:
-    """16 logits a thread where a block holds the row, else 8, as sums of each are carried along; 32 threads a warp."""
-    return max(1, block // (512 if block >= width else 256))
+    """Of 32 threads each."""
+    return max(1, block // (32 * (LOGITS_A_THREAD if block >= width else LOGITS_A_THREAD_OF_BLOCKS)))
 
 
 @triton.jit

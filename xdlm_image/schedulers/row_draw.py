@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 
 COLUMNS = 64  # the CDF is summed over so many columns at once, and looked into only where the draw falls
-BLOCK_ELEMENTS = {"cpu": 1 << 18}  # logits a block of rows: 1 MiB of float32 stays in a core's cache
+BLOCK_ELEMENTS_CPU = 1 << 18  # logits a block of rows: 1 MiB of float32 stays in a core's cache
 BLOCK_ELEMENTS_DEVICE = 1 << 26
 Drawn = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 FAST: dict[str, Callable[..., Drawn]] = {}  # kind of device -> a kernel in our place
@@ -47,9 +47,9 @@ def draw_rows(
     if logits.device.type in FAST and logits.dtype != torch.float64:
         return FAST[logits.device.type](logits, wanted, z, v, temperature, excluded)
     drawn, p_z = z.clone(), torch.zeros_like(v)
-    step = max(1, BLOCK_ELEMENTS.get(logits.device.type, BLOCK_ELEMENTS_DEVICE) // logits.shape[-1])
+    elements = BLOCK_ELEMENTS_CPU if logits.device.type == "cpu" else BLOCK_ELEMENTS_DEVICE
     finite = torch.ones((), dtype=torch.bool, device=logits.device)
-    for rows in wanted.nonzero()[:, 0].split(step):
+    for rows in wanted.nonzero()[:, 0].split(max(1, elements // logits.shape[-1])):
         weights = logits.index_select(0, rows).float()  # (r, V)
         if temperature != 1.0:
             weights /= temperature

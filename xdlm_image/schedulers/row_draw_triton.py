@@ -14,6 +14,7 @@ from .row_draw import COLUMNS
 
 ROW_IN_REGISTERS = 16384  # widest row that is read once
 BLOCK = 4096  # of wider rows
+LOGITS_A_THREAD = 16  # of a block, which 32 warps of 32 threads share at most
 UNALIGNED_BLOCK = 2048  # in the place of both where rows are not aligned: each logit then takes more registers
 BELOW_ONE = tl.constexpr(1.0 - 2.0**-53)
 
@@ -41,7 +42,8 @@ def draw_rows(
             _draw_kernel[(count,)](
                 logits, logits.stride(0), wanted, z.contiguous(), v.to(torch.float64).contiguous(), drawn, p_z, totals,
                 width, excluded, 1.0 / float(temperature),
-                ONE_BLOCK=block >= width, BLOCK=block, GROUP=COLUMNS, num_warps=min(32, max(1, block // 512)),
+                ONE_BLOCK=block >= width, BLOCK=block, GROUP=COLUMNS,
+                num_warps=min(32, max(1, block // (32 * LOGITS_A_THREAD))),
             )  # fmt: skip
     return drawn, p_z.to(v.dtype), torch.isfinite(totals).all()
 
