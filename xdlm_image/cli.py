@@ -52,6 +52,11 @@ VERBS: dict[str, tuple[type, str, str]] = {
         "xdlm_image.evaluation.grids:sample",
         "Draw a class-conditional grid, and each image if asked.",
     ),
+    "app": (
+        recipes.AppRecipe,
+        "xdlm_image.app:app",
+        "Draw on a page in the browser: classes, steps, temperature, guidance, a picture to begin at or paint over.",
+    ),
     "reference": (
         recipes.ReferenceRecipe,
         "xdlm_image.evaluation.references:reference",
@@ -101,7 +106,7 @@ VERBS: dict[str, tuple[type, str, str]] = {
 
 BY_CHECKPOINT = ("train-extractor", "train-tokenizer", "train")
 # verbs that keep nothing of what was not finished
-AT_ONCE = ("sample", "neighbours", "export", "convert-llamagen", "convert-taming", "convert-xdlm")
+AT_ONCE = ("sample", "app", "neighbours", "export", "convert-llamagen", "convert-taming", "convert-xdlm")
 KINDS = {"float": "a finite number", "int": "a whole number", "bool": "true or false", "str": "a text"}
 SHARING = ("train-tokenizer", "encode", "train", "evaluate", "nelbo")  # verbs that share their work over processes
 

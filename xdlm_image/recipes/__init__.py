@@ -9,12 +9,13 @@ from .conversion import ConversionRecipe, ConvertXDLMRecipe
 from .data import WHERE_IMAGES_ARE, DataOptions, EncodeRecipe
 from .nelbo import NelboRecipe
 from .publishing import ExportRecipe
-from .sampling import DemoRecipe, EvaluateRecipe, NeighboursRecipe, ReferenceRecipe, SampleRecipe
+from .sampling import AppRecipe, DemoRecipe, EvaluateRecipe, NeighboursRecipe, ReferenceRecipe, SampleRecipe
 from .tokenizer import ExtractorRecipe, TokenizerModelOptions, TokenizerRecipe
 from .training import ProcessOptions, TrainRecipe, TransformerOptions
 
 __all__ = [
     "WHERE_IMAGES_ARE",
+    "AppRecipe",
     "ConversionRecipe",
     "ConvertXDLMRecipe",
     "DataOptions",

@@ -1,4 +1,4 @@
-"""Recipes of what draws and judges images: the verbs `sample`, `neighbours`, `reference`, `evaluate` and `demo`."""
+"""Recipes of what draws and judges images: the verbs `sample`, `app`, `neighbours`, `reference`, `evaluate`, `demo`."""
 
 from __future__ import annotations
 
@@ -342,3 +342,26 @@ class DemoRecipe:
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "batch_size")
+
+
+@dataclass
+class AppRecipe:
+    """Serve a page in the browser on which pipelines draw, begin at a picture, and paint parts of one anew.
+
+    Attributes:
+        pipelines: Name of each pipeline on the page -> its folder; none takes the checkout's shipped models.
+        host: Address that is listened at. The default is reached from this machine alone; at `0.0.0.0` anyone who
+            reaches the machine can draw.
+        port: Its port; None takes the first free one from 7860 on.
+        open_browser: Show the page at once.
+        device: torch device; None picks the best there is.
+    """
+
+    pipelines: dict[str, str] = field(default_factory=dict)
+    host: str = "127.0.0.1"
+    port: int | None = None
+    open_browser: bool = False
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        require(self.port is None or 0 < self.port < 65536, "port", self.port, "from 1 to 65535")
