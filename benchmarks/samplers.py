@@ -8,9 +8,9 @@ choice temperature; for psi kappa; for psi-annealed, with kappa = 0, what anneal
 the scale; for guided-annealed, with the temperature of annealed as tuned, the scale; for grid and annealed-grid, with
 that temperature too, one of three time grids): on 1,000 images of a seed of their own, against the validation images.
 The lowest sum of pooled FID over the step counts wins, one number for all of them, and is measured on 5,000 images of
-three other seeds, against the test images. A guided step evaluates the network twice: what is compared has as many
-evaluations (NFE). Killed, the same command goes on; without torchrun it runs on one process. Of some samplers or step
-counts alone, what the output holds of the others stays.
+three other seeds, against the test images; the lowest trial at an NFE chooses a sampler for each model. A guided step
+evaluates the network twice: what is compared has as many evaluations (NFE). Killed, the same command goes on; without
+torchrun it runs on one process. Of some samplers or step counts alone, what the output holds of the others stays.
 """
 
 import argparse
@@ -201,6 +201,33 @@ def against_plain(results: list[dict]) -> list[dict]:
     return [compared(row, base, layer) for row, base in found if base is not None for layer in row["fid"]]
 
 
+def chosen(trials: list[dict], results: list[dict]) -> list[dict]:
+    """The sampler of the lowest distance in its trial, for each model and NFE; and every model against the first with
+    what was chosen for each, paired by seed."""
+    rows: list[dict] = []
+    for nfe in sorted({row["nfe"] for row in results}):
+        for model in dict.fromkeys(row["model"] for row in results):
+            here = [row for row in results if (row["model"], row["nfe"]) == (model, nfe)]
+            if not here:
+                continue
+            best = min(here, key=lambda row: trial_of(trials, row)["pooled"])
+            entry = {name: best[name] for name in ("model", "nfe", "sampler", "value", "num_steps", "fid", "recall")}
+            base = next((row for row in rows if row["nfe"] == nfe), entry)
+            of = [a - b for a, b in zip(entry["fid"]["pooled"], base["fid"]["pooled"])]
+            rows.append(
+                entry | {"trial": trial_of(trials, best)["pooled"], "differences": of, "interval": interval(of)}
+            )
+    return rows
+
+
+def trial_of(trials: list[dict], row: dict) -> dict:
+    """FID by layer of the trial that chose the row's value, at its step count."""
+    name, steps = tuple(row[key] for key in ("model", "sampler", "value")), str(row["num_steps"])
+    own = [trial["fid"] for trial in trials if (trial["model"], trial["sampler"], trial["value"]) == name]
+    found: dict = next(fid[steps] for fid in own if steps in fid)
+    return found
+
+
 def compared(row: dict, base: dict, layer: str) -> dict:
     values = [a - b for a, b in zip(row["fid"][layer], base["fid"][layer])]
     names = {name: row[name] for name in ("model", "sampler", "nfe")} | {"layer": layer}
@@ -297,6 +324,7 @@ def main() -> None:
             "differences": against_baseline(results),
             "against_lowest": against_lowest(results),
             "against_plain": against_plain(results),
+            "chosen": chosen(trials, results),
         }
         write_json(arguments.output, content)
         show(content, arguments.names[0])
@@ -313,6 +341,11 @@ def show(content: dict, baseline: str) -> None:
         low, high = row["interval"]
         place = f"{row['sampler']:15} {row['num_steps']} steps {row['layer']:8}"
         print(f"{place} {row['model']} - {baseline} {row['mean']:+.3f} [{low:+.3f}, {high:+.3f}]")
+    for row in content["chosen"]:
+        low, high = row["interval"]
+        place = f"{row['nfe']:3} NFE {row['model']:9} {row['sampler']:15} {row['value']:4}"
+        mean, spread = statistics.mean(row["fid"]["pooled"]), statistics.stdev(row["fid"]["pooled"])
+        print(f"{place} {mean:.2f} ± {spread:.2f}, minus {baseline}'s [{low:+.3f}, {high:+.3f}]")
     for row in content["against_lowest"] + content["against_plain"]:
         low, high = row["interval"]
         place = f"{row['model']:9} {row['sampler']:15} {row['nfe']:3} NFE {row['layer']:8}"

@@ -39,30 +39,42 @@ def test_table_of_tuned_samplers_is_of_its_benchmark():
     results = json.loads((ROOT / "benchmarks/samplers.json").read_text())["results"]
     samplers = {
         "plain ancestral": "plain",
+        "time grid": "grid",
         "Psi": "psi",
         "temperature": "ancestral",
         "temperature annealed": "annealed",
+        "temperature annealed, time grid": "annealed-grid",
         "Psi and temperature annealed": "psi-annealed",
         "Halton order, temperature": "halton",
         "confidence order": "confidence",
-        "guidance, 8 / 16 evaluations": "guided",
-        "guidance and annealing, 8 / 16 evaluations": "guided-annealed",
+        "guidance": "guided",
+        "guidance and annealing": "guided-annealed",
     }
-    told = {name: cells for name, *cells in table_of("docs/few_steps.md", "Fréchet distance at 4 / 8 steps")}
+    told = {name: cells for name, *cells in table_of("docs/few_steps.md", "Fréchet distance at 4 / 8 / 16 evaluations")}
     assert set(told) == {*samplers}
     for name, sampler in samplers.items():
         for model, text in zip(("mdlm", "xdlm-0.1", "udlm"), told[name], strict=True):
-            own = [row for row in results if (row["model"], row["sampler"]) == (model, sampler)]
-            means = [statistics.mean(r["fid"]["pooled"]) for r in sorted(own, key=lambda row: row["num_steps"])]
-            assert text == (" / ".join(f"{mean:.2f}" for mean in means) or "no masks"), (name, model)
+            own = {row["nfe"]: row for row in results if (row["model"], row["sampler"]) == (model, sampler)}
+            means = [f"{statistics.mean(own[nfe]['fid']['pooled']):.2f}" if nfe in own else "–" for nfe in (4, 8, 16)]
+            assert text == (" / ".join(means) if own else "no masks"), (name, model)
+
+
+def test_table_of_chosen_samplers_is_of_its_benchmark():
+    content = json.loads((ROOT / "benchmarks/samplers.json").read_text())
+    header = "distance (and recall), the sampler chosen for each"
+    for model, (_, *told) in zip(("mdlm", "xdlm-0.1", "udlm"), table_of("README.md", header), strict=True):
+        for nfe, text in zip((4, 8, 16), told, strict=True):
+            row = next(row for row in content["chosen"] if (row["model"], row["nfe"]) == (model, nfe))
+            mean, spread = (of(row["fid"]["pooled"]) for of in (statistics.mean, statistics.stdev))
+            assert text == f"{mean:.2f} ± {spread:.2f} ({100 * statistics.mean(row['recall']):.0f} %)", (model, nfe)
 
 
 def test_comparisons_of_samplers_follow_from_their_results(monkeypatch):
     monkeypatch.syspath_prepend(FEW_STEPS.parent)
     samplers = importlib.import_module("samplers")
     content = json.loads((ROOT / "benchmarks/samplers.json").read_text())
-    to_come = {"grid", "annealed-grid"}
-    assert {row["sampler"] for row in content["results"]} == {*samplers.VALUES} - to_come
+    assert {row["sampler"] for row in content["results"]} == {*samplers.VALUES}
+    assert json.loads(json.dumps(samplers.chosen(content["trials"], content["results"]))) == content["chosen"]
     for part, compare in (
         ("differences", samplers.against_baseline),
         ("against_lowest", samplers.against_lowest),
