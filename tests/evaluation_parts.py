@@ -55,7 +55,7 @@ def extractor_recipe(data: DataOptions, output: Path, **changes) -> ExtractorRec
     return dataclasses.replace(recipe, **changes)
 
 
-def save_pipeline(folder: Path, k: float = 0.1, seed: int = 0, channels: int = 3, num_classes: int = 3) -> Path:
+def save_pipeline(folder: Path, k: float = 0.1, seed: int = 0, channels: int = 3, num_classes: int | None = 3) -> Path:
     """A pipeline of random weights (the transformer's zero-initialised ones too) for 16x16 images on 4x4 codes."""
     torch.manual_seed(seed)
     transformer = XDLMTransformer2DModel(

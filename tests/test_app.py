@@ -1,23 +1,41 @@
 """The page in the browser: what its buttons do, as a browser asks for it, and against the command line."""
 
 import shlex
+import signal
+import socket
+import subprocess
 import sys
+import threading
+import urllib.error
+import urllib.request
 
 import numpy as np
 import pytest
+import torch
 from evaluation_parts import save_pipeline
 from gradio_client import Client
 from PIL import Image, ImageSequence
 
-from xdlm_image import app
+from xdlm_image.app import asked as asking
+from xdlm_image.app.asked import Asked, enlarged, picture_and_mask
+from xdlm_image.app.page import Work, page, what_suits
+from xdlm_image.app.serving import refuse_unheard
 from xdlm_image.cli import main
 from xdlm_image.evaluation.drawing import open_pipeline
 
 
+def opened(folder):
+    return str(folder), open_pipeline(folder, torch.device("cpu"))
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    folder = save_pipeline(tmp_path_factory.mktemp("pipeline") / "p")
-    return {"small": (str(folder), open_pipeline(folder, app.best_device("cpu")))}
+    folder = tmp_path_factory.mktemp("pipelines")
+    return {
+        "small": opened(save_pipeline(folder / "p")),
+        "plain": opened(save_pipeline(folder / "q", num_classes=None)),
+        "many": opened(save_pipeline(folder / "r", num_classes=20)),
+    }
 
 
 def values(**changes):
@@ -42,26 +60,9 @@ def values(**changes):
 
 
 def drawn(models, **changes):
+    call = Asked.of(models, *values(**changes))
     done = []
-    images, *told = app.draw_images(models, *values(**changes), progress=lambda at, unit: done.append(at))
-    return images, *told, done
-
-
-@pytest.mark.parametrize("changes", [{}, {"classes": [], "early": 1, "late": 2, "grid": "cosine", "sampler": "psi"}])
-def test_the_command_that_is_told_draws_the_same_images(models, tmp_path, changes, monkeypatch):
-    images, captions, cost, command, done = drawn(models, **changes)
-    assert done == [(1, 3), (2, 3), (3, 3)]
-    monkeypatch.chdir(tmp_path)
-    assert main([*shlex.split(command)[1:], "--images_dir", "drawn"]) == 0
-    files = sorted((tmp_path / "drawn").glob("*/*.png"), key=lambda path: path.stem)
-    assert len(files) == len(images) == len(captions) == (4 if "classes" not in changes else 2 * models_classes(models))
-    for file, image in zip(files, images):
-        assert np.abs(np.asarray(Image.open(file)).astype(int) - np.asarray(image).astype(int)).max() <= 1
-    assert cost.startswith(f"{len(images)} images, {5 if changes else 3} evaluations")
-
-
-def models_classes(models):
-    return models["small"][1].transformer.config.num_classes
+    return call, call.draw(lambda at, unit: done.append(at)), done
 
 
 def picture(models, colour=(200, 200, 200, 255)):
@@ -69,35 +70,70 @@ def picture(models, colour=(200, 200, 200, 255)):
     return Image.new("RGBA", (3 * width, 3 * height), colour)
 
 
-def test_what_is_not_painted_over_is_kept(models):
-    background = picture(models)
+def painted_left(background):
     layer = Image.new("RGBA", background.size, (0, 0, 0, 0))
     layer.paste((255, 0, 0, 255), (0, 0, background.width // 2, background.height))
-    editor = {"background": background, "layers": [layer], "composite": background}
-    images, _, _, command, _ = drawn(models, editor=editor)
-    pixels = np.asarray(images[0].convert("L"))
+    return {"background": background, "layers": [layer], "composite": background}
+
+
+@pytest.mark.parametrize(
+    ("changes", "count", "evaluations"),
+    [
+        ({}, 4, 3),
+        ({"classes": [], "early": 1, "late": 2, "grid": "cosine", "sampler": "psi"}, 6, 5),
+        ({"name": "plain", "classes": []}, 2, 3),
+        ({"name": "many", "classes": [], "per_class": 16, "steps": 1}, 64, 1),
+        ({"editor": "painted"}, 4, 3),
+        ({"editor": "bare", "strength": 0.5}, 4, 3),
+    ],
+)
+def test_the_command_that_is_told_draws_the_same_images(models, tmp_path, monkeypatch, changes, count, evaluations):
+    if "editor" in changes:
+        editor = painted_left(picture(models))
+        changes = changes | {"editor": editor if changes["editor"] == "painted" else editor | {"layers": []}}
+    call, images, done = drawn(models, **changes)
+    steps = changes.get("steps", 3)
+    assert done == [(i + 1, steps) for i in range(steps)]
+    monkeypatch.chdir(tmp_path)
+    call.save_start(tmp_path)
+    assert main([*shlex.split(call.command())[1:], "--images_dir", "drawn"]) == 0
+    files = sorted((tmp_path / "drawn").glob("*/*.png"), key=lambda path: path.stem)
+    assert len(files) == len(images) == len(call.captions()) == count
+    for file, image in zip(files, images):
+        assert np.abs(np.asarray(Image.open(file)).astype(int) - np.asarray(image).astype(int)).max() <= 1
+    assert call.cost().startswith(f"{count} images, {evaluations} evaluations")
+
+
+def test_what_is_not_painted_over_is_kept(models):
+    editor = painted_left(picture(models))
+    pixels = np.asarray(drawn(models, editor=editor)[1][0].convert("L"))
     half = pixels.shape[1] // 2
     assert (pixels[:, half:] == 200).all() and not (pixels[:, :half] == 200).all()
-    assert "--image PICTURE.png" in command and "--mask MASK.png" in command
-    unpainted, *_, command, _ = drawn(models, editor=editor | {"layers": []})
-    assert not (np.asarray(unpainted[0].convert("L"))[:, half:] == 200).all()
-    assert "--image PICTURE.png" in command and "--mask" not in command
-
-
-@pytest.mark.parametrize("background", [None, (0, 0, 0, 0)])
-def test_an_empty_canvas_is_no_picture(models, background):
-    canvas = background and picture(models, background)
-    assert app.picture_and_mask({"background": canvas, "layers": [], "composite": None}) == (None, None)
+    pixels = np.asarray(drawn(models, editor=editor | {"layers": []})[1][0].convert("L"))
+    assert not (pixels[:, half:] == 200).all()
 
 
 def test_a_transparent_picture_lies_on_white(models):
-    image, mask = app.picture_and_mask({"background": picture(models, (0, 0, 0, 51)), "layers": [], "composite": None})
+    image, mask = picture_and_mask({"background": picture(models, (0, 0, 0, 51)), "layers": [], "composite": None})
     assert image.getpixel((0, 0)) == (204, 204, 204) and mask is None
+    assert picture_and_mask({"background": None, "layers": [], "composite": None}) == (None, None)
+
+
+@pytest.mark.parametrize("colour", [(0, 0, 0, 0), (255, 255, 255, 255)])
+def test_an_empty_picture_is_refused(models, colour):
+    with pytest.raises(ValueError, match="the picture to begin at is empty"):
+        drawn(models, editor=painted_left(picture(models, colour)))
+
+
+def test_a_picture_of_too_many_pixels_is_refused(models, monkeypatch):
+    monkeypatch.setattr(asking.Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(ValueError, match="upload a smaller one"):
+        drawn(models, editor=painted_left(picture(models)))
 
 
 def test_small_images_are_enlarged_for_the_brush():
-    assert app.enlarged(Image.new("L", (28, 28))).size == (448, 448)
-    assert app.enlarged(Image.new("L", (512, 512))).size == (512, 512)
+    assert enlarged(Image.new("L", (28, 28))).size == (448, 448)
+    assert enlarged(Image.new("L", (512, 512))).size == (512, 512)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +141,10 @@ def test_small_images_are_enlarged_for_the_brush():
     [
         ({"per_class": 16, "classes": [0, 1, 2, 0, 1]}, "80 images: at most 64"),
         ({"seed": 1 << 14}, "seed=16384"),
+        ({"seed": 1.5}, r"seed=1\.5"),
+        ({"seed": None}, "seed=None"),
         ({"hot": 0.0, "cold": 0.0}, "temperature=0.0"),
+        ({"name": "plain", "classes": [], "late": 2}, "an unconditional model"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused(models, changes, message):
@@ -113,30 +152,107 @@ def test_what_cannot_be_drawn_is_refused(models, changes, message):
         drawn(models, **changes)
 
 
+def test_the_page_shows_what_a_pipeline_has(models):
+    classes, guidance, _ = what_suits(models["plain"][1])
+    assert classes["choices"] == [] and not classes["visible"] and not guidance["visible"]
+    twice = open_pipeline(models["small"][0], torch.device("cpu"))
+    twice.register_to_config(id2label={0: "crane, bird", 1: "crane, machine", 2: "cat, pet"})
+    classes, guidance, _ = what_suits(twice)
+    assert [name for name, _ in classes["choices"]] == ["crane, bird", "crane, machine", "cat"] and guidance["visible"]
+
+
 def test_a_browser_gets_images_a_film_and_errors(models, tmp_path):
-    served = app.page(models)
-    _, url, _ = served.launch(prevent_thread_lock=True, quiet=True)
+    served = page(models, Work())
+    _, url, _ = served.launch(prevent_thread_lock=True, quiet=True, share=False)
     try:
         client = Client(url, verbose=False, download_files=tmp_path)
+        call, expected, _ = drawn(models)
         given = values(editor={"background": None, "layers": [], "composite": None})
-        images, cost, command, _ = client.predict(*given, api_name="/draw")
-        assert [entry["caption"] for entry in images] == drawn(models)[1] and cost.startswith("4 images")
-        for entry, image in zip(images, drawn(models)[0]):
-            assert entry["image"].endswith(".png")
-            assert (np.asarray(Image.open(entry["image"]).convert("RGB")) == np.asarray(image.convert("RGB"))).all()
-        film = client.predict(*given, api_name="/film")
-        film = film["value"] if isinstance(film, dict) else film
-        assert len([*ImageSequence.Iterator(Image.open(film))]) == 4  # three steps, and what they begin with
-        with pytest.raises(Exception, match="seed=16384"):
-            client.predict(*values(seed=1 << 14), api_name="/draw")
+        for name, filmed in (("/draw", False), ("/film", True)):
+            images, cost, command, _, film = client.predict(*given, api_name=name)
+            assert [entry["caption"] for entry in images] == call.captions()
+            assert (cost, command) == (call.cost(), call.command())
+            for entry, image in zip(images, expected, strict=True):
+                assert entry["image"].endswith(".png")
+                shown = Image.open(entry["image"]).convert("RGB")
+                assert (np.asarray(shown) == np.asarray(image.convert("RGB"))).all()
+            assert film["visible"] == filmed
+        assert len([*ImageSequence.Iterator(Image.open(film["value"]))]) == 4  # three steps, and what they begin with
+        with pytest.raises(Exception, match="seed=1.5"):
+            client.predict(*values(seed=1.5), api_name="/draw")
+        request = urllib.request.Request(
+            f"{url}gradio_api/run/draw", b'{"data": []}', {"Content-Type": "application/json"}
+        )
+        with pytest.raises(urllib.error.HTTPError, match="404"):  # beside the queue, calls would meet
+            urllib.request.urlopen(request)
     finally:
-        served.close()
+        served.close(verbose=False)
+
+
+def test_a_page_that_is_closed_ends_what_is_drawn(models):
+    work = Work()
+    pipeline = open_pipeline(models["small"][0], torch.device("cpu"))
+    page({"small": ("", pipeline)}, work)
+    began, ended = threading.Event(), []
+
+    def draw():
+        with work:
+            try:
+                Asked.of({"small": ("", pipeline)}, *values(steps=64)).draw(lambda at, unit: wait_for_stop())
+            except RuntimeError as error:
+                ended.append(str(error))
+
+    def wait_for_stop():
+        began.set()
+        threading.Event().wait(0.02)
+
+    thread = threading.Thread(target=draw)
+    thread.start()
+    assert began.wait(30)
+    work.stop()
+    assert ended == ["the page is being closed"]
+    thread.join()
+
+
+@pytest.mark.parametrize(("number", "status", "word"), [("SIGINT", 130, "interrupted"), ("SIGTERM", 143, "terminated")])
+def test_the_command_ends_when_it_is_told_to(models, number, status, word):
+    command = [sys.executable, "-m", "xdlm_image.cli", "app", "--pipelines", f"{{small: {models['small'][0]}}}"]
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        url = running.stdout.readline().split()[0]
+        assert b"xdlm_image" in urllib.request.urlopen(url).read()
+        running.send_signal(getattr(signal, number))
+        _, told = running.communicate(timeout=60)
+    finally:
+        running.kill()
+    assert running.returncode == status and f"xdlm-image app: {word}" in told
+
+
+def test_a_port_that_is_taken_is_told_before_anything_is_loaded(capsys):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        assert main(["app", "--pipelines", "{mine: nowhere}", "--port", str(port)]) == 2
+    assert f"port={port}: cannot be listened at" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("host", ["nonsense.invalid", "http://127.0.0.1", "::1"])
+def test_hosts_that_are_none_are_refused(host):
+    with pytest.raises(ValueError, match="no IPv4 address"):
+        refuse_unheard(host, None)
 
 
 def test_without_gradio_the_command_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "gradio", None)
     assert main(["app"]) == 2
     assert "pip install 'xdlm-image[app]'" in capsys.readouterr().err
+
+
+def test_without_a_checkout_the_error_names_the_option_there_is(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("xdlm_image.evaluation.demo.__file__", str(tmp_path / "a" / "b" / "c.py"))
+    assert main(["app"]) == 2
+    assert "--pipelines '{mine: " in capsys.readouterr().err
 
 
 def test_an_impossible_port_is_refused(capsys):

@@ -54,7 +54,7 @@ VERBS: dict[str, tuple[type, str, str]] = {
     ),
     "app": (
         recipes.AppRecipe,
-        "xdlm_image.app:app",
+        "xdlm_image.app.serving:app",
         "Draw on a page in the browser: classes, steps, temperature, guidance, a picture to begin at or paint over.",
     ),
     "reference": (

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from xdlm_image.data.images import to_uint8
@@ -24,7 +25,7 @@ from xdlm_image.evaluation.drawn_codes import DrawnCodes
 from xdlm_image.evaluation.foreign_pipelines import ForeignPipeline, is_foreign
 from xdlm_image.evaluation.sampler_settings import SamplerSettings, call_arguments, with_scheduler
 from xdlm_image.hub.ids import fetch_hint
-from xdlm_image.pipelines import XDLMPipeline
+from xdlm_image.pipelines import XDLMImg2ImgPipeline, XDLMInpaintPipeline, XDLMPipeline
 from xdlm_image.ranks import sum_over_ranks
 from xdlm_image.schedulers import XDLMScheduler
 from xdlm_image.weights import weights_hash
@@ -77,6 +78,21 @@ def open_any_pipeline(
 ) -> XDLMPipeline | ForeignPipeline:
     """`open_pipeline`, or another class-conditional diffusers pipeline, of which `dtype` is the whole's."""
     return (ForeignPipeline if is_foreign(folder) else open_pipeline)(folder, device, argument, dtype)
+
+
+def beginning_at(
+    pipeline: XDLMPipeline, image: Image.Image, mask: Image.Image | None, strength: float | None
+) -> tuple[XDLMPipeline, dict[str, Any]]:
+    """A pipeline that shares the parts of this one and begins at a picture, or paints its mask anew; and what it takes
+    beside a pipeline's usual arguments (`SamplerSettings.start`). Strength None is its default."""
+    start: dict[str, Any] = {"image": image}
+    if mask is not None:
+        start["mask_image"] = mask
+    if strength is not None:
+        start["strength"] = strength
+    begins = (XDLMImg2ImgPipeline if mask is None else XDLMInpaintPipeline).from_pipe(pipeline)
+    begins.set_progress_bar_config(disable=True)
+    return begins, start
 
 
 def pipeline_hash(pipeline: XDLMPipeline) -> str:

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from xdlm_image.data.folders import is_hidden
 from xdlm_image.data.images import read_image
 from xdlm_image.devices import best_device
-from xdlm_image.evaluation.drawing import class_names, draw_all, folder_names, open_pipeline
+from xdlm_image.evaluation.drawing import beginning_at, class_names, draw_all, folder_names, open_pipeline
 from xdlm_image.evaluation.foreign_pipelines import ForeignPipeline
 from xdlm_image.evaluation.given_images import class_folders
 from xdlm_image.evaluation.pictures import numbered_images, numbered_names, save_images, save_picture, to_picture
@@ -23,7 +23,7 @@ from xdlm_image.evaluation.sampler_settings import SamplerSettings, check_settin
 from xdlm_image.evaluation.seeds import MAX_IMAGES
 from xdlm_image.evaluation.trace_pictures import check_trace, write_trace
 from xdlm_image.files import refuse_unwritable
-from xdlm_image.pipelines import XDLMImg2ImgPipeline, XDLMInpaintPipeline, XDLMPipeline
+from xdlm_image.pipelines import XDLMPipeline
 from xdlm_image.recipes import SampleRecipe
 
 GAP = 2  # white pixels between images
@@ -158,14 +158,11 @@ def sample(recipe: SampleRecipe) -> Path:
             what = "a folder, not a file" if Path(file).is_dir() else "no such file"
             raise FileNotFoundError(f"{name}={file!r}: {what}; name a picture")
     if recipe.image is not None:
-        start = {"image": read_image(recipe.image, pipeline.vqvae.config.in_channels)}
+        image, mask = read_image(recipe.image, pipeline.vqvae.config.in_channels), None
         if recipe.mask is not None:
             read_image(recipe.mask, 1)  # refuses files by name
-            start["mask_image"] = Image.open(recipe.mask)
-        if recipe.strength is not None:
-            start["strength"] = recipe.strength
-        pipeline = (XDLMImg2ImgPipeline if recipe.mask is None else XDLMInpaintPipeline).from_pipe(pipeline)
-        pipeline.set_progress_bar_config(disable=True)
+            mask = Image.open(recipe.mask)
+        pipeline, start = beginning_at(pipeline, image, mask, recipe.strength)
     settings = SamplerSettings(
         recipe.num_steps,
         recipe.guidance_scale,
