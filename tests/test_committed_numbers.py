@@ -156,15 +156,30 @@ def rounded(value: float, like: str) -> str:
             },
         ),
         (
-            "fused_head_cpu.json",
-            "shapes",
-            "time, V x D =",
+            "loss_cpu_avx512.json",
+            "widths",
+            "time with AVX-512, V =",
             {
-                "linear + `cross_entropy`": "linear + cross_entropy",
-                "... compiled": "linear + cross_entropy, compiled",
-                "linear + `xdlm_nelbo`": "linear + xdlm_nelbo",
-                "`xdlm_head_nelbo`": "xdlm_head_nelbo",
+                "`cross_entropy`": "cross_entropy",
+                "`cross_entropy`, compiled": "cross_entropy, compiled",
+                "the paper's, compiled": "as the paper writes it, compiled",
+                "`xdlm_nelbo`": "xdlm_nelbo",
+                "... `in_place=True`": "... in place",
             },
+        ),
+        *(
+            (
+                f"fused_head_cpu{machine}.json",
+                "shapes",
+                f"time{words}, V x D =",
+                {
+                    "linear + `cross_entropy`": "linear + cross_entropy",
+                    "... compiled": "linear + cross_entropy, compiled",
+                    "linear + `xdlm_nelbo`": "linear + xdlm_nelbo",
+                    "`xdlm_head_nelbo`": "xdlm_head_nelbo",
+                },
+            )
+            for machine, words in (("", ""), ("_avx512", " with AVX-512"))
         ),
         (
             "sampling_step_cpu.json",
