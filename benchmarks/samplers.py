@@ -5,12 +5,13 @@
 Every sampler of every model but the plain one (ancestral, temperature 1) gets six trials of its one number
 (temperature; for annealed, which is ancestral, what the temperature falls to from 1 as t goes to 0; for confidence the
 choice temperature; for psi kappa; for psi-annealed, with kappa = 0, what annealed has; for guided, which is ancestral,
-the scale; for guided-annealed, with the temperature of annealed as tuned, the scale; for grid and annealed-grid, with
-that temperature too, one of three time grids): on 1,000 images of a seed of their own, against the validation images.
-The lowest sum of pooled FID over the step counts wins, one number for all of them, and is measured on 5,000 images of
-three other seeds, against the test images; the lowest trial at an NFE chooses a sampler for each model. A guided step
-evaluates the network twice: what is compared has as many evaluations (NFE). Killed, the same command goes on; without
-torchrun it runs on one process. Of some samplers or step counts alone, what the output holds of the others stays.
+the scale; for guided-annealed, with the temperature of annealed as tuned, the scale; for grid, and for annealed-grid
+and psi-annealed-grid with the tuned temperature of what they add it to, one of three time grids): on 1,000 images of a
+seed of their own, against the validation images. The lowest sum of pooled FID over the step counts wins, one number for
+all of them, and is measured on 5,000 images of three other seeds, against the test images; the lowest trial at an NFE
+chooses a sampler for each model. A guided step evaluates the network twice: what is compared has as many evaluations
+(NFE). Killed, the same command goes on; without torchrun it runs on one process. Of some samplers or step counts alone,
+what the output holds of the others stays.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from few_steps import interval
 
 from xdlm_image import XDLMOrderedScheduler, XDLMPipeline, XDLMPsiScheduler
 from xdlm_image.devices import best_device, fast_dtype
+from xdlm_image.evaluation.drawing import open_pipeline, pipeline_hash
 from xdlm_image.evaluation.sweep import evaluate
 from xdlm_image.files import write_json
 from xdlm_image.processes import process_state
@@ -48,14 +50,20 @@ VALUES = {
     "guided-annealed": SCALES,
     "grid": sorted(TIME_GRIDS),
     "annealed-grid": sorted(TIME_GRIDS),
+    "psi-annealed-grid": sorted(TIME_GRIDS),
 }
-ON_ANNEALED = ("guided-annealed", "annealed-grid")  # take the temperature of annealed as tuned
+TEMPERATURE_OF = {  # samplers that take the temperature of another as tuned
+    "guided-annealed": "annealed",
+    "annealed-grid": "annealed",
+    "psi-annealed-grid": "psi-annealed",
+}
 SAVED = {"confidence": "ct", "psi": "kappa"}  # whose number is the scheduler's own, saved with a pipeline -> its sign
 VARIED = {  # the setting that trials of a sampler vary; of the others: temperature
     "guided": "guidance_scale",
     "guided-annealed": "guidance_scale",
     "grid": "time_grid",
     "annealed-grid": "time_grid",
+    "psi-annealed-grid": "time_grid",
 }
 METRICS = ("precision", "recall", "coverage", "class_accuracy")
 
@@ -105,15 +113,15 @@ def settings_of(arguments: argparse.Namespace, trials: list[dict], model: str, s
         return {"temperature": pairs}
     if sampler == "halton":
         return {"sampler": sampler, "temperature": values}
-    settings: dict = {"sampler": "ancestral"}
-    if sampler in ON_ANNEALED:
-        settings["temperature"] = [(1.0, best_of(arguments, trials, model, "annealed"))]
+    settings: dict = {} if sampler == "psi-annealed-grid" else {"sampler": "ancestral"}
+    if sampler in TEMPERATURE_OF:
+        settings["temperature"] = [(1.0, best_of(arguments, trials, model, TEMPERATURE_OF[sampler]))]
     return settings | {VARIED.get(sampler, "temperature"): pairs if sampler == "annealed" else values}
 
 
 def folder_of(arguments: argparse.Namespace, model: str, sampler: str, value: float) -> str:
     """The model's pipeline, as the sampler needs it."""
-    if sampler == "psi-annealed":
+    if sampler in ("psi-annealed", "psi-annealed-grid"):
         return saved_with(arguments, model, "psi", 0.0)
     if sampler in SAVED:
         return saved_with(arguments, model, sampler, value)
@@ -250,13 +258,26 @@ def against_baseline(results: list[dict]) -> list[dict]:
 
 
 def shared_protocol(arguments: argparse.Namespace, sampler: str) -> dict:
-    """What all sweeps of results have in common, and the weights of the models, from those of one sampler."""
+    """What all sweeps of results have in common, from those of one sampler."""
     folders = {name: output_of(arguments, f"final/{name}-{sampler}") for name in names_with(arguments, sampler)}
     protocols = {name: json.loads((folder / "fid.json").read_text())["protocol"] for name, folder in folders.items()}
     first = protocols[arguments.names[0]]
     shared = {name: value for name, value in first.items() if name not in ("pipelines", "sampler")}
-    weights = {name: next(iter(of["pipelines"].values()))["weights_hash"] for name, of in protocols.items()}
-    return {"protocol": shared | {"trials": TRIAL, "dtype": first["sampler"]["dtype"]}, "models": weights}
+    return shared | {"trials": TRIAL, "dtype": first["sampler"]["dtype"]}
+
+
+def hashes_of(arguments: argparse.Namespace) -> dict[str, str]:
+    """Of each model, as a sweep's protocol says them."""
+    folders = {name: arguments.models / "pipelines" / name for name in arguments.names}
+    return {name: pipeline_hash(open_pipeline(folder, best_device("cpu"))) for name, folder in folders.items()}
+
+
+def refuse_otherwise(arguments: argparse.Namespace, kept: dict, protocol: dict, models: dict[str, str]) -> None:
+    """What is kept must have been measured alike, and of the same models."""
+    for part, values in (("protocol", protocol), ("models", models)):
+        other = [name for name, value in values.items() if kept[part].get(name) != value]
+        if other:
+            raise SystemExit(f"{arguments.output}: its {part} has another {', '.join(other)}; name another --output")
 
 
 def kept_of_others(arguments: argparse.Namespace) -> dict:
@@ -301,24 +322,33 @@ def main() -> None:
     kept = kept_of_others(arguments)
     for trial in kept["trials"]:
         if trial["sampler"] in arguments.samplers and {*steps_of(trial)} & {*arguments.num_steps}:
-            parser.error(f"--num_steps: {trial['sampler']} was tuned over {steps_of(trial)} in {arguments.output}")
+            parser.error(
+                f"--num_steps {arguments.num_steps}: {arguments.output} has {trial['sampler']} tuned over "
+                f"{steps_of(trial)} together; name those, or another --output"
+            )
     if not {row["model"] for row in kept["results"]} <= set(arguments.names):
         parser.error(f"--output {arguments.output}: it holds models beside --names; name all of them, or another file")
     trials, results = kept["trials"], kept["results"]
-    tuned = {row["sampler"] for row in trials if steps_of(row) == arguments.num_steps} | set(arguments.samplers)
-    if "annealed" not in tuned and (on_annealed := sorted({*arguments.samplers} & {*ON_ANNEALED})):
-        parser.error(f"--samplers {' '.join(on_annealed)}: takes the temperature of annealed; name that too")
+    tuned = {(row["model"], row["sampler"]) for row in trials if steps_of(row) == arguments.num_steps}
+    for sampler, other in TEMPERATURE_OF.items():
+        missing = [name for name in arguments.names if (name, other) not in tuned and other not in arguments.samplers]
+        if sampler in arguments.samplers and missing:
+            parser.error(f"--samplers {sampler}: takes the temperature of {other}, which {missing[0]} lacks; name both")
+    models = hashes_of(arguments)
+    if results:
+        refuse_otherwise(arguments, kept, {"dtype": arguments.dtype}, models)
     for sampler in [sampler for sampler in VALUES if sampler in arguments.samplers]:
         for model in names_with(arguments, sampler):
             trials += trials_of(arguments, trials, model, sampler)
             results += measured(arguments, trials, model, sampler)
-        shared = shared_protocol(arguments, sampler)
-        if kept["results"] and any(kept[part] != kept[part] | shared[part] for part in ("protocol", "models")):
-            raise SystemExit(f"{arguments.output} was measured otherwise (protocol, models); name another --output")
+        protocol = shared_protocol(arguments, sampler)
+        if kept["results"]:
+            refuse_otherwise(arguments, kept, protocol, models)
     trials, results = in_order(trials, arguments.names), in_order(results, arguments.names)
     if rank_and_world()[0] == 0:
         content = {
-            **shared,
+            "protocol": protocol,
+            "models": models,
             "trials": trials,
             "results": results,
             "differences": against_baseline(results),

@@ -47,12 +47,26 @@ def compile_kernel(kernel, warps, aligned=("stride", "out_stride", "V"), **const
     assert spilled == 0 and "LOCAL:0" in told, told
 
 
+WIDE = 65536  # logits of a row that no registers hold
+
+
+def forward_shape(width: int) -> dict:
+    block = nelbo_triton.forward_block(width)
+    whole = block >= width
+    return {"ONE_BLOCK": whole, "BY_BLOCKS": False, "BLOCK": block, "warps": nelbo_triton.warps(block, width)}
+
+
+def draw_shape(width: int, is_aligned: bool = True) -> dict:
+    block = row_draw_triton.row_block(width, is_aligned)
+    return {"ONE_BLOCK": block >= width, "BLOCK": block, "warps": row_draw_triton.warps(block)}
+
+
 for process in ({"K_IS_ZERO": False, "EXCLUDED": None}, {"K_IS_ZERO": False}, {"K_IS_ZERO": True}):
     for shape in (
-        {"ONE_BLOCK": True, "ONLINE": False, "BY_BLOCKS": False, "BLOCK": 4, "warps": 1},
-        {"ONE_BLOCK": True, "ONLINE": False, "BY_BLOCKS": False, "BLOCK": 4096, "warps": 8},
-        {"ONE_BLOCK": False, "ONLINE": False, "BY_BLOCKS": False, "BLOCK": 1024, "warps": 4},
-        {"ONE_BLOCK": False, "ONLINE": True, "BY_BLOCKS": False, "BLOCK": 1024, "warps": 4},
+        {**forward_shape(4), "ONLINE": False},
+        {**forward_shape(nelbo_triton.ROW_IN_REGISTERS), "ONLINE": False},
+        {**forward_shape(WIDE), "ONLINE": False},
+        {**forward_shape(WIDE), "ONLINE": True},
     ):
         for unused in ({"GRADIENT": False, "grad_loss_ptr": None}, {"GRADIENT": True, "scalars_ptr": None}):
             if shape["ONLINE"] and unused["GRADIENT"]:
@@ -62,14 +76,12 @@ for process in ({"K_IS_ZERO": False, "EXCLUDED": None}, {"K_IS_ZERO": False}, {"
             compile_kernel(nelbo_triton._forward_kernel, aligned=(), **process, **anywhere, **unused)
             if anywhere["BY_BLOCKS"]:
                 compile_kernel(nelbo_triton._forward_kernel, aligned=("stride",), **process, **anywhere, **unused)
-    compile_kernel(nelbo_triton._backward_kernel, **process, BY_BLOCKS=False, BLOCK=1024, warps=4)
-    compile_kernel(nelbo_triton._backward_kernel, aligned=(), **process, BY_BLOCKS=True, BLOCK=1024, warps=4)
-for shape in (
-    {"ONE_BLOCK": True, "BLOCK": 1024, "warps": 2},
-    {"ONE_BLOCK": True, "BLOCK": 16384, "warps": 32},
-    {"ONE_BLOCK": False, "BLOCK": 4096, "warps": 8},
-):
+    backward = {**process, "BLOCK": nelbo_triton.BLOCK, "warps": nelbo_triton.warps(nelbo_triton.BLOCK, WIDE)}
+    compile_kernel(nelbo_triton._backward_kernel, BY_BLOCKS=False, **backward)
+    compile_kernel(nelbo_triton._backward_kernel, aligned=(), BY_BLOCKS=True, **backward)
+for width in (1024, row_draw_triton.ROW_IN_REGISTERS, WIDE):
     for excluded in ({"EXCLUDED": None}, {}):
-        compile_kernel(row_draw_triton._draw_kernel, GROUP=64, **shape, **excluded)
-for shape in ({"ONE_BLOCK": True, "BLOCK": 2048, "warps": 4}, {"ONE_BLOCK": False, "BLOCK": 2048, "warps": 4}):
-    compile_kernel(row_draw_triton._draw_kernel, aligned=(), GROUP=64, **shape)
+        compile_kernel(row_draw_triton._draw_kernel, GROUP=row_draw_triton.COLUMNS, **draw_shape(width), **excluded)
+for width in (row_draw_triton.UNALIGNED_BLOCK, WIDE):
+    shape = draw_shape(width, is_aligned=False)
+    compile_kernel(row_draw_triton._draw_kernel, aligned=(), GROUP=row_draw_triton.COLUMNS, **shape)

@@ -8,12 +8,13 @@ import sys
 import threading
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from evaluation_parts import save_pipeline
-from gradio_client import Client
+from gradio_client import Client, handle_file
 from PIL import Image, ImageSequence
 
 from xdlm_image.app import asked as asking
@@ -143,6 +144,7 @@ def test_small_images_are_enlarged_for_the_brush():
         ({"seed": 1 << 14}, "seed=16384"),
         ({"seed": 1.5}, r"seed=1\.5"),
         ({"seed": None}, "seed=None"),
+        ({"seed": float("inf")}, "seed=inf"),
         ({"hot": 0.0, "cold": 0.0}, "temperature=0.0"),
         ({"name": "plain", "classes": [], "late": 2}, "an unconditional model"),
     ],
@@ -178,6 +180,16 @@ def test_a_browser_gets_images_a_film_and_errors(models, tmp_path):
                 assert (np.asarray(shown) == np.asarray(image.convert("RGB"))).all()
             assert film["visible"] == filmed
         assert len([*ImageSequence.Iterator(Image.open(film["value"]))]) == 4  # three steps, and what they begin with
+        background = picture(models)
+        files = {"background": background, "layers": painted_left(background)["layers"][0]}
+        for name, image in files.items():
+            image.save(tmp_path / f"{name}.png")
+            files[name] = handle_file(tmp_path / f"{name}.png")
+        editor = {**files, "layers": [files["layers"]], "composite": None}
+        images, *_, command, start, _ = client.predict(*values(per_class=2.0, editor=editor), api_name="/draw")
+        pixels = np.asarray(Image.open(images[0]["image"]).convert("L"))
+        assert (pixels[:, pixels.shape[1] // 2 :] == 200).all() and "--mask MASK.png" in command
+        assert [Path(path).name for path in start["value"]] == ["PICTURE.png", "MASK.png"] and start["visible"]
         with pytest.raises(Exception, match="seed=1.5"):
             client.predict(*values(seed=1.5), api_name="/draw")
         request = urllib.request.Request(

@@ -63,13 +63,14 @@ class Asked:
         """
         folder, pipeline = models[name]
         everything = range(pipeline.transformer.config.num_classes or 1)
+        per_class = int(per_class)
         ids = classes or list(everything)[: max(1, MOST_IMAGES // per_class)]
-        labels = grid_labels(ids, int(per_class))
+        labels = grid_labels(ids, per_class)
         if len(labels) > MOST_IMAGES:
             raise ValueError(
                 f"{len(labels)} images: at most {MOST_IMAGES} are shown; choose fewer classes, or images of each"
             )
-        seed = int(seed) if seed is not None and seed == int(seed) else seed
+        seed = int(seed) if seed is not None and float(seed).is_integer() else seed
         check_seed(seed)  # type: ignore[arg-type]
         start: dict[str, Any] = {}
         image, mask = picture_and_mask(editor)

@@ -50,7 +50,7 @@ def backward(
                 logits, logits.stride(0), out, out.stride(0), rows.z, rows.x, rows.c, *scalars,
                 grad_loss.contiguous(), width, process.mask, process.excluded_column,
                 K_IS_ZERO=process.k == 0.0, BY_BLOCKS=block < width and width % 16 > 0, BLOCK=block,
-                num_warps=_warps(block, width),
+                num_warps=warps(block, width),
             )  # fmt: skip
 
 
@@ -70,14 +70,14 @@ def _forward(
     count, width = logits.shape
     loss = torch.empty(count, dtype=torch.float32, device=logits.device)
     if count:
-        block = max(4, triton.next_power_of_2(width)) if width <= ROW_IN_REGISTERS else BLOCK
+        block = forward_block(width)
         with torch.cuda.device_of(logits):
             _forward_kernel[(count,)](
                 logits, logits.stride(0), *rows, loss, scalars, grad_loss, count, width, process.mask,
                 process.excluded_column, process.num_uniform / process.k if process.k > 0 else 0.0,
                 K_IS_ZERO=process.k == 0.0, GRADIENT=grad_loss is not None, ONE_BLOCK=block >= width,
                 ONLINE=grad_loss is None and width * logits.element_size() > ROW_BYTES_IN_CACHE,
-                BY_BLOCKS=block < width and width % 16 > 0, BLOCK=block, num_warps=_warps(block, width),
+                BY_BLOCKS=block < width and width % 16 > 0, BLOCK=block, num_warps=warps(block, width),
             )  # fmt: skip
     return loss
 
@@ -93,8 +93,13 @@ def self_check(device: torch.device, dtype: torch.dtype) -> None:
     forward_backward(logits, rows, one, process).item()  # waits, so that what fails on the way fails here
 
 
-def _warps(block: int, width: int) -> int:
-    """Of 32 threads each."""
+def forward_block(width: int) -> int:
+    """Logits that the forward kernel reads at once of a row so wide: all of it where registers hold that."""
+    return max(4, triton.next_power_of_2(width)) if width <= ROW_IN_REGISTERS else BLOCK
+
+
+def warps(block: int, width: int) -> int:
+    """Of 32 threads each, for blocks of a row so wide."""
     return max(1, block // (32 * (LOGITS_A_THREAD if block >= width else LOGITS_A_THREAD_OF_BLOCKS)))
 
 

@@ -35,17 +35,26 @@ def draw_rows(
     totals = torch.empty_like(p_z)
     if count:
         is_aligned = width % 16 == 0 and logits.stride(0) % 16 == 0  # as Triton tells them apart
-        widest, block = (ROW_IN_REGISTERS, BLOCK) if is_aligned else (UNALIGNED_BLOCK, UNALIGNED_BLOCK)
-        if width <= widest:
-            block = max(triton.next_power_of_2(width), COLUMNS)
+        block = row_block(width, is_aligned)
         with torch.cuda.device_of(logits):
             _draw_kernel[(count,)](
                 logits, logits.stride(0), wanted, z.contiguous(), v.to(torch.float64).contiguous(), drawn, p_z, totals,
                 width, excluded, 1.0 / float(temperature),
                 ONE_BLOCK=block >= width, BLOCK=block, GROUP=COLUMNS,
-                num_warps=min(32, max(1, block // (32 * LOGITS_A_THREAD))),
+                num_warps=warps(block),
             )  # fmt: skip
     return drawn, p_z.to(v.dtype), torch.isfinite(totals).all()
+
+
+def row_block(width: int, is_aligned: bool) -> int:
+    """Logits that are read at once of a row so wide: all of it where registers hold that."""
+    widest, block = (ROW_IN_REGISTERS, BLOCK) if is_aligned else (UNALIGNED_BLOCK, UNALIGNED_BLOCK)
+    return max(triton.next_power_of_2(width), COLUMNS) if width <= widest else block
+
+
+def warps(block: int) -> int:
+    """Of 32 threads each; a multiprocessor has room for 32."""
+    return min(32, max(1, block // (32 * LOGITS_A_THREAD)))
 
 
 @triton.jit
