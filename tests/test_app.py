@@ -229,7 +229,12 @@ def test_a_page_that_is_closed_ends_what_is_drawn(models):
 @pytest.mark.parametrize(("number", "status", "word"), [("SIGINT", 130, "interrupted"), ("SIGTERM", 143, "terminated")])
 def test_the_command_ends_when_it_is_told_to(models, number, status, word):
     command = [sys.executable, "-m", "xdlm_image.cli", "app", "--pipelines", f"{{small: {models['small'][0]}}}"]
-    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def hear() -> None:  # shells let commands behind an & ignore it
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    pipe = subprocess.PIPE
+    running = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, preexec_fn=hear)
     try:
         url = running.stdout.readline().split()[0]
         assert b"xdlm_image" in urllib.request.urlopen(url).read()
