@@ -45,6 +45,7 @@ def test_table_of_tuned_samplers_is_of_its_benchmark():
         "temperature annealed": "annealed",
         "temperature annealed, time grid": "annealed-grid",
         "Psi and temperature annealed": "psi-annealed",
+        "Psi, temperature annealed, time grid": "psi-annealed-grid",
         "Halton order, temperature": "halton",
         "confidence order": "confidence",
         "guidance": "guided",
