@@ -252,3 +252,16 @@ def test_comparisons_are_what_the_script_makes_of_the_sweeps(tmp_path, committed
         assert {**ours, **dict.fromkeys(numbers)} == {**theirs, **dict.fromkeys(numbers)}
         for name in numbers:
             assert ours[name] == pytest.approx(theirs[name], rel=1e-9, abs=1e-12)
+
+
+def test_what_is_told_of_block_sizes_is_of_their_benchmark():
+    told = float(re.search(r"no other takes less than ([\d.]+) of the time", (ROOT / "docs/speed.md").read_text())[1])
+    sizes = json.loads((ROOT / "benchmarks/block_sizes_cpu.json").read_text())["sizes"]
+    assert len({size["constant"] for size in sizes}) == 3
+    for size in sizes:
+        module, name = size["constant"].split(".")
+        room = "schedulers" if module == "row_draw" else "objective"
+        assert getattr(importlib.import_module(f"xdlm_image.{room}.{module}"), name) == size["value"]
+    least = [min(c["seconds"] for c in s["candidates"].values()) for s in sizes]
+    own = [size["candidates"][f"{size['value']:,}"]["seconds"] for size in sizes]
+    assert f"{min(a / b for a, b in zip(least, own)):.2f}" == f"{told:.2f}"
