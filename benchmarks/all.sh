@@ -4,12 +4,13 @@
 #   benchmarks/all.sh [cpu|cuda] [FOLDER]    the JSON goes to FOLDER, or replaces that in benchmarks/
 #
 # OFFICIAL=~/XDLM adds the official code (a checkout of github.com/MzeroMiko/XDLM); liger-kernel and cut-cross-entropy
-# stand beside ours on a GPU where they are installed. The machine should do nothing else meanwhile.
+# stand beside ours on a GPU where they are installed. The machine should do nothing else meanwhile. block_sizes.py, which
+# says whether the sizes in the code suit a machine, and samplers.py are not among them.
 set -uo pipefail
 case "${1:-}" in
     cpu | cuda) device=$1 ;;
     "") device=$(python -c 'import torch; print("cuda" if torch.cuda.is_available() else "cpu")') ;;
-    *) sed -n '2,7s/^# \{0,1\}//p' "$0"; exit 2 ;;
+    *) sed -n '2,8s/^# \{0,1\}//p' "$0"; exit 2 ;;
 esac
 here=$(dirname "$0")
 folder=${2:-$here}
