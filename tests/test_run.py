@@ -20,9 +20,9 @@ def call(*command: str, **environment: str) -> subprocess.CompletedProcess:
 
 def test_run_tells_what_it_can_do_and_refuses_the_rest(tmp_path):
     told = call("./run", "--help")
-    assert told.returncode == 0 and "./run demo" in told.stdout and "./run tests" in told.stdout
+    assert told.returncode == 0 and all(f"./run {what}" in told.stdout for what in ("demo", "app", "tests"))
     wrong = call("./run", "dmeo")
-    assert wrong.returncode == 2 and "'dmeo' is neither demo nor tests" in wrong.stderr
+    assert wrong.returncode == 2 and "'dmeo' is none of demo, app and tests" in wrong.stderr
     old = tmp_path / "python"
     old.write_text("#!/bin/sh\n[ \"$1\" = --version ] && echo 'Python 3.9.1'\nexit 1\n")
     old.chmod(0o755)
@@ -31,15 +31,16 @@ def test_run_tells_what_it_can_do_and_refuses_the_rest(tmp_path):
     assert not (tmp_path / "venv").exists()
 
 
-def test_run_uses_an_environment_that_is_there(tmp_path):
+@pytest.mark.parametrize("what", ["demo", "app"])
+def test_run_uses_an_environment_that_is_there(tmp_path, what):
     """A stamp newer than pyproject.toml: nothing is installed again."""
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "python").symlink_to(sys.executable)
     (tmp_path / "bin" / "xdlm-image").write_text('#!/bin/sh\necho "xdlm-image $*"\n')
     (tmp_path / "bin" / "xdlm-image").chmod(0o755)
-    (tmp_path / ".installed-demo").touch()
-    done = call("./run", "demo", "--full", VENV=str(tmp_path))
-    assert done.stdout == "xdlm-image demo --full\n", done.stderr
+    (tmp_path / f".installed-{what}").touch()
+    done = call("./run", what, "--full", VENV=str(tmp_path))
+    assert done.stdout == f"xdlm-image {what} --full\n", done.stderr
 
 
 def test_training_tells_its_sizes():
