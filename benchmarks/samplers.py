@@ -23,7 +23,7 @@ from few_steps import interval
 
 from xdlm_image import XDLMOrderedScheduler, XDLMPipeline, XDLMPsiScheduler
 from xdlm_image.devices import best_device, fast_dtype
-from xdlm_image.evaluation.drawing import open_pipeline, pipeline_hash
+from xdlm_image.drawing.opening import open_pipeline, pipeline_hash
 from xdlm_image.evaluation.sweep import evaluate
 from xdlm_image.files import write_json
 from xdlm_image.processes import process_state

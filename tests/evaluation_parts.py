@@ -12,9 +12,9 @@ from diffusers import VQModel
 from PIL import Image
 from xdlm_image.pipelines import XDLMPipeline
 
-from xdlm_image.evaluation.batches import Batch
-from xdlm_image.evaluation.extractor_training import train_extractor
+from xdlm_image.data.image_batches import Batch
 from xdlm_image.evaluation.measuring import Measured, measure
+from xdlm_image.features.extractor_training import train_extractor
 from xdlm_image.models.transformer_xdlm import XDLMTransformer2DModel
 from xdlm_image.recipes import DataOptions, EvaluateRecipe, ExtractorRecipe
 from xdlm_image.schedulers import XDLMScheduler

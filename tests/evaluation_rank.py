@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from xdlm_image.evaluation.statistics import StreamedStatistics
+from xdlm_image.features.statistics import StreamedStatistics
 
 
 def features(count, dim, seed=0):
@@ -27,9 +27,9 @@ def reduce_on_rank(rank, folder):
 
 def manifolds_on_rank(rank, folder):
     """Two ranks take 23 images in blocks of 3 in turn, gather them, compare them with 17, and write what each has."""
+    from xdlm_image.data.image_batches import blocks_of_rank
     from xdlm_image.evaluation import feature_metrics
-    from xdlm_image.evaluation.batches import blocks_of_rank
-    from xdlm_image.evaluation.features import FeatureCollector
+    from xdlm_image.features.feature_set import FeatureCollector
 
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     ours, theirs = features(23, 4).float(), features(17, 4, seed=1).float()

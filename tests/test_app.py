@@ -22,7 +22,7 @@ from xdlm_image.app.asked import Asked, enlarged, picture_and_mask
 from xdlm_image.app.page import Work, page, what_suits
 from xdlm_image.app.serving import refuse_unheard
 from xdlm_image.cli import main
-from xdlm_image.evaluation.drawing import open_pipeline
+from xdlm_image.drawing.opening import open_pipeline
 
 
 def opened(folder):

@@ -13,9 +13,9 @@ from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
 
 from xdlm_image.data.images import Uint8Images, open_images
 from xdlm_image.evaluation import sweep
-from xdlm_image.evaluation.class_judge import load_class_judge
-from xdlm_image.evaluation.extractor_training import train_extractor
 from xdlm_image.evaluation.references import reference
+from xdlm_image.features.class_judge import load_class_judge
+from xdlm_image.features.extractor_training import train_extractor
 from xdlm_image.recipes import DataOptions, ReferenceRecipe
 
 MODEL = "test_resnet"

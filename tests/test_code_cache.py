@@ -11,7 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xdlm_image.data.code_cache import CodeCache, Manifest, code_dtype, usage_of_cache, write_code_cache
+from xdlm_image.data.code_cache import CodeCache, Manifest, code_dtype, write_code_cache
+from xdlm_image.tokenizer.codebook import usage_of_cache
 
 
 def manifest(**changes) -> Manifest:

@@ -12,7 +12,7 @@ from evaluation_parts import save_pipeline
 from test_training import recipe_in, world  # noqa: F401
 
 from xdlm_image.devices import LONGEST_WAIT, fast_dtype, process_group_timeout, warn_if_slow, why_not_compiled
-from xdlm_image.evaluation.drawing import open_pipeline
+from xdlm_image.drawing.opening import open_pipeline
 from xdlm_image.processes import on_cpu
 from xdlm_image.training.loop import TrainingRun
 

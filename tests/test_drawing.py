@@ -7,12 +7,13 @@ import pytest
 import torch
 from evaluation_parts import one_thread, save_pipeline  # noqa: F401
 
-from xdlm_image.evaluation import drawing
-from xdlm_image.evaluation.drawing import DrawnBatches, draw_all, open_pipeline
-from xdlm_image.evaluation.drawn_codes import DrawnCodes
-from xdlm_image.evaluation.sampler_settings import SamplerSettings, nfe
-from xdlm_image.evaluation.seeds import MAX_IMAGES, MAX_SEED, image_generators, image_seed
+from xdlm_image.drawing import draw
+from xdlm_image.drawing.draw import DrawnBatches, draw_all
+from xdlm_image.drawing.drawn_codes import DrawnCodes
+from xdlm_image.drawing.opening import open_pipeline, pipeline_hash
+from xdlm_image.drawing.sampler_settings import SamplerSettings, nfe
 from xdlm_image.schedulers import XDLMOrderedScheduler, XDLMScheduler
+from xdlm_image.seeds import MAX_IMAGES, MAX_SEED, image_generators, image_seed
 from xdlm_image.tokenizer.codes import decode_codes
 
 
@@ -72,12 +73,12 @@ def test_speed_is_of_a_usual_image_whatever_the_batch(batch_size, has_codes, tmp
     def pause() -> float:
         return 60.0 if batch_size == 6 and now[0] == 0 else 0.0
 
-    monkeypatch.setattr(drawing, "time", SimpleNamespace(perf_counter=lambda: now[0]))
-    monkeypatch.setattr(drawing, "draw_codes", lambda _, labels, *rest: spend(len(labels), (2, 3), 0.25, pause()))
-    monkeypatch.setattr(drawing, "decode", lambda _, codes: spend(len(codes), (1, 4, 4), 0.25))
-    monkeypatch.setattr(drawing, "draw_images", lambda _, labels, *rest: spend(len(labels), (1, 4, 4), 0.5, pause()))
+    monkeypatch.setattr(draw, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(draw, "draw_codes", lambda _, labels, *rest: spend(len(labels), (2, 3), 0.25, pause()))
+    monkeypatch.setattr(draw, "decode", lambda _, codes: spend(len(codes), (1, 4, 4), 0.25))
+    monkeypatch.setattr(draw, "draw_images", lambda _, labels, *rest: spend(len(labels), (1, 4, 4), 0.5, pause()))
     store = DrawnCodes(tmp_path / "codes", {}, 20, (2, 3), 24, {}) if has_codes else None
-    monkeypatch.setattr(drawing, "is_conditional", lambda _: True)
+    monkeypatch.setattr(draw, "is_conditional", lambda _: True)
     cpu, extra = torch.device("cpu"), 60.0 if batch_size == 6 else 0.0
     for start in range(2 if has_codes else 1):
         batches = DrawnBatches(None, 20, 5, 0, SamplerSettings(2), batch_size, store)
@@ -90,18 +91,18 @@ def test_speed_is_of_a_usual_image_whatever_the_batch(batch_size, has_codes, tmp
 def test_pipelines_with_other_samplers_have_other_hashes(tmp_path):
     """A scheduler made from another's settings keeps those that it does not read: they must not count."""
     pipeline = open_pipeline(save_pipeline(tmp_path, k=0.1, seed=2), torch.device("cpu"))
-    hashes = [drawing.pipeline_hash(pipeline)]
+    hashes = [pipeline_hash(pipeline)]
     for unmasking, choice_temperature in (("halton", None), ("confidence", None), ("confidence", 2.0)):
         pipeline.scheduler = XDLMOrderedScheduler.from_config(
             pipeline.scheduler.config, unmasking=unmasking, choice_temperature=choice_temperature
         )
-        hashes.append(drawing.pipeline_hash(pipeline))
+        hashes.append(pipeline_hash(pipeline))
     pipeline.save_pretrained(tmp_path / "ordered")
     again = open_pipeline(tmp_path / "ordered", torch.device("cpu"))
-    assert len(set(hashes)) == 4 and drawing.pipeline_hash(again) == hashes[-1]
+    assert len(set(hashes)) == 4 and pipeline_hash(again) == hashes[-1]
     again.scheduler = XDLMScheduler.from_config(again.scheduler.config)
     again.save_pretrained(tmp_path / "ancestral")
-    assert drawing.pipeline_hash(open_pipeline(tmp_path / "ancestral", torch.device("cpu"))) == hashes[0]
+    assert pipeline_hash(open_pipeline(tmp_path / "ancestral", torch.device("cpu"))) == hashes[0]
 
 
 def test_the_id_of_a_repository_is_told_how_it_becomes_a_folder(tmp_path, monkeypatch):

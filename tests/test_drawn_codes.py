@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from xdlm_image.evaluation.drawn_codes import DrawnCodes
+from xdlm_image.drawing.drawn_codes import DrawnCodes
 
 KEY = {"seed": 1, "weights": "abc"}
 

@@ -14,22 +14,23 @@ import pytest
 import torch
 from evaluation_parts import CLASSES, NUM_CODES, build_parts, one_thread, save_pipeline, statistics_of  # noqa: F401
 
+from xdlm_image.data.image_batches import real_batches
 from xdlm_image.data.images import Uint8Images, normalise, open_images
+from xdlm_image.drawing.draw import decode, draw_codes
+from xdlm_image.drawing.opening import open_pipeline
+from xdlm_image.drawing.sampler_settings import SamplerSettings, with_scheduler
 from xdlm_image.evaluation import references, sweep
-from xdlm_image.evaluation.batches import real_batches, reconstructed_batches
 from xdlm_image.evaluation.code_pairs import PairFrequencies
 from xdlm_image.evaluation.comparing import fids
-from xdlm_image.evaluation.drawing import decode, draw_codes, open_pipeline
-from xdlm_image.evaluation.extractor import load_extractor
 from xdlm_image.evaluation.feature_metrics import kid_of_classes, manifold_metrics, unbiased_mmd
 from xdlm_image.evaluation.measuring import cached_measure
 from xdlm_image.evaluation.report import markdown
-from xdlm_image.evaluation.sampler_settings import SamplerSettings, with_scheduler
-from xdlm_image.evaluation.seeds import image_generators
 from xdlm_image.evaluation.sweep import evaluate
 from xdlm_image.evaluation.tables import mean_and_spread
+from xdlm_image.features.extractor import load_extractor
 from xdlm_image.schedulers import XDLMOrderedScheduler, XDLMPsiScheduler, XDLMScheduler
-from xdlm_image.tokenizer.codes import encode_images
+from xdlm_image.seeds import image_generators
+from xdlm_image.tokenizer.codes import encode_images, reconstructed_batches
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*images are few for the.*:UserWarning")
 

@@ -11,13 +11,13 @@ from evaluation_parts import CLASSES, SIZE, extractor_recipe, one_thread, write_
 from safetensors.torch import load_file, save_file
 from torch_fidelity.utils import create_feature_extractor
 
-from xdlm_image.evaluation import extractor_training
-from xdlm_image.evaluation import inception as room
-from xdlm_image.evaluation.dinov2 import DINOv2, positions
-from xdlm_image.evaluation.extractor import load_extractor
-from xdlm_image.evaluation.extractor_training import augment, train_extractor
 from xdlm_image.evaluation.plan import metric_name
-from xdlm_image.evaluation.small_classifier import SMALL_CLASSIFIER, SmallClassifier
+from xdlm_image.features import extractor_training
+from xdlm_image.features import inception as room
+from xdlm_image.features.dinov2 import DINOv2, positions
+from xdlm_image.features.extractor import load_extractor
+from xdlm_image.features.extractor_training import augment, train_extractor
+from xdlm_image.features.small_classifier import SMALL_CLASSIFIER, SmallClassifier
 from xdlm_image.files import sha256_of_file
 from xdlm_image.processes import only_command
 
@@ -326,7 +326,7 @@ def test_several_extractors_are_one_whose_first_gives_the_main_layer(folder, ima
 
 
 def test_inception_and_dinov2_together(monkeypatch, inception_weights, dinov2_weights):
-    monkeypatch.setattr("xdlm_image.evaluation.dinov2.DINOv2.__init__.__defaults__", (None, DINO))
+    monkeypatch.setattr("xdlm_image.features.dinov2.DINOv2.__init__.__defaults__", (None, DINO))
     both = load_extractor(["inception", f"dinov2:{dinov2_weights}"], "cpu")
     assert both.feature_dims == {"2048": 2048, "spatial": 2023, "dinov2": 384} and both.is_inception
     assert both.name == "inception-v3-compat + dinov2-vitl14" and both.score_layer == "logits_unbiased"

@@ -15,7 +15,7 @@ from xdlm_image import ranks
 from xdlm_image.data import images as images_module
 from xdlm_image.data.folders import find_split, hashed_split
 from xdlm_image.data.images import open_images
-from xdlm_image.evaluation.extractor_training import train_extractor
+from xdlm_image.features.extractor_training import train_extractor
 from xdlm_image.recipes import DataOptions, ExtractorRecipe
 
 

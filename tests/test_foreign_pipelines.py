@@ -19,12 +19,12 @@ from diffusers import (
 from evaluation_parts import SIZE, build_parts, one_thread  # noqa: F401
 
 from xdlm_image import XDLMImg2ImgPipeline, XDLMInpaintPipeline, XDLMPipeline
+from xdlm_image.drawing.foreign_pipelines import ForeignPipeline
+from xdlm_image.drawing.opening import open_any_pipeline, pipeline_hash
+from xdlm_image.drawing.sampler_settings import SamplerSettings
 from xdlm_image.evaluation import sweep
-from xdlm_image.evaluation.drawing import open_any_pipeline, pipeline_hash
-from xdlm_image.evaluation.foreign_pipelines import ForeignPipeline
-from xdlm_image.evaluation.sampler_settings import SamplerSettings
-from xdlm_image.evaluation.seeds import image_generators
 from xdlm_image.evaluation.sweep import evaluate
+from xdlm_image.seeds import image_generators
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*images are few for the.*:UserWarning")
 

@@ -12,10 +12,10 @@ import torch
 from evaluation_parts import CLASSES, one_thread, save_pipeline  # noqa: F401
 from PIL import Image
 
-from xdlm_image.evaluation import grids
-from xdlm_image.evaluation.drawing import open_pipeline
-from xdlm_image.evaluation.given_images import GivenImages
-from xdlm_image.evaluation.grids import GAP, class_ids, sample, save_grid
+from xdlm_image.drawing import grids
+from xdlm_image.drawing.given_images import GivenImages
+from xdlm_image.drawing.grids import GAP, class_ids, sample, save_grid
+from xdlm_image.drawing.opening import open_pipeline
 from xdlm_image.models import XDLMTransformer2DModel
 from xdlm_image.recipes import SampleRecipe
 
@@ -107,7 +107,7 @@ def test_a_pipeline_without_masks_takes_no_order(tmp_path, monkeypatch):
 def test_a_fresh_process_can_sample(pipeline, tmp_path):
     """diffusers loads only classes whose modules are imported, and here nothing but the verb is."""
     code = (
-        "import sys; from xdlm_image.evaluation.grids import sample; from xdlm_image.recipes import SampleRecipe; "
+        "import sys; from xdlm_image.drawing.grids import sample; from xdlm_image.recipes import SampleRecipe; "
         "sample(SampleRecipe(pipeline=sys.argv[1], output=sys.argv[2], num_steps=1, images_per_class=1, device='cpu'))"
     )
     command = [sys.executable, "-c", code, str(pipeline), str(tmp_path / "x.png")]

@@ -23,7 +23,7 @@ from xdlm_image.pipelines.folder_check import own_file
 from xdlm_image.pipelines.self_contained import write_folder
 from xdlm_image.pipelines.travelling_code import code_of
 
-from xdlm_image.evaluation.drawing import open_pipeline
+from xdlm_image.drawing.opening import open_pipeline
 
 LABELS = ["cat", 0, "wasp"]
 CLEAN = """

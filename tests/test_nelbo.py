@@ -13,9 +13,10 @@ from evaluation_parts import CLASSES, NUM_CODES, one_thread, save_pipeline  # no
 from xdlm_image.pipelines import XDLMPipeline
 
 from xdlm_image.cli import main, parse
+from xdlm_image.data import image_batches
 from xdlm_image.data.code_cache import Manifest, code_dtype, write_code_cache
-from xdlm_image.evaluation import batches, nelbo_estimate
 from xdlm_image.evaluation import nelbo as verb
+from xdlm_image.evaluation import nelbo_estimate
 from xdlm_image.evaluation.nelbo import nelbo
 from xdlm_image.evaluation.nelbo_estimate import (
     FLAT_SHARE,
@@ -220,7 +221,7 @@ def test_estimate_depends_neither_on_the_batch_nor_on_the_number_of_processes(wo
     shares = []
     monkeypatch.setattr(nelbo_estimate.dist, "all_reduce", lambda tensor: None)
     for rank in (0, 1):
-        for module in (batches, nelbo_estimate):
+        for module in (image_batches, nelbo_estimate):
             monkeypatch.setattr(module, "rank_and_world", lambda rank=rank: (rank, 2))
         shares.append(NelboEstimator(model, codes, labels, batch_size=6).estimate(3, proposal=proposal).images)
     assert torch.allclose(sum(shares), whole, rtol=1e-4) and ((shares[0] == 0) != (shares[1] == 0)).all()

@@ -13,10 +13,10 @@ from evaluation_parts import build_parts, one_thread, statistics_of  # noqa: F40
 
 from xdlm_image.data.images import Uint8Images, open_images
 from xdlm_image.evaluation import plan, reference_files, sweep
-from xdlm_image.evaluation.extractor import load_extractor
-from xdlm_image.evaluation.fid import fid_from_statistics
 from xdlm_image.evaluation.reference_files import KNOWN, KnownFile, find_reference_file, read_moments
-from xdlm_image.evaluation.statistics import StreamedStatistics
+from xdlm_image.features.extractor import load_extractor
+from xdlm_image.features.fid import fid_from_statistics
+from xdlm_image.features.statistics import StreamedStatistics
 from xdlm_image.recipes import DataOptions
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*images are few for the.*:UserWarning")

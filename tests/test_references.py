@@ -10,10 +10,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from xdlm_image.evaluation import references, sweep
-from xdlm_image.evaluation.extractor_training import train_extractor
 from xdlm_image.evaluation.references import reference
 from xdlm_image.evaluation.sweep import evaluate
 from xdlm_image.evaluation.tables import number
+from xdlm_image.features.extractor_training import train_extractor
 from xdlm_image.files import sha256_of_file
 from xdlm_image.recipes import DataOptions, ReferenceRecipe
 

@@ -7,7 +7,7 @@ import torch
 from test_pipeline import draw, make_pipe, seeded
 from xdlm_image.pipelines.schedules import guidance_at, value_at
 
-from xdlm_image.evaluation.sampler_settings import SamplerSettings, nfe
+from xdlm_image.drawing.sampler_settings import SamplerSettings, nfe
 from xdlm_image.recipes import EvaluateRecipe
 from xdlm_image.schedulers import XDLMScheduler
 

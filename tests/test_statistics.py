@@ -15,10 +15,10 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 
 from xdlm_image.data.images import Uint8Images, open_images
 from xdlm_image.evaluation.comparing import fids
-from xdlm_image.evaluation.extractor import load_extractor
-from xdlm_image.evaluation.fid import fid_from_statistics
-from xdlm_image.evaluation.small_classifier import SMALL_CLASSIFIER
-from xdlm_image.evaluation.statistics import StreamedStatistics
+from xdlm_image.features.extractor import load_extractor
+from xdlm_image.features.fid import fid_from_statistics
+from xdlm_image.features.small_classifier import SMALL_CLASSIFIER
+from xdlm_image.features.statistics import StreamedStatistics
 from xdlm_image.files import write_atomic
 
 

@@ -13,8 +13,10 @@ from evaluation_parts import CLASSES, build_parts, one_thread, save_pipeline  # 
 from PIL import Image
 
 from xdlm_image.data.images import open_images
-from xdlm_image.evaluation import drawing, sweep
-from xdlm_image.evaluation.drawing import decode, open_pipeline
+from xdlm_image.drawing import draw
+from xdlm_image.drawing.draw import decode
+from xdlm_image.drawing.opening import open_pipeline
+from xdlm_image.evaluation import sweep
 from xdlm_image.evaluation.sweep import evaluate
 from xdlm_image.evaluation.tables import number
 from xdlm_image.processes import only_command
@@ -99,7 +101,7 @@ def test_drawn_images_are_written_where_it_is_asked_for(parts, finished, tmp_pat
         return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.png"))
 
     with monkeypatch.context() as patch:  # codes are stored, so that a finished cell is only decoded
-        patch.setattr(drawing, "draw_codes", None)
+        patch.setattr(draw, "draw_codes", None)
         evaluate(asking)
         everything = sorted(f"{CLASSES[i % 3]}/{i:07d}.png" for i in range(18))
         assert written() == everything
@@ -195,7 +197,7 @@ def test_codes_that_are_judged_anew_keep_who_drew_them(parts, finished, tmp_path
     monkeypatch.setattr(sweep, "_draw_pictures", lambda *args: None)
     shutil.copytree(finished, tmp_path / "out")
     recipe = parts.recipe(tmp_path / "out", pipelines={"mdlm": parts.pipelines["mdlm"]}, num_steps=[3], seeds=[1])
-    monkeypatch.setattr(drawing, "draw_codes", None)
+    monkeypatch.setattr(draw, "draw_codes", None)
     monkeypatch.setattr(sweep, "device_name", lambda device: "another machine")
     (before,) = _numbers(finished)
     (cell,) = json.loads(evaluate(dataclasses.replace(recipe, batch_size=9, feature_metrics=[])).read_text())["cells"]

@@ -9,7 +9,8 @@ import pytest
 from evaluation_parts import build_parts, one_thread, save_pipeline  # noqa: F401
 from test_evaluation import _numbers
 
-from xdlm_image.evaluation import drawing, sweep
+from xdlm_image.drawing import draw
+from xdlm_image.evaluation import sweep
 from xdlm_image.evaluation.sweep import evaluate
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*images are few for the.*:UserWarning")
@@ -62,7 +63,7 @@ def test_a_killed_sweep_goes_on_and_gives_the_same_numbers(parts, finished, tmp_
 
 
 def test_a_sweep_killed_in_every_block_draws_each_image_once(parts, finished, tmp_path, monkeypatch):
-    drawn, original = [], drawing.draw_codes
+    drawn, original = [], draw.draw_codes
 
     def dies_after_each_block(pipeline, labels, indices, seed, settings):
         if len(drawn) % 2:
@@ -71,7 +72,7 @@ def test_a_sweep_killed_in_every_block_draws_each_image_once(parts, finished, tm
         drawn.append(indices)
         return original(pipeline, labels, indices, seed, settings)
 
-    monkeypatch.setattr(drawing, "draw_codes", dies_after_each_block)
+    monkeypatch.setattr(draw, "draw_codes", dies_after_each_block)
     monkeypatch.setattr(sweep, "_draw_pictures", lambda *args: None)
     recipe = parts.recipe(tmp_path, pipelines={"mdlm": parts.pipelines["mdlm"]}, num_steps=[3], seeds=[1])
     for _ in range(2):  # 18 images are three blocks of 7

@@ -21,8 +21,8 @@ from tokenizer_parts import CHECKPOINT, STEPS, home, losses, pictures_fixture, t
 
 from xdlm_image.data.images import open_images, to_uint8
 from xdlm_image.evaluation.comparing import fids
-from xdlm_image.evaluation.extractor import load_extractor
-from xdlm_image.evaluation.extractor_training import train_extractor
+from xdlm_image.features.extractor import load_extractor
+from xdlm_image.features.extractor_training import train_extractor
 from xdlm_image.processes import only_command
 from xdlm_image.recipes import (
     DataOptions,

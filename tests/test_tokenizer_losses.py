@@ -8,7 +8,7 @@ import pytest
 import torch
 from tokenizer_parts import home, losses, pictures_fixture, tiny_recipe  # noqa: F401
 
-from xdlm_image.evaluation.extractor_training import train_extractor
+from xdlm_image.features.extractor_training import train_extractor
 from xdlm_image.recipes import ExtractorRecipe
 from xdlm_image.tokenizer.losses import PerceptualLoss, reconstruction_loss
 from xdlm_image.tokenizer.train import TokenizerTraining, TrainingViews, train_tokenizer

@@ -6,11 +6,10 @@ import torch
 from evaluation_parts import NUM_CODES, one_thread, save_pipeline  # noqa: F401
 from PIL import Image
 
-from xdlm_image.evaluation import grids
-from xdlm_image.evaluation.drawing import open_pipeline
-from xdlm_image.evaluation.grids import sample
-from xdlm_image.evaluation.seeds import image_generators
-from xdlm_image.evaluation.trace import (
+from xdlm_image.drawing import grids
+from xdlm_image.drawing.grids import sample
+from xdlm_image.drawing.opening import open_pipeline
+from xdlm_image.drawing.trace import (
     CODE_TO_CODE,
     CODE_TO_MASK,
     HATCH,
@@ -21,8 +20,9 @@ from xdlm_image.evaluation.trace import (
     most_probable,
     record,
 )
-from xdlm_image.evaluation.trace_pictures import COLOURS, MAX_COLUMNS, save_gif, save_strip, shown_states
+from xdlm_image.drawing.trace_pictures import COLOURS, MAX_COLUMNS, save_gif, save_strip, shown_states
 from xdlm_image.recipes import SampleRecipe
+from xdlm_image.seeds import image_generators
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .models import XDLMTransformer2DModel
-    from .pipelines import XDLMImg2ImgPipeline, XDLMInpaintPipeline, XDLMPipeline
-    from .schedulers import XDLMOrderedScheduler, XDLMProcess, XDLMPsiScheduler, XDLMScheduler
+    from xdlm_image.models import XDLMTransformer2DModel
+    from xdlm_image.pipelines import XDLMImg2ImgPipeline, XDLMInpaintPipeline, XDLMPipeline
+    from xdlm_image.schedulers import XDLMOrderedScheduler, XDLMProcess, XDLMPsiScheduler, XDLMScheduler
 
     __version__: str
 

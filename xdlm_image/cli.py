@@ -23,13 +23,13 @@ from typing import Any, NoReturn
 import yaml
 from jsonargparse import ArgumentParser
 
-from . import recipes
-from .recipes.recipe_file import check_recipe_file
+from xdlm_image import recipes
+from xdlm_image.recipes.recipe_file import check_recipe_file
 
 VERBS: dict[str, tuple[type, str, str]] = {
     "train-extractor": (
         recipes.ExtractorRecipe,
-        "xdlm_image.evaluation.extractor_training:train_extractor",
+        "xdlm_image.features.extractor_training:train_extractor",
         "Train a small classifier whose features judge images where Inception cannot be had.",
     ),
     "train-tokenizer": (
@@ -49,7 +49,7 @@ VERBS: dict[str, tuple[type, str, str]] = {
     ),
     "sample": (
         recipes.SampleRecipe,
-        "xdlm_image.evaluation.grids:sample",
+        "xdlm_image.drawing.grids:sample",
         "Draw a class-conditional grid, and each image if asked.",
     ),
     "app": (

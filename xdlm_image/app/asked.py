@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from xdlm_image.evaluation.drawing import beginning_at, class_names, is_conditional
-from xdlm_image.evaluation.grids import grid_labels
-from xdlm_image.evaluation.pictures import save_picture
-from xdlm_image.evaluation.sampler_settings import SamplerSettings, call_arguments, check_settings, nfe, with_scheduler
-from xdlm_image.evaluation.seeds import check_seed
-from xdlm_image.evaluation.trace import record
-from xdlm_image.evaluation.trace_pictures import MAX_IMAGES, save_gif
+from xdlm_image.drawing.grids import grid_labels
+from xdlm_image.drawing.opening import beginning_at, class_names, is_conditional
+from xdlm_image.drawing.pictures import save_picture
+from xdlm_image.drawing.sampler_settings import SamplerSettings, call_arguments, check_settings, nfe, with_scheduler
+from xdlm_image.drawing.trace import record
+from xdlm_image.drawing.trace_pictures import MAX_IMAGES, save_gif
 from xdlm_image.pipelines import XDLMPipeline
+from xdlm_image.seeds import check_seed
 
 AS_SAVED = "as saved"
 MOST_IMAGES = 64

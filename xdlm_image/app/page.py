@@ -7,12 +7,11 @@ import threading
 from pathlib import Path
 from typing import Any, get_args
 
-from xdlm_image.evaluation.drawing import class_names
-from xdlm_image.evaluation.seeds import MAX_SEED
+from xdlm_image.app.asked import AS_SAVED, Asked, Models, enlarged
+from xdlm_image.drawing.opening import class_names
 from xdlm_image.pipelines import XDLMPipeline
 from xdlm_image.recipes.sampling import Sampler, TimeGrid
-
-from .asked import AS_SAVED, Asked, Models, enlarged
+from xdlm_image.seeds import MAX_SEED
 
 MOST_STEPS, MOST_GUIDANCE = 64, 10
 SMALL = 64  # pixels of a side; those of smaller images are shown as squares

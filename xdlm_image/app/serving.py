@@ -10,12 +10,11 @@ import socket
 import time
 from typing import NoReturn
 
+from xdlm_image.app.page import STYLE, Work, import_gradio, page
 from xdlm_image.devices import best_device
+from xdlm_image.drawing.opening import open_pipeline
 from xdlm_image.evaluation.demo import models_folder, shipped_pipelines
-from xdlm_image.evaluation.drawing import open_pipeline
 from xdlm_image.recipes import AppRecipe
-
-from .page import STYLE, Work, import_gradio, page
 
 LARGEST_FILE = "20mb"  # that is uploaded
 

@@ -11,10 +11,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from xdlm_image.conversion.checkpoint_file import CheckpointFile
 from xdlm_image.files import new_folder, refuse_unwritable, write_json
 from xdlm_image.recipes.conversion import ConversionRecipe
-
-from .checkpoint_file import CheckpointFile
 
 PROVENANCE_FILE = "provenance.json"
 

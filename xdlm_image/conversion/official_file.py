@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .checkpoint_file import CheckpointFile, is_state_dict, setting
-from .state_dicts import check_keys, looks_like
+from xdlm_image.conversion.checkpoint_file import CheckpointFile, is_state_dict, setting
+from xdlm_image.conversion.state_dicts import check_keys, looks_like
 
 OFFICIAL = "an official XDLM network"
 NETWORK, TOKENIZER, METRICS = "backbone.", "image_tokenizer.vae.", "metrics."  # prefixes in Lightning files

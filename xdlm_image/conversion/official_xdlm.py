@@ -14,6 +14,19 @@ from typing import Any
 import torch
 from diffusers import VQModel
 
+from xdlm_image.conversion.checkpoint_file import check_tensors, read_checkpoint
+from xdlm_image.conversion.folder import Conversion, provenance, refuse_taken, write_folder
+from xdlm_image.conversion.official_file import (
+    CLASSES,
+    FREQUENCIES,
+    OFFICIAL,
+    TOKENIZER,
+    Weights,
+    training_of,
+    weights_in,
+)
+from xdlm_image.conversion.state_dicts import fill, size
+from xdlm_image.conversion.vq_tokenizers import LLAMAGEN, TAMING, build_tokenizer
 from xdlm_image.data.labels import imagenet_labels
 from xdlm_image.files import sha256_of_file
 from xdlm_image.models.transformer_xdlm import SIZES, XDLMTransformer2DModel
@@ -22,12 +35,6 @@ from xdlm_image.recipes.conversion import ConvertXDLMRecipe
 from xdlm_image.schedulers import XDLMScheduler
 from xdlm_image.tokenizer.codes import load_tokenizer
 from xdlm_image.weights import weights_hash
-
-from .checkpoint_file import check_tensors, read_checkpoint
-from .folder import Conversion, provenance, refuse_taken, write_folder
-from .official_file import CLASSES, FREQUENCIES, OFFICIAL, TOKENIZER, Weights, training_of, weights_in
-from .state_dicts import fill, size
-from .vq_tokenizers import LLAMAGEN, TAMING, build_tokenizer
 
 IMAGENET_CLASSES = 1000
 SPECIAL_IDS = 3  # the official tokenizer adds mask (which is also its begin of sequence), end of sequence, and one more

@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from .checkpoint_file import check_tensors, weight
+from xdlm_image.conversion.checkpoint_file import check_tensors, weight
 
 SHOWN = 8  # keys of a kind that an error names
 

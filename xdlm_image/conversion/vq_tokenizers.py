@@ -17,14 +17,13 @@ import torch
 from diffusers import VQModel
 from torch.nn.functional import normalize
 
+from xdlm_image.conversion.checkpoint_file import CheckpointFile, is_state_dict, read_checkpoint, weight
+from xdlm_image.conversion.folder import Conversion, provenance, refuse_taken, write_folder
+from xdlm_image.conversion.state_dicts import fill, looks_like, size
 from xdlm_image.files import write_json
 from xdlm_image.recipes.conversion import ConversionRecipe
 from xdlm_image.tokenizer.codes import INFO_FILE, grid_of
 from xdlm_image.weights import weights_hash
-
-from .checkpoint_file import CheckpointFile, is_state_dict, read_checkpoint, weight
-from .folder import Conversion, provenance, refuse_taken, write_folder
-from .state_dicts import fill, looks_like, size
 
 TRAINED_AT = 256  # pixels; LlamaGen's and taming's ImageNet tokenizers alike
 CODEBOOK = "quantize.embedding.weight"

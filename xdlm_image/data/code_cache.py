@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from xdlm_image.files import new_folder, sha256_of_file, write_json
 
@@ -251,17 +250,6 @@ def refuse_existing(path: Path, overwrite: bool) -> None:
         raise FileExistsError(f"{path} exists: set overwrite: true to replace it, or name another output_dir")
     if not path.is_dir() or (any(path.iterdir()) and not (path / MANIFEST).is_file()):
         raise FileExistsError(f"{path} is no code cache, so it is not overwritten: name another output_dir")
-
-
-def usage_of_cache(cache: CodeCache) -> dict[str, Any]:
-    """How the cache uses the codebook: codes used, percent, perplexity (`tokenizer.codebook.usage_of`)."""
-    from xdlm_image.tokenizer.codebook import usage_of
-
-    counts = np.zeros(cache.manifest.num_codes, dtype=np.int64)
-    rows = max(1, 2**24 // max(1, math.prod(cache.codes.shape[1:])))
-    for first in tqdm(range(0, len(cache), rows), desc="counting codes", unit="block", disable=len(cache) <= rows):
-        counts += np.bincount(cache.codes[first : first + rows].ravel(), minlength=len(counts))
-    return usage_of(torch.from_numpy(counts))
 
 
 def _map(file: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.memmap:

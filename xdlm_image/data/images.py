@@ -43,6 +43,7 @@ from xdlm_image.ranks import on_first_rank
 from xdlm_image.recipes import DataOptions
 
 SPLITS = ("train", "validation", "test")
+UINT8_RULE = "round to nearest, cut off at 0 and 255: clamp(round((x + 1) * 127.5)), x in [-1, 1]"
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 FASHION_MNIST_VALIDATION = 5_000  # the last images of the training file
 

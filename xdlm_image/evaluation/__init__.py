@@ -1,1 +1,1 @@
-"""Evaluation: features, streamed statistics, FID, sweeps over step counts, class grids and reports."""
+"""Evaluation: references, FID and its kin over step counts, NELBO, and the tables and pages that tell them."""

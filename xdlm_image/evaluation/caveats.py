@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from xdlm_image.evaluation.extractor import FeatureExtractor
-from xdlm_image.evaluation.features import MOST_KEPT
-from xdlm_image.evaluation.given_images import GivenImages
-from xdlm_image.evaluation.inception import RELEASED
+from xdlm_image.drawing.given_images import GivenImages
 from xdlm_image.evaluation.references import Reference
+from xdlm_image.features.extractor import FeatureExtractor
+from xdlm_image.features.feature_set import MOST_KEPT
+from xdlm_image.features.inception import RELEASED
 
 CELL = "a cell"  # a set that is drawn, among those that are given
 NAMED = 5  # sets that one sentence names

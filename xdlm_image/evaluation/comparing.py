@@ -19,8 +19,8 @@ from xdlm_image.evaluation.feature_metrics import (
     manifold_metrics,
     radii_of_balls,
 )
-from xdlm_image.evaluation.fid import fid_from_statistics
 from xdlm_image.evaluation.measuring import Measured
+from xdlm_image.features.fid import fid_from_statistics
 from xdlm_image.ranks import rank_and_world
 from xdlm_image.recipes.sampling import FEATURE_METRICS
 

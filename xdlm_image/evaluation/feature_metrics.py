@@ -16,7 +16,7 @@ from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, i
 from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
 from tqdm import tqdm
 
-from xdlm_image.evaluation.batches import blocks_of_rank
+from xdlm_image.data.image_batches import blocks_of_rank
 from xdlm_image.ranks import rank_and_world, reduce_over_ranks
 
 KID_SUBSETS = 100

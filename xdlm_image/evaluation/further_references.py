@@ -12,10 +12,10 @@ from typing import Any
 
 from xdlm_image.evaluation.cells import refuse_name
 from xdlm_image.evaluation.comparing import fids
-from xdlm_image.evaluation.extractor import FeatureExtractor
 from xdlm_image.evaluation.measuring import Measured
 from xdlm_image.evaluation.reference_files import is_reference_file, open_reference_file
 from xdlm_image.evaluation.references import Reference, open_reference
+from xdlm_image.features.extractor import FeatureExtractor
 
 
 def open_further(named: Mapping[str, str], extractor: FeatureExtractor, shape: tuple[int, int]) -> dict[str, Reference]:

@@ -15,13 +15,13 @@ from typing import Any
 
 from tqdm import tqdm
 
-from xdlm_image.evaluation.batches import Batch
+from xdlm_image.data.image_batches import Batch
 from xdlm_image.evaluation.code_pairs import PairFrequencies
-from xdlm_image.evaluation.extractor import FeatureExtractor
 from xdlm_image.evaluation.feature_metrics import inception_score
-from xdlm_image.evaluation.features import FeatureCollector, FeatureSet
-from xdlm_image.evaluation.fid import new_statistics, update_statistics
-from xdlm_image.evaluation.statistics import StreamedStatistics
+from xdlm_image.features.extractor import FeatureExtractor
+from xdlm_image.features.feature_set import FeatureCollector, FeatureSet
+from xdlm_image.features.fid import new_statistics, update_statistics
+from xdlm_image.features.statistics import StreamedStatistics
 from xdlm_image.files import sha256_of_file, write_json
 from xdlm_image.ranks import barrier, of_first_rank, rank_and_world, sum_over_ranks
 

@@ -16,16 +16,17 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from xdlm_image.data.image_batches import real_batches
 from xdlm_image.data.image_check import check_images
 from xdlm_image.data.images import ImageSet
 from xdlm_image.data.labels import Labels, same_classes
 from xdlm_image.devices import best_device
-from xdlm_image.evaluation.batches import real_batches
-from xdlm_image.evaluation.drawing import class_names, draw_all, image_shape, open_pipeline, pipeline_hash
-from xdlm_image.evaluation.extractor import FeatureExtractor, load_extractor
-from xdlm_image.evaluation.grids import class_ids, grid_labels, save_grid
+from xdlm_image.drawing.draw import draw_all
+from xdlm_image.drawing.grids import class_ids, grid_labels, save_grid
+from xdlm_image.drawing.opening import class_names, image_shape, open_pipeline, pipeline_hash
+from xdlm_image.drawing.sampler_settings import SamplerSettings, check_settings
 from xdlm_image.evaluation.references import describe_images, open_reference_images
-from xdlm_image.evaluation.sampler_settings import SamplerSettings, check_settings
+from xdlm_image.features.extractor import FeatureExtractor, load_extractor
 from xdlm_image.files import refuse_unwritable, write_json
 from xdlm_image.recipes import NeighboursRecipe
 

@@ -15,8 +15,8 @@ import torch
 
 from xdlm_image.data.code_cache import CodeCache
 from xdlm_image.data.labels import Labels, same_classes
+from xdlm_image.drawing.opening import open_pipeline, pipeline_hash, refuse_changed
 from xdlm_image.evaluation.cells import read_cell, refuse_name
-from xdlm_image.evaluation.drawing import open_pipeline, pipeline_hash, refuse_changed
 from xdlm_image.evaluation.measuring import short_hash
 from xdlm_image.evaluation.nelbo_estimate import (
     FLAT_SHARE,

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from xdlm_image.evaluation.batches import blocks_of_rank
+from xdlm_image.data.image_batches import blocks_of_rank
 from xdlm_image.objective import XDLMLoss
 from xdlm_image.ranks import rank_and_world
 from xdlm_image.schedulers import XDLMProcess

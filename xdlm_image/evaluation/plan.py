@@ -17,24 +17,23 @@ from typing import Any, NamedTuple
 import torch
 
 from xdlm_image.data.image_check import check_images
-from xdlm_image.data.images import ImageSet
+from xdlm_image.data.images import UINT8_RULE, ImageSet
 from xdlm_image.data.labels import Labels, same_classes
+from xdlm_image.drawing.foreign_pipelines import ForeignPipeline
+from xdlm_image.drawing.given_images import GivenImages, images_in_npz
+from xdlm_image.drawing.opening import class_names, folder_names, image_shape, open_any_pipeline, pipeline_hash
+from xdlm_image.drawing.sampler_settings import SamplerSettings, check_settings
 from xdlm_image.evaluation import caveats
-from xdlm_image.evaluation.batches import UINT8_RULE
 from xdlm_image.evaluation.cells import refuse_name
-from xdlm_image.evaluation.class_judge import load_class_judge
-from xdlm_image.evaluation.drawing import class_names, folder_names, image_shape, open_any_pipeline, pipeline_hash
-from xdlm_image.evaluation.extractor import FeatureExtractor, load_extractor
-from xdlm_image.evaluation.foreign_pipelines import ForeignPipeline
 from xdlm_image.evaluation.further_references import open_further
-from xdlm_image.evaluation.given_images import GivenImages, images_in_npz
 from xdlm_image.evaluation.reference_files import KNOWN, is_reference_file, open_reference_file
 from xdlm_image.evaluation.references import Reference, open_reference, open_reference_images, subset
-from xdlm_image.evaluation.sampler_settings import SamplerSettings, check_settings
-from xdlm_image.evaluation.seeds import SEED_RULE
+from xdlm_image.features.class_judge import load_class_judge
+from xdlm_image.features.extractor import FeatureExtractor, load_extractor
 from xdlm_image.processes import own_device
 from xdlm_image.ranks import rank_and_world
 from xdlm_image.recipes import DataOptions, EvaluateRecipe
+from xdlm_image.seeds import SEED_RULE
 from xdlm_image.weights import weights_hash
 
 

@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from xdlm_image.evaluation.batches import UINT8_RULE
-from xdlm_image.evaluation.extractor import FeatureExtractor
+from xdlm_image.data.images import UINT8_RULE
 from xdlm_image.evaluation.measuring import Measured
 from xdlm_image.evaluation.references import Reference
-from xdlm_image.evaluation.statistics import StreamedStatistics
+from xdlm_image.features.extractor import FeatureExtractor
+from xdlm_image.features.statistics import StreamedStatistics
 from xdlm_image.files import sha256_of_file
 from xdlm_image.processes import main_process_first
 

@@ -23,19 +23,19 @@ import numpy as np
 import torch
 from diffusers import VQModel
 
+from xdlm_image.data.image_batches import real_batches
 from xdlm_image.data.image_check import check_images
-from xdlm_image.data.images import ImageSet, open_images
+from xdlm_image.data.images import UINT8_RULE, ImageSet, open_images
 from xdlm_image.devices import best_device
-from xdlm_image.evaluation.batches import UINT8_RULE, real_batches, reconstructed_batches
 from xdlm_image.evaluation.cells import read_cell
 from xdlm_image.evaluation.comparing import distances, fids
-from xdlm_image.evaluation.extractor import FeatureExtractor, load_extractor
 from xdlm_image.evaluation.measuring import FEATURES, Measured, cached_measure, load_measured, short_hash
+from xdlm_image.features.extractor import FeatureExtractor, load_extractor
 from xdlm_image.files import refuse_unwritable, write_json
 from xdlm_image.ranks import barrier, of_first_rank, rank_and_world
 from xdlm_image.recipes import DataOptions, ReferenceRecipe
 from xdlm_image.recipes.sampling import FEATURE_METRICS
-from xdlm_image.tokenizer.codes import grid_of, load_tokenizer
+from xdlm_image.tokenizer.codes import grid_of, load_tokenizer, reconstructed_batches
 from xdlm_image.weights import weights_hash
 
 SCHEMA_VERSION = 2

@@ -18,31 +18,32 @@ from tqdm import tqdm
 
 from xdlm_image.data.labels import labels_of_folders
 from xdlm_image.devices import uncompiled
+from xdlm_image.drawing.draw import DrawnBatches, draw_all
+from xdlm_image.drawing.drawn_codes import DrawnCodes
+from xdlm_image.drawing.drawn_pictures import DrawnPictures
+from xdlm_image.drawing.foreign_pipelines import ForeignPipeline
+from xdlm_image.drawing.given_images import GivenImages
+from xdlm_image.drawing.grids import class_grid, save_grid
+from xdlm_image.drawing.opening import open_any_pipeline, refuse_changed
+from xdlm_image.drawing.pictures import has_key
+from xdlm_image.drawing.sampler_settings import SamplerSettings, nfe
 from xdlm_image.evaluation.cells import read_cell
 from xdlm_image.evaluation.comparing import distances, fids
-from xdlm_image.evaluation.drawing import DrawnBatches, draw_all, open_any_pipeline, refuse_changed
-from xdlm_image.evaluation.drawn_codes import DrawnCodes
-from xdlm_image.evaluation.drawn_pictures import DrawnPictures
-from xdlm_image.evaluation.features import FeatureSet
-from xdlm_image.evaluation.foreign_pipelines import ForeignPipeline
 from xdlm_image.evaluation.further_references import fids_further, floors_further
-from xdlm_image.evaluation.given_images import GivenImages
-from xdlm_image.evaluation.grids import class_grid, save_grid
 from xdlm_image.evaluation.measuring import Measured, cached_measure, measure, short_hash
-from xdlm_image.evaluation.pictures import has_key
 from xdlm_image.evaluation.plan import Plan, check, device_name, metric_name, protocol, versions
 from xdlm_image.evaluation.plots import write_plots
 from xdlm_image.evaluation.references import Reference, make_reference
 from xdlm_image.evaluation.report import write_html, write_report
-from xdlm_image.evaluation.sampler_settings import SamplerSettings, nfe
-from xdlm_image.evaluation.seeds import SEED_RULE
 from xdlm_image.evaluation.tables import SETTINGS, text
+from xdlm_image.features.feature_set import FeatureSet
 from xdlm_image.files import refuse_unwritable, write_json
 from xdlm_image.pipelines import XDLMPipeline
 from xdlm_image.processes import only_command
 from xdlm_image.ranks import barrier, rank_and_world, sum_over_ranks
 from xdlm_image.recipes import EvaluateRecipe
 from xdlm_image.recipes.sampling import FEATURE_METRICS, VARIED
+from xdlm_image.seeds import SEED_RULE
 from xdlm_image.tokenizer.codes import load_tokenizer
 
 CELL_VERSION = 4  # raise it when what a cell means changes: older cells are then measured anew

@@ -19,10 +19,10 @@ from huggingface_hub import EvalResult, ModelCardData
 from PIL import Image
 
 from xdlm_image.data.images import read_image
-from xdlm_image.evaluation.drawing import class_names
-from xdlm_image.evaluation.grids import class_grid, save_grid
+from xdlm_image.drawing.grids import class_grid, save_grid
+from xdlm_image.drawing.opening import class_names
+from xdlm_image.drawing.sampler_settings import SamplerSettings
 from xdlm_image.evaluation.report import WHOLE_PROTOCOL, markdown
-from xdlm_image.evaluation.sampler_settings import SamplerSettings
 from xdlm_image.evaluation.tables import rows
 from xdlm_image.hub.sources import Sources, read_sources
 from xdlm_image.pipelines import XDLMPipeline

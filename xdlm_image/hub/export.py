@@ -13,7 +13,7 @@ from pathlib import Path
 from huggingface_hub import HfApi
 
 from xdlm_image.devices import best_device
-from xdlm_image.evaluation.drawing import open_pipeline
+from xdlm_image.drawing.opening import open_pipeline
 from xdlm_image.files import refuse_unwritable
 from xdlm_image.pipelines.folder_check import refuse_other_content
 from xdlm_image.pipelines.self_contained import open_repository, upload, write_folder

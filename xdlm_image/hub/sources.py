@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from diffusers import VQModel
 
-from xdlm_image.evaluation.drawing import pipeline_hash
+from xdlm_image.drawing.opening import pipeline_hash
 from xdlm_image.evaluation.report import markdown
 from xdlm_image.metric_lines import NAME, MetricLines
 from xdlm_image.pipelines import XDLMPipeline

@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import torch
 
-from ..schedulers import XDLMProcess
-from .nelbo import backend_for, passes_for, refuse_second_derivative, rows_of
-from .row_scalars import Rows
+from xdlm_image.objective.nelbo import backend_for, passes_for, refuse_second_derivative, rows_of
+from xdlm_image.objective.row_scalars import Rows
+from xdlm_image.schedulers import XDLMProcess
 
 BLOCK_BYTES = 24 << 20  # of logits; with fewer rows the weight gradient would be added up too often
 ROW_BYTES = 64  # that a row of logits fills or is padded to: products are slow where rows begin anywhere

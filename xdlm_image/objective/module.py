@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ..models import XDLMTransformer2DModel
-from ..schedulers import XDLMProcess
-from .head import XDLMLossOutput, row_blocks, xdlm_head_nelbo
-from .nelbo import xdlm_nelbo
+from xdlm_image.models import XDLMTransformer2DModel
+from xdlm_image.objective.head import XDLMLossOutput, row_blocks, xdlm_head_nelbo
+from xdlm_image.objective.nelbo import xdlm_nelbo
+from xdlm_image.schedulers import XDLMProcess
 
 
 class XDLMLoss(nn.Module):

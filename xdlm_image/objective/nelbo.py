@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from ..schedulers import XDLMProcess
-from ..schedulers.process_xdlm import check_shares
-from . import nelbo_cpu, nelbo_eager
-from .row_scalars import Rows
+from xdlm_image.objective import nelbo_cpu, nelbo_eager
+from xdlm_image.objective.row_scalars import Rows
+from xdlm_image.schedulers import XDLMProcess
+from xdlm_image.schedulers.process_xdlm import check_shares
 
 BACKENDS = ("auto", "eager", "cpp", "triton")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -142,7 +142,7 @@ def passes_for(device: torch.device, dtype: torch.dtype, backend: str) -> Any:
     if backend == "cpp":
         nelbo_cpu.self_check()
         return nelbo_cpu
-    from . import nelbo_triton
+    from xdlm_image.objective import nelbo_triton
 
     return nelbo_triton
 
@@ -173,7 +173,7 @@ def _triton_runs(device: torch.device, dtype: torch.dtype) -> bool:
     if device.type != "cuda" or dtype not in TRITON_DTYPES or importlib.util.find_spec("triton") is None:
         return False
     try:
-        from . import nelbo_triton
+        from xdlm_image.objective import nelbo_triton
 
         nelbo_triton.self_check(device, dtype)
         return True

@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
-from ..schedulers import XDLMProcess
-from . import nelbo_eager
-from .row_scalars import Rows, RowScalars, RowSums, columns_of, gradient_factors, loss_and_scalars
+from xdlm_image.objective import nelbo_eager
+from xdlm_image.objective.row_scalars import Rows, RowScalars, RowSums, columns_of, gradient_factors, loss_and_scalars
+from xdlm_image.schedulers import XDLMProcess
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 FLAGS = ["-std=c++17", "-O3", "-fopenmp-simd", "-shared", "-fPIC", "-pthread"]

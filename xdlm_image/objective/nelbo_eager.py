@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from ..schedulers import XDLMProcess
-from .row_scalars import Rows, RowScalars, RowSums, columns_of, gradient_factors, loss_and_scalars
+from xdlm_image.objective.row_scalars import Rows, RowScalars, RowSums, columns_of, gradient_factors, loss_and_scalars
+from xdlm_image.schedulers import XDLMProcess
 
 BLOCK_ELEMENTS_CPU = 1 << 17  # logits a thread and block: two work buffers of 0.5 MiB, and the logits themselves
 BLOCK_ELEMENTS_DEVICE = 1 << 24

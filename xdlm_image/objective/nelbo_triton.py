@@ -13,9 +13,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ..schedulers import XDLMProcess
-from .row_scalars import TINY as TINY_NUMBER
-from .row_scalars import Rows, RowScalars
+from xdlm_image.objective.row_scalars import TINY as TINY_NUMBER
+from xdlm_image.objective.row_scalars import Rows, RowScalars
+from xdlm_image.schedulers import XDLMProcess
 
 ROW_IN_REGISTERS = 4096  # widest row that forward reads once; wider ones leave a multiprocessor registers for one
 BLOCK = 1024  # of wider rows, and of the backward pass

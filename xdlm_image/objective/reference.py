@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from ..schedulers import XDLMProcess
+from xdlm_image.schedulers import XDLMProcess
 
 
 def model_probs(logits: torch.Tensor, process: XDLMProcess) -> torch.Tensor:

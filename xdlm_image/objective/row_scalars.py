@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..schedulers import XDLMProcess
+from xdlm_image.schedulers import XDLMProcess
 
 TINY = 1e-30
 

@@ -5,13 +5,20 @@ This file owns names, defaults and range checks, and nothing else: it imports no
 the rooms (`data`, `tokenizer`, `training`, `evaluation`, `cli`) read them.
 """
 
-from .conversion import ConversionRecipe, ConvertXDLMRecipe
-from .data import WHERE_IMAGES_ARE, DataOptions, EncodeRecipe
-from .nelbo import NelboRecipe
-from .publishing import ExportRecipe
-from .sampling import AppRecipe, DemoRecipe, EvaluateRecipe, NeighboursRecipe, ReferenceRecipe, SampleRecipe
-from .tokenizer import ExtractorRecipe, TokenizerModelOptions, TokenizerRecipe
-from .training import ProcessOptions, TrainRecipe, TransformerOptions
+from xdlm_image.recipes.conversion import ConversionRecipe, ConvertXDLMRecipe
+from xdlm_image.recipes.data import WHERE_IMAGES_ARE, DataOptions, EncodeRecipe
+from xdlm_image.recipes.nelbo import NelboRecipe
+from xdlm_image.recipes.publishing import ExportRecipe
+from xdlm_image.recipes.sampling import (
+    AppRecipe,
+    DemoRecipe,
+    EvaluateRecipe,
+    NeighboursRecipe,
+    ReferenceRecipe,
+    SampleRecipe,
+)
+from xdlm_image.recipes.tokenizer import ExtractorRecipe, TokenizerModelOptions, TokenizerRecipe
+from xdlm_image.recipes.training import ProcessOptions, TrainRecipe, TransformerOptions
 
 __all__ = [
     "WHERE_IMAGES_ARE",

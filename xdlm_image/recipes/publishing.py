@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from xdlm_image.evaluation.seeds import check_seed
-
-from .checks import require
+from xdlm_image.recipes.checks import require
+from xdlm_image.seeds import check_seed
 
 
 @dataclass

@@ -6,10 +6,9 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import Any, Literal, get_args
 
-from xdlm_image.evaluation.seeds import MAX_IMAGES, check_seed
-
-from .checks import require, require_at_least, require_finite, require_in_time
-from .data import DataOptions
+from xdlm_image.recipes.checks import require, require_at_least, require_finite, require_in_time
+from xdlm_image.recipes.data import DataOptions
+from xdlm_image.seeds import MAX_IMAGES, check_seed
 
 TraceKind = Literal["strip", "gif", "codes"]
 FeatureMetric = Literal["kid", "precision_recall", "coverage"]

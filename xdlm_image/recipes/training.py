@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from .checks import require, require_at_least
+from xdlm_image.recipes.checks import require, require_at_least
 
 
 @dataclass

@@ -5,7 +5,14 @@ This file owns what happens to the codebook beside gradient descent. It knows no
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
+import numpy as np
 import torch
+from tqdm import tqdm
+
+from xdlm_image.data.code_cache import CodeCache
 
 BLOCK = 8192  # latents compared with the codebook at once
 
@@ -76,3 +83,12 @@ def usage_of(counts: torch.Tensor) -> dict[str, float]:
         "codes_used_percent": 100 * used / len(counts),
         "perplexity": float(torch.exp(-(share * share.log()).sum())),
     }
+
+
+def usage_of_cache(cache: CodeCache) -> dict[str, Any]:
+    """How the cache uses the codebook: codes used, percent, perplexity, as `usage_of`."""
+    counts = np.zeros(cache.manifest.num_codes, dtype=np.int64)
+    rows = max(1, 2**24 // max(1, math.prod(cache.codes.shape[1:])))
+    for first in tqdm(range(0, len(cache), rows), desc="counting codes", unit="block", disable=len(cache) <= rows):
+        counts += np.bincount(cache.codes[first : first + rows].ravel(), minlength=len(counts))
+    return usage_of(torch.from_numpy(counts))

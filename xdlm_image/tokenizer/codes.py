@@ -6,12 +6,15 @@ This file owns the calls into diffusers' `VQModel` that are easy to get wrong. I
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 from diffusers import VQModel
 
-from xdlm_image.hub.ids import fetch_hint
+from xdlm_image.data.image_batches import Batch
+from xdlm_image.data.images import normalise, to_uint8
+from xdlm_image.hub_ids import fetch_hint
 from xdlm_image.weights import weights_hash
 
 INFO_FILE = "tokenizer.json"
@@ -62,6 +65,13 @@ def decode_codes(vqvae: VQModel, codes: torch.Tensor) -> torch.Tensor:
         return vqvae.decode(codes.flatten(), force_not_quantize=True, shape=shape).sample
     latents = vqvae.quantize.get_codebook_entry(codes.flatten(), shape)  # (B, D, h, w)
     return vqvae.decode(latents, force_not_quantize=True).sample
+
+
+def reconstructed_batches(vqvae: VQModel, batches: Iterable[Batch]) -> Iterator[Batch]:
+    """Each batch through encoder, codebook and decoder, back to uint8."""
+    for batch in batches:
+        codes = encode_images(vqvae, normalise(batch.images).to(vqvae.device))  # (B, h, w)
+        yield batch._replace(images=to_uint8(decode_codes(vqvae, codes)).cpu(), codes=codes.cpu())
 
 
 def check_codes(codes: torch.Tensor, num_codes: int) -> None:

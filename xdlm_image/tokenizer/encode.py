@@ -25,7 +25,6 @@ from xdlm_image.data.code_cache import (
     Manifest,
     code_dtype,
     refuse_existing,
-    usage_of_cache,
     write_code_cache,
 )
 from xdlm_image.data.image_check import check_images
@@ -34,6 +33,7 @@ from xdlm_image.files import write_json
 from xdlm_image.processes import only_command, own_device, process_state
 from xdlm_image.ranks import barrier, rank_and_world
 from xdlm_image.recipes import DataOptions, EncodeRecipe
+from xdlm_image.tokenizer.codebook import usage_of_cache
 from xdlm_image.tokenizer.codes import encode_images, grid_of, load_tokenizer, tokenizer_info
 from xdlm_image.tokenizer.measure import save_reconstructions
 from xdlm_image.weights import weights_hash

@@ -41,7 +41,7 @@ class PerceptualLoss(nn.Module):
 
     def __init__(self, extractor: str | Path, channels: int, image_size: int) -> None:
         super().__init__()
-        from xdlm_image.evaluation.small_classifier import load_small_classifier
+        from xdlm_image.features.small_classifier import load_small_classifier
 
         try:
             config, classifier = load_small_classifier(Path(extractor))

@@ -22,7 +22,7 @@ from xdlm_image.tokenizer.codes import decode_codes, encode_images
 
 if TYPE_CHECKING:
     from xdlm_image.data.code_cache import CodeCache
-    from xdlm_image.evaluation.extractor import FeatureExtractor
+    from xdlm_image.features.extractor import FeatureExtractor
 
 SHOWN_AT_ONCE = 8  # decoded; their activations at 256x256 take gigabytes
 
@@ -40,7 +40,7 @@ def measure_tokenizer(
         vqvae: Tokenizer in evaluation mode.
         images: The split.
         batch_size: Images at once.
-        extractor: From `evaluation.extractor.load_extractor`, for rFID; None leaves rFID out.
+        extractor: From `features.extractor.load_extractor`, for rFID; None leaves rFID out.
         num_workers: Data loading processes.
 
     Returns, on every rank:
@@ -48,8 +48,8 @@ def measure_tokenizer(
         MSE), `l1` (mean |error| in uint8 steps), `codes_used`, `codes_used_percent`, `perplexity`, and with an
         extractor `rfid` (one a feature layer) and `rfid_extractor`.
     """
-    from xdlm_image.evaluation.batches import blocks_of_rank, real_batches
-    from xdlm_image.evaluation.fid import fid_from_statistics, new_statistics, update_statistics
+    from xdlm_image.data.image_batches import blocks_of_rank, real_batches
+    from xdlm_image.features.fid import fid_from_statistics, new_statistics, update_statistics
     from xdlm_image.ranks import rank_and_world, reduce_over_ranks
 
     rank, world = rank_and_world()

@@ -175,7 +175,7 @@ class TokenizerTraining:
         self.test_images = open_images(recipe.data, "test")
         self.extractor = None
         if recipe.extractor is not None:  # now, in case it fails
-            from xdlm_image.evaluation.extractor import load_extractor
+            from xdlm_image.features.extractor import load_extractor
 
             self.extractor = load_extractor(recipe.extractor, self.device)
             self.extractor.check_images(recipe.data.channels, recipe.data.image_size)

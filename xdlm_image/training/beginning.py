@@ -15,12 +15,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from xdlm_image.data.labels import labels_of_folders
+from xdlm_image.models import XDLMTransformer2DModel
+from xdlm_image.recipes import TransformerOptions
+from xdlm_image.tokenizer.codes import load_tokenizer
 from xdlm_image.weights import weights_hash
-
-from ..data.labels import labels_of_folders
-from ..models import XDLMTransformer2DModel
-from ..recipes import TransformerOptions
-from ..tokenizer.codes import load_tokenizer
 
 CLASSES = "conditioning.class_embed.weight"  # (classes + 1, C), the null class last
 

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..data.code_cache import Manifest
-from ..recipes import TrainRecipe
-from .checkpoints import refuse_other_recipe
+from xdlm_image.data.code_cache import Manifest
+from xdlm_image.recipes import TrainRecipe
+from xdlm_image.training.checkpoints import refuse_other_recipe
 
 FREE = {
     # nothing that the weights depend on

@@ -12,9 +12,9 @@ from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState, is_initialized
 from accelerate.utils import GradientAccumulationPlugin, parse_flag_from_env
 
-from ..devices import process_group_timeout, warn_if_slow
-from ..processes import on_cpu
-from ..recipes import TokenizerRecipe, TrainRecipe
+from xdlm_image.devices import process_group_timeout, warn_if_slow
+from xdlm_image.processes import on_cpu
+from xdlm_image.recipes import TokenizerRecipe, TrainRecipe
 
 PRECISION = "ACCELERATE_MIXED_PRECISION"
 COMPILER = "ACCELERATE_DYNAMO_BACKEND"

@@ -22,30 +22,30 @@ from diffusers.training_utils import EMAModel
 from timm.optim import create_optimizer_v2
 from tqdm.auto import tqdm
 
-from ..data.code_cache import CodeCache
-from ..data.labels import labels_of_folders
-from ..devices import uncompiled
-from ..evaluation.drawing import class_names
-from ..evaluation.grids import class_grid, save_grid
-from ..evaluation.sampler_settings import SamplerSettings
-from ..files import new_folder, write_text
-from ..metric_lines import MetricLines
-from ..models import XDLMTransformer2DModel
-from ..objective import XDLMLoss
-from ..pipelines import XDLMPipeline
-from ..processes import only_command
-from ..recipes import TrainRecipe
-from ..schedulers import XDLMProcess, XDLMScheduler
-from ..tokenizer.codes import load_tokenizer
-from ..tokenizer.measure import SHOWN_AT_ONCE
-from .batches import batch_indices, rank_positions, step_seed, stratified_times
-from .beginning import begin_at
-from .checkpoints import Checkpoint, CheckpointFolder, Learned, refuse_other_folders
-from .going_on import IMAGES_A_STEP, changes_of, refuse_other_beginning, what_binds
-from .launch import make_accelerator
-from .meters import LossMeter
-from .trackers import log_picture, refuse_missing, start_trackers
-from .validation import validation_nelbo
+from xdlm_image.data.code_cache import CodeCache
+from xdlm_image.data.labels import labels_of_folders
+from xdlm_image.devices import uncompiled
+from xdlm_image.drawing.grids import class_grid, save_grid
+from xdlm_image.drawing.opening import class_names
+from xdlm_image.drawing.sampler_settings import SamplerSettings
+from xdlm_image.files import new_folder, write_text
+from xdlm_image.metric_lines import MetricLines
+from xdlm_image.models import XDLMTransformer2DModel
+from xdlm_image.objective import XDLMLoss
+from xdlm_image.pipelines import XDLMPipeline
+from xdlm_image.processes import only_command
+from xdlm_image.recipes import TrainRecipe
+from xdlm_image.schedulers import XDLMProcess, XDLMScheduler
+from xdlm_image.tokenizer.codes import load_tokenizer
+from xdlm_image.tokenizer.measure import SHOWN_AT_ONCE
+from xdlm_image.training.batches import batch_indices, rank_positions, step_seed, stratified_times
+from xdlm_image.training.beginning import begin_at
+from xdlm_image.training.checkpoints import Checkpoint, CheckpointFolder, Learned, refuse_other_folders
+from xdlm_image.training.going_on import IMAGES_A_STEP, changes_of, refuse_other_beginning, what_binds
+from xdlm_image.training.launch import make_accelerator
+from xdlm_image.training.meters import LossMeter
+from xdlm_image.training.trackers import log_picture, refuse_missing, start_trackers
+from xdlm_image.training.validation import validation_nelbo
 
 SAMPLE_CLASSES, SAMPLES_PER_CLASS = 10, 8  # of the sample grids drawn while training
 TIMM_OPTIMIZERS = {"adamw": "adamw", "muon": "nmuon"}  # Muon with Nesterov momentum, as its author uses it

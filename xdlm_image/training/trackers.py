@@ -19,7 +19,7 @@ from accelerate.tracking import TensorBoardTracker, WandBTracker
 from accelerate.utils import is_tensorboard_available, is_wandb_available
 from PIL import Image
 
-from ..files import write_text
+from xdlm_image.files import write_text
 
 AVAILABLE = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available}
 WANDB_ID = "wandb_id.txt"  # in the run folder: by it Weights & Biases knows a resumed run

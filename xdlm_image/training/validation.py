@@ -13,9 +13,9 @@ import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
-from ..data.code_cache import CodeCache
-from ..objective import XDLMLoss
-from .batches import step_seed, weighted_times
+from xdlm_image.data.code_cache import CodeCache
+from xdlm_image.objective import XDLMLoss
+from xdlm_image.training.batches import step_seed, weighted_times
 
 SEED = 20_240_229  # the noise of validation: the same for every run, so that runs compare
 

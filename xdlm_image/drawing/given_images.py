@@ -25,8 +25,8 @@ from torchvision.transforms.v2 import functional as tv
 from tqdm import tqdm
 
 from xdlm_image.data.folders import not_taken, walk
+from xdlm_image.data.image_batches import NO_CLASS, Batch, blocks_of_rank
 from xdlm_image.data.images import read_image
-from xdlm_image.evaluation.batches import NO_CLASS, Batch, blocks_of_rank
 from xdlm_image.files import sha256_of_file
 from xdlm_image.pipelines.init_images import DECODING_ERRORS
 

@@ -16,8 +16,8 @@ import torch
 
 from xdlm_image.data.images import in_colour
 from xdlm_image.devices import best_device
-from xdlm_image.evaluation.class_judge import ClassJudge
-from xdlm_image.evaluation.small_classifier import REMEDY, SMALL_CLASSIFIER, ExtractorConfig, SmallClassifierFeatures
+from xdlm_image.features.class_judge import ClassJudge
+from xdlm_image.features.small_classifier import REMEDY, SMALL_CLASSIFIER, ExtractorConfig, SmallClassifierFeatures
 
 INCEPTION, DINOV2 = "inception", "dinov2"
 NOT_RELEASED = "not the released weights"
@@ -155,7 +155,7 @@ def load_extractor(
 def _load_one(name: str, device: torch.device) -> FeatureExtractor:
     kind, _, file = name.partition(":")
     if kind == INCEPTION:
-        from xdlm_image.evaluation.inception import SPATIAL_DIM, Inception
+        from xdlm_image.features.inception import SPATIAL_DIM, Inception
 
         inception = Inception(file or None).to(device).eval().requires_grad_(False)
         return FeatureExtractor(
@@ -170,7 +170,7 @@ def _load_one(name: str, device: torch.device) -> FeatureExtractor:
             unreleased=not inception.is_released,
         )
     if kind == DINOV2:
-        from xdlm_image.evaluation.dinov2 import DINOv2
+        from xdlm_image.features.dinov2 import DINOv2
         from xdlm_image.weights import weights_hash
 
         dinov2 = DINOv2(file or None).to(device).eval().requires_grad_(False)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from xdlm_image.evaluation.drawing import decode
+from xdlm_image.drawing.draw import decode
 from xdlm_image.files import write_atomic
 from xdlm_image.pipelines import XDLMPipeline
 

@@ -13,8 +13,8 @@ from __future__ import annotations
 import torch
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
 
-from xdlm_image.evaluation.extractor import FeatureExtractor
-from xdlm_image.evaluation.statistics import StreamedStatistics
+from xdlm_image.features.extractor import FeatureExtractor
+from xdlm_image.features.statistics import StreamedStatistics
 
 
 def fid_from_statistics(a: StreamedStatistics, b: StreamedStatistics) -> float:

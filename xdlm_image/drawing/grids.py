@@ -15,16 +15,17 @@ from PIL import Image, ImageDraw, ImageFont
 from xdlm_image.data.folders import is_hidden
 from xdlm_image.data.images import read_image
 from xdlm_image.devices import best_device
-from xdlm_image.evaluation.drawing import beginning_at, class_names, draw_all, folder_names, open_pipeline
-from xdlm_image.evaluation.foreign_pipelines import ForeignPipeline
-from xdlm_image.evaluation.given_images import class_folders
-from xdlm_image.evaluation.pictures import numbered_images, numbered_names, save_images, save_picture, to_picture
-from xdlm_image.evaluation.sampler_settings import SamplerSettings, check_settings
-from xdlm_image.evaluation.seeds import MAX_IMAGES
-from xdlm_image.evaluation.trace_pictures import check_trace, write_trace
+from xdlm_image.drawing.draw import draw_all
+from xdlm_image.drawing.foreign_pipelines import ForeignPipeline
+from xdlm_image.drawing.given_images import class_folders
+from xdlm_image.drawing.opening import beginning_at, class_names, folder_names, open_pipeline
+from xdlm_image.drawing.pictures import numbered_images, numbered_names, save_images, save_picture, to_picture
+from xdlm_image.drawing.sampler_settings import SamplerSettings, check_settings
+from xdlm_image.drawing.trace_pictures import check_trace, write_trace
 from xdlm_image.files import refuse_unwritable
 from xdlm_image.pipelines import XDLMPipeline
 from xdlm_image.recipes import SampleRecipe
+from xdlm_image.seeds import MAX_IMAGES
 
 GAP = 2  # white pixels between images
 MOST_ROWS, ROWS_OF_MANY = 20, 10  # with more classes than the first, a grid for which none is named has the second

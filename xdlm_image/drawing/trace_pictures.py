@@ -14,10 +14,10 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from xdlm_image.evaluation.drawing import class_names
-from xdlm_image.evaluation.pictures import save_picture, to_picture
-from xdlm_image.evaluation.sampler_settings import SamplerSettings, call_arguments, with_scheduler
-from xdlm_image.evaluation.trace import (
+from xdlm_image.drawing.opening import class_names
+from xdlm_image.drawing.pictures import save_picture, to_picture
+from xdlm_image.drawing.sampler_settings import SamplerSettings, call_arguments, with_scheduler
+from xdlm_image.drawing.trace import (
     CODE_TO_CODE,
     CODE_TO_MASK,
     KEPT,

@@ -19,12 +19,12 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from xdlm_image.data.image_batches import real_batches
 from xdlm_image.data.image_check import check_images
 from xdlm_image.data.images import ImageSet, Uint8Images, normalise, open_images
 from xdlm_image.devices import best_device
-from xdlm_image.evaluation.batches import real_batches
-from xdlm_image.evaluation.extractor import load_extractor
-from xdlm_image.evaluation.small_classifier import ExtractorConfig, SmallClassifier, read_extractor_config
+from xdlm_image.features.extractor import load_extractor
+from xdlm_image.features.small_classifier import ExtractorConfig, SmallClassifier, read_extractor_config
 from xdlm_image.files import sha256_of_file, write_atomic, write_json
 from xdlm_image.processes import only_command
 from xdlm_image.recipes import WHERE_IMAGES_ARE, ExtractorRecipe

@@ -18,8 +18,8 @@ import torch
 from diffusers import DiffusionPipeline
 
 from xdlm_image.devices import warn_if_slow
-from xdlm_image.evaluation.sampler_settings import SamplerSettings
-from xdlm_image.evaluation.seeds import image_generators, image_seed
+from xdlm_image.drawing.sampler_settings import SamplerSettings
+from xdlm_image.seeds import image_generators, image_seed
 from xdlm_image.weights import weights_hash
 
 OURS = {"XDLMPipeline", "XDLMImg2ImgPipeline", "XDLMInpaintPipeline"}

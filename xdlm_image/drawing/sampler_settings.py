@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from xdlm_image.evaluation.seeds import image_generators
 from xdlm_image.pipelines import XDLMPipeline
 from xdlm_image.pipelines.schedules import Interval, InTime, guidance_at
 from xdlm_image.schedulers import XDLMOrderedScheduler, XDLMPsiScheduler, XDLMScheduler
 from xdlm_image.schedulers.scheduling_xdlm_psi import KAPPA
+from xdlm_image.seeds import image_generators
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from torch import nn
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
+from xdlm_image.data.image_batches import NO_CLASS
 from xdlm_image.data.images import in_colour
-from xdlm_image.evaluation.batches import NO_CLASS
-from xdlm_image.evaluation.small_classifier import SMALL_CLASSIFIER, SmallClassifierFeatures
+from xdlm_image.features.small_classifier import SMALL_CLASSIFIER, SmallClassifierFeatures
 from xdlm_image.weights import weights_hash
 
 TIMM = "timm:"

@@ -1,23 +1,20 @@
-"""Images as uint8 batches with labels, as the metrics want them: real ones and reconstructed ones.
+"""Images as uint8 batches with labels, as the metrics want them.
 
 This file owns how a set is cut into batches and shared by ranks. It never draws samples and never measures.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-from diffusers import VQModel
 from torch.utils.data import DataLoader
 
-from xdlm_image.data.images import ImageSet, Uint8Images, normalise, to_uint8
+from xdlm_image.data.images import ImageSet, Uint8Images
 from xdlm_image.ranks import rank_and_world
-from xdlm_image.tokenizer.codes import decode_codes, encode_images
 
 NO_CLASS = -1  # label of an image whose class is not known
-UINT8_RULE = "round to nearest, cut off at 0 and 255: clamp(round((x + 1) * 127.5)), x in [-1, 1]"
 
 
 class Batch(NamedTuple):
@@ -52,10 +49,3 @@ def real_batches(
     loader = DataLoader(Uint8Images(images, chosen), batch_sampler=blocks, num_workers=num_workers)
     for block, (batch, labels) in zip(blocks, loader, strict=True):
         yield Batch(batch, labels, None, block[0])
-
-
-def reconstructed_batches(vqvae: VQModel, batches: Iterable[Batch]) -> Iterator[Batch]:
-    """Each batch through encoder, codebook and decoder, back to uint8."""
-    for batch in batches:
-        codes = encode_images(vqvae, normalise(batch.images).to(vqvae.device))  # (B, h, w)
-        yield batch._replace(images=to_uint8(decode_codes(vqvae, codes)).cpu(), codes=codes.cpu())

@@ -1,0 +1,1 @@
+"""What images are judged by: feature extractors, their training, and streamed statistics of what they find."""
