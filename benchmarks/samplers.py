@@ -72,7 +72,7 @@ def saved_with(arguments: argparse.Namespace, model: str, sampler: str, value: f
     """Folder of the model with a sampler that keeps its number in its scheduler's settings."""
     folder = arguments.folder / "pipelines" / f"{model}-{SAVED[sampler]}{value}"
     if rank_and_world()[0] == 0:
-        pipe = XDLMPipeline.from_pretrained(arguments.models / "pipelines" / model)
+        pipe = XDLMPipeline.from_pretrained(arguments.pipelines / model)
         own = pipe.scheduler.config
         if sampler == "psi":
             pipe.scheduler = XDLMPsiScheduler.from_config(own, kappa=value)
@@ -86,7 +86,7 @@ def saved_with(arguments: argparse.Namespace, model: str, sampler: str, value: f
 
 def names_with(arguments: argparse.Namespace, sampler: str) -> list[str]:
     """The models that the sampler can draw from: orders need masks."""
-    folders = {name: arguments.models / "pipelines" / name / "scheduler" for name in arguments.names}
+    folders = {name: arguments.pipelines / name / "scheduler" for name in arguments.names}
     k = {name: json.loads((folder / "scheduler_config.json").read_text())["k"] for name, folder in folders.items()}
     return [name for name in arguments.names if sampler not in ("halton", "confidence") or k[name] < 1]
 
@@ -125,7 +125,7 @@ def folder_of(arguments: argparse.Namespace, model: str, sampler: str, value: fl
         return saved_with(arguments, model, "psi", 0.0)
     if sampler in SAVED:
         return saved_with(arguments, model, sampler, value)
-    return str(arguments.models / "pipelines" / model)
+    return str(arguments.pipelines / model)
 
 
 def output_of(arguments: argparse.Namespace, folder: str) -> Path:
@@ -268,7 +268,7 @@ def shared_protocol(arguments: argparse.Namespace, sampler: str) -> dict:
 
 def hashes_of(arguments: argparse.Namespace) -> dict[str, str]:
     """Of each model, as a sweep's protocol says them."""
-    folders = {name: arguments.models / "pipelines" / name for name in arguments.names}
+    folders = {name: arguments.pipelines / name for name in arguments.names}
     return {name: pipeline_hash(open_pipeline(folder, best_device("cpu"))) for name, folder in folders.items()}
 
 
@@ -310,11 +310,12 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/samplers"), help="images and partial results")
     parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".json"))
     arguments = parser.parse_args()
+    arguments.pipelines = arguments.models / "pipelines"
     if not (arguments.models / "reference").is_dir():
         parser.error(f"--models {arguments.models}: no reference folder there; shipped/train.sh makes one")
     for name in arguments.names:
-        if not (arguments.models / "pipelines" / name).is_dir():
-            parser.error(f"--names {name}: no such folder in {arguments.models / 'pipelines'}")
+        if not (arguments.pipelines / name).is_dir():
+            parser.error(f"--names {name}: no such folder in {arguments.pipelines}")
     if arguments.names[0] not in names_with(arguments, "halton"):
         parser.error(f"--names {arguments.names[0]}: the baseline comes first and needs masks, k < 1")
     arguments.dtype = arguments.dtype or fast_dtype(best_device())

@@ -67,3 +67,11 @@ def modules(tmp_path, monkeypatch) -> Iterator[Path]:
     yield tmp_path / "modules"
     for name in [name for name in sys.modules if name.partition(".")[0] == "diffusers_modules"]:
         del sys.modules[name]
+
+
+@pytest.fixture(scope="session")
+def parts(tmp_path_factory):
+    """Images, an extractor trained on them and two pipelines, for the tests of evaluation: read, never changed."""
+    from evaluation_parts import build_parts
+
+    return build_parts(tmp_path_factory.mktemp("parts"))

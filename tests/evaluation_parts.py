@@ -6,31 +6,21 @@ import dataclasses
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 from diffusers import VQModel
 from PIL import Image
-from xdlm_image.pipelines import XDLMPipeline
 
 from xdlm_image.data.image_batches import Batch
 from xdlm_image.evaluation.measuring import Measured, measure
 from xdlm_image.features.extractor_training import train_extractor
 from xdlm_image.models.transformer_xdlm import XDLMTransformer2DModel
+from xdlm_image.pipelines import XDLMPipeline
 from xdlm_image.recipes import DataOptions, EvaluateRecipe, ExtractorRecipe
 from xdlm_image.schedulers import XDLMScheduler
 
 CLASSES = ["ant", "bee, wasp", "cat"]
 SIZE = 16
 NUM_CODES = 24
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Networks this small only wait for each other on two threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def write_images(root: Path, per_class: dict[str, int], seed: int = 0) -> DataOptions:

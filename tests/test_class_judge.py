@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from evaluation_parts import build_parts, extractor_recipe, one_thread  # noqa: F401
+from evaluation_parts import extractor_recipe
 from PIL import Image
 from safetensors.torch import save_file
 from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
@@ -77,8 +77,7 @@ def test_strange_classes_and_files_are_refused(weights, tmp_path):
         load_class_judge(str(tmp_path / "nothing"), ["ant"], (3, 16), CPU)
 
 
-def test_a_small_judge_of_other_images_is_refused_at_once(tmp_path):
-    parts = build_parts(tmp_path)
+def test_a_small_judge_of_other_images_is_refused_at_once(parts):
     names = ["ant", "bee, wasp", "cat"]
     with pytest.raises(ValueError, match=r"takes images of \(channels, size\) \(3, 16\), these have \(3, 32\)"):
         load_class_judge(str(parts.extractor), names, (3, 32), CPU)
@@ -86,9 +85,8 @@ def test_a_small_judge_of_other_images_is_refused_at_once(tmp_path):
         load_class_judge(str(parts.extractor), names[:2], (3, 16), CPU)
 
 
-def test_an_independent_classifier_judges_the_sweep_and_its_floors(tmp_path, monkeypatch):
+def test_an_independent_classifier_judges_the_sweep_and_its_floors(parts, tmp_path, monkeypatch):
     monkeypatch.setattr(sweep, "_draw_pictures", lambda *args: None)
-    parts = build_parts(tmp_path / "parts")
     judge = train_extractor(extractor_recipe(parts.data, tmp_path / "judge", seed=9, epochs=1, width=16))
     recipe = parts.recipe(tmp_path / "out", num_steps=[1], seeds=[0], classifier=str(judge))
     plain = json.loads(sweep.evaluate(parts.recipe(tmp_path / "out", num_steps=[1], seeds=[0])).read_text())

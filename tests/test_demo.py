@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from evaluation_parts import build_parts, one_thread, save_pipeline  # noqa: F401
+from evaluation_parts import save_pipeline
 
 from xdlm_image.cli import main
 from xdlm_image.evaluation import demo as demo_module
@@ -19,9 +19,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*images are few for the.*:UserW
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
+def models(parts, tmp_path_factory):
     root = tmp_path_factory.mktemp("demo")
-    parts, folder = build_parts(root / "parts"), root / "shipped"
+    folder = root / "shipped"
     save_pipeline(folder / "pipelines" / "udlm", k=1.0)
     shutil.copytree(parts.pipelines["mdlm"], folder / "pipelines" / "mdlm")
     shutil.copytree(parts.extractor, folder / "extractor")

@@ -11,9 +11,9 @@ from diffusers import VQModel
 from diffusers.models.attention_dispatch import attention_backend
 from safetensors.torch import load_file, save_file
 from torch._dynamo.testing import CompileCounter
-from xdlm_image.pipelines.folder_check import check_all_loaded
 
 from xdlm_image import XDLMImg2ImgPipeline, XDLMPipeline, XDLMScheduler, XDLMTransformer2DModel
+from xdlm_image.pipelines.folder_check import check_all_loaded
 
 CODES, CLASSES = 16, 5
 

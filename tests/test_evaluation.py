@@ -12,7 +12,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from evaluation_parts import CLASSES, NUM_CODES, build_parts, one_thread, save_pipeline, statistics_of  # noqa: F401
+from evaluation_parts import CLASSES, NUM_CODES, save_pipeline, statistics_of
 
 from xdlm_image.data.image_batches import real_batches
 from xdlm_image.data.images import Uint8Images, normalise, open_images
@@ -33,11 +33,6 @@ from xdlm_image.seeds import image_generators
 from xdlm_image.tokenizer.codes import encode_images, reconstructed_batches
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*images are few for the.*:UserWarning")
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory):
-    return build_parts(tmp_path_factory.mktemp("parts"))
 
 
 @pytest.fixture(scope="module")

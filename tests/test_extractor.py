@@ -7,7 +7,7 @@ import shutil
 import pytest
 import timm
 import torch
-from evaluation_parts import CLASSES, SIZE, extractor_recipe, one_thread, write_images  # noqa: F401
+from evaluation_parts import CLASSES, SIZE, extractor_recipe, write_images
 from safetensors.torch import load_file, save_file
 from torch_fidelity.utils import create_feature_extractor
 

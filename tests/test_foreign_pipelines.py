@@ -16,7 +16,7 @@ from diffusers import (
     DiTTransformer2DModel,
     UNet2DModel,
 )
-from evaluation_parts import SIZE, build_parts, one_thread  # noqa: F401
+from evaluation_parts import SIZE
 
 from xdlm_image import XDLMImg2ImgPipeline, XDLMInpaintPipeline, XDLMPipeline
 from xdlm_image.drawing.foreign_pipelines import ForeignPipeline
@@ -27,11 +27,6 @@ from xdlm_image.evaluation.sweep import evaluate
 from xdlm_image.seeds import image_generators
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*images are few for the.*:UserWarning")
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory):
-    return build_parts(tmp_path_factory.mktemp("parts"))
 
 
 @pytest.fixture(scope="module")

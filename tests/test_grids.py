@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from evaluation_parts import CLASSES, one_thread, save_pipeline  # noqa: F401
+from evaluation_parts import CLASSES, save_pipeline
 from PIL import Image
 
 from xdlm_image.drawing import grids

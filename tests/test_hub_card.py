@@ -16,14 +16,14 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from test_pipeline import make_pipe
 from test_untrusted_input import png_that_claims
-from xdlm_image.pipelines import XDLMPipeline
-from xdlm_image.pipelines.plain_card import plain_card
 
 from xdlm_image.data.code_cache import Manifest
 from xdlm_image.evaluation import sweep
 from xdlm_image.evaluation.sweep import evaluate
 from xdlm_image.hub import card
 from xdlm_image.hub.export import export
+from xdlm_image.pipelines import XDLMPipeline
+from xdlm_image.pipelines.plain_card import plain_card
 from xdlm_image.recipes import ExportRecipe, TrainRecipe
 from xdlm_image.weights import weights_hash
 

@@ -18,12 +18,12 @@ from diffusers import DiffusionPipeline
 from evaluation_parts import NUM_CODES, save_pipeline
 from hub_server import HubServer
 from huggingface_hub import ModelCard
+
+from xdlm_image.drawing.opening import open_pipeline
 from xdlm_image.pipelines import XDLMImg2ImgPipeline, XDLMPipeline
 from xdlm_image.pipelines.folder_check import own_file
 from xdlm_image.pipelines.self_contained import write_folder
 from xdlm_image.pipelines.travelling_code import code_of
-
-from xdlm_image.drawing.opening import open_pipeline
 
 LABELS = ["cat", 0, "wasp"]
 CLEAN = """

@@ -9,11 +9,11 @@ from accelerate import cpu_offload
 from evaluation_parts import save_pipeline
 from PIL import Image
 from test_pipeline import make_pipe, seeded
-from xdlm_image.pipelines.init_images import preprocess
 
 from xdlm_image import XDLMImg2ImgPipeline, XDLMInpaintPipeline, XDLMOrderedScheduler, XDLMPipeline, XDLMScheduler
 from xdlm_image.cli import main
 from xdlm_image.data.images import open_images
+from xdlm_image.pipelines.init_images import preprocess
 from xdlm_image.recipes import DataOptions
 from xdlm_image.schedulers.scheduling_xdlm_ordered import halton_order
 

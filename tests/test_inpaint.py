@@ -10,11 +10,11 @@ from evaluation_parts import save_pipeline
 from PIL import Image
 from test_hub_export import run
 from test_pipeline import make_pipe, seeded
-from xdlm_image.pipelines.init_images import preprocess
-from xdlm_image.pipelines.mask_images import fit_masks, read_masks, sizes
 
 from xdlm_image import XDLMImg2ImgPipeline, XDLMInpaintPipeline, XDLMOrderedScheduler, XDLMPipeline
 from xdlm_image.cli import main
+from xdlm_image.pipelines.init_images import preprocess
+from xdlm_image.pipelines.mask_images import fit_masks, read_masks, sizes
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 10, 3), dtype=np.uint8)  # the pipeline's size: 3 x 5 cells
 MASK = np.zeros((6, 10), np.uint8)

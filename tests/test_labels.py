@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 from test_pipeline import draw, make_pipe
-from xdlm_image.pipelines.class_labels import read_names, read_synsets, resolve
 
 from xdlm_image import XDLMImg2ImgPipeline, XDLMPipeline
 from xdlm_image.data.labels import Labels, imagenet_labels, labels_of_folders, same_classes
+from xdlm_image.pipelines.class_labels import read_names, read_synsets, resolve
 
 NAMES = {0: "goldfish, Carassius auratus", 1: "crane", 2: "crane", 3: "Cardigan, Welsh corgi", 4: "cardigan"}
 SYNSETS = {0: "n01443537", 1: "n02012849", 2: "n03126707", 3: "n02113186", 4: "n02963159"}

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from evaluation_parts import build_parts, one_thread  # noqa: F401
 from PIL import Image
 
 from xdlm_image.cli import main
@@ -15,11 +14,6 @@ from xdlm_image.data.images import open_images
 from xdlm_image.evaluation import neighbours as room
 from xdlm_image.evaluation.neighbours import nearest_images, neighbours
 from xdlm_image.recipes import NeighboursRecipe
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory):
-    return build_parts(tmp_path_factory.mktemp("parts"))
 
 
 def recipe_of(parts, folder: Path, **changes) -> NeighboursRecipe:

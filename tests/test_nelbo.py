@@ -9,8 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from evaluation_parts import CLASSES, NUM_CODES, one_thread, save_pipeline  # noqa: F401
-from xdlm_image.pipelines import XDLMPipeline
+from evaluation_parts import CLASSES, NUM_CODES, save_pipeline
 
 from xdlm_image.cli import main, parse
 from xdlm_image.data import image_batches
@@ -27,6 +26,7 @@ from xdlm_image.evaluation.nelbo_estimate import (
     end_terms,
 )
 from xdlm_image.objective import XDLMLoss
+from xdlm_image.pipelines import XDLMPipeline
 from xdlm_image.recipes import NelboRecipe
 from xdlm_image.schedulers import XDLMProcess
 from xdlm_image.weights import weights_hash

@@ -9,7 +9,7 @@ import subprocess
 import numpy as np
 import pytest
 import torch
-from evaluation_parts import build_parts, one_thread, statistics_of  # noqa: F401
+from evaluation_parts import statistics_of
 
 from xdlm_image.data.images import Uint8Images, open_images
 from xdlm_image.evaluation import plan, reference_files, sweep
@@ -82,11 +82,6 @@ def test_what_is_no_such_file_is_refused(tmp_path):
     refused("negative.npz", "no covariance .its eigenvalues go from -1 to 3; none may be negative")
     (tmp_path / "cut.npz").write_bytes((tmp_path / "shape.npz").read_bytes()[:40])
     refused("cut.npz", "cannot be read")
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory):
-    return build_parts(tmp_path_factory.mktemp("parts"))
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import json
 import shutil
 
 import pytest
-from evaluation_parts import build_parts, extractor_recipe, one_thread, save_pipeline  # noqa: F401
+from evaluation_parts import extractor_recipe, save_pipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -18,11 +18,6 @@ from xdlm_image.files import sha256_of_file
 from xdlm_image.recipes import DataOptions, ReferenceRecipe
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*images are few for the.*:UserWarning")
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory):
-    return build_parts(tmp_path_factory.mktemp("parts"))
 
 
 @pytest.fixture(scope="module")

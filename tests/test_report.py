@@ -7,7 +7,6 @@ import re
 from html.parser import HTMLParser
 
 import pytest
-from evaluation_parts import build_parts, one_thread  # noqa: F401
 from PIL import Image
 
 from xdlm_image.evaluation import plots, sweep, tables
@@ -20,12 +19,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*images are few for the.*:UserW
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(parts, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sweep, "GRID_IMAGES", 1)
-        root = tmp_path_factory.mktemp("report")
-        parts = build_parts(root / "parts")
-        recipe = parts.recipe(root / "out", num_samples=9, temperature=[1.0, (1.0, 0.5)])
+        output = tmp_path_factory.mktemp("report")
+        recipe = parts.recipe(output, num_samples=9, temperature=[1.0, (1.0, 0.5)])
         recipe = dataclasses.replace(recipe, images={"real": f"{parts.data.root}/train"})
         return evaluate(recipe).parent
 

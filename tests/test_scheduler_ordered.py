@@ -11,9 +11,9 @@ import torch
 from evaluation_parts import NUM_CODES, save_pipeline
 from test_hub_export import codes, run
 from test_scheduler import DRAWS, assert_drawn_from, process_of
-from xdlm_image.pipelines import XDLMPipeline
 
 from xdlm_image import XDLMOrderedScheduler, XDLMProcess, XDLMScheduler
+from xdlm_image.pipelines import XDLMPipeline
 from xdlm_image.schedulers import row_draw
 from xdlm_image.schedulers.process_xdlm import UniformsAhead, draw_uniforms
 from xdlm_image.schedulers.scheduling_xdlm_ordered import halton_order

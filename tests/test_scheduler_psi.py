@@ -7,10 +7,10 @@ import torch
 from evaluation_parts import save_pipeline
 from test_hub_export import codes, run
 from test_scheduler import DRAWS, assert_drawn_from, process_of
-from xdlm_image.pipelines import XDLMPipeline
 
 from xdlm_image import XDLMProcess, XDLMPsiScheduler, XDLMScheduler
 from xdlm_image.objective import posterior
+from xdlm_image.pipelines import XDLMPipeline
 from xdlm_image.schedulers.process_xdlm import UniformsAhead
 
 KS = [0.0, 0.1, 0.6, 1.0]

@@ -5,9 +5,9 @@ import warnings
 import pytest
 import torch
 from test_pipeline import draw, make_pipe, seeded
-from xdlm_image.pipelines.schedules import guidance_at, value_at
 
 from xdlm_image.drawing.sampler_settings import SamplerSettings, nfe
+from xdlm_image.pipelines.schedules import guidance_at, value_at
 from xdlm_image.recipes import EvaluateRecipe
 from xdlm_image.schedulers import XDLMScheduler
 

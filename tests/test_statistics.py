@@ -7,7 +7,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-from evaluation_parts import build_parts, one_thread, statistics_of, write_images  # noqa: F401
+from evaluation_parts import statistics_of, write_images
 from evaluation_rank import features, reduce_on_rank
 from PIL import Image
 from torch_fidelity import calculate_metrics
@@ -20,12 +20,6 @@ from xdlm_image.features.fid import fid_from_statistics
 from xdlm_image.features.small_classifier import SMALL_CLASSIFIER
 from xdlm_image.features.statistics import StreamedStatistics
 from xdlm_image.files import write_atomic
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory):
-    return build_parts(tmp_path_factory.mktemp("parts"))
-
 
 # ---------------------------------------------------------------------------------------------- statistics
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from evaluation_parts import CLASSES, build_parts, one_thread, save_pipeline  # noqa: F401
+from evaluation_parts import CLASSES, save_pipeline
 from PIL import Image
 
 from xdlm_image.data.images import open_images
@@ -25,11 +25,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*images are few for the.*:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*compare like with like:UserWarning"),
 ]
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory):
-    return build_parts(tmp_path_factory.mktemp("parts"))
 
 
 @pytest.fixture(scope="module")

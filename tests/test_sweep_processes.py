@@ -10,7 +10,6 @@ from pathlib import Path
 import accelerate
 import psutil
 import pytest
-from evaluation_parts import build_parts, one_thread  # noqa: F401
 
 from xdlm_image.devices import LONGEST_WAIT
 from xdlm_image.evaluation import sweep
@@ -41,9 +40,8 @@ def test_verbs_ask_for_processes_that_wait_long(monkeypatch):
     assert process_state() == {"cpu": True, "timeout": LONGEST_WAIT}
 
 
-def test_two_processes_killed_on_the_way_give_what_one_gives(tmp_path, monkeypatch):
+def test_two_processes_killed_on_the_way_give_what_one_gives(parts, tmp_path, monkeypatch):
     monkeypatch.setattr(sweep, "_draw_pictures", lambda *args: None)
-    parts = build_parts(tmp_path / "parts")
     one = parts.recipe(tmp_path / "one", num_steps=[2], seeds=[0, 1], images_dir=str(tmp_path / "images of one"))
     whole = json.loads(evaluate(one).read_text())
     options = [

@@ -6,7 +6,7 @@ import json
 import shutil
 
 import pytest
-from evaluation_parts import build_parts, one_thread, save_pipeline  # noqa: F401
+from evaluation_parts import save_pipeline
 from test_evaluation import _numbers
 
 from xdlm_image.drawing import draw
@@ -14,11 +14,6 @@ from xdlm_image.evaluation import sweep
 from xdlm_image.evaluation.sweep import evaluate
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*images are few for the.*:UserWarning")
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory):
-    return build_parts(tmp_path_factory.mktemp("parts"))
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from evaluation_parts import NUM_CODES, one_thread, save_pipeline  # noqa: F401
+from evaluation_parts import NUM_CODES, save_pipeline
 from PIL import Image
 
 from xdlm_image.drawing import grids

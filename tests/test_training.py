@@ -17,9 +17,9 @@ import torch
 import yaml
 from accelerate import Accelerator
 from diffusers import VQModel
-from xdlm_image.pipelines import XDLMPipeline
 
 from xdlm_image.data.code_cache import CodeCache, Manifest, code_dtype, write_code_cache
+from xdlm_image.pipelines import XDLMPipeline
 from xdlm_image.recipes import ProcessOptions, TrainRecipe, TransformerOptions
 from xdlm_image.training import loop
 from xdlm_image.training.batches import batch_indices, rank_positions, step_seed, stratified_times

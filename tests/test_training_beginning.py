@@ -10,11 +10,11 @@ import torch
 import yaml
 from diffusers import VQModel
 from test_training import CLASSES, logged, recipe_in, weights, world  # noqa: F401
-from xdlm_image.pipelines import XDLMPipeline
 
 from xdlm_image.data.code_cache import CodeCache, write_code_cache
 from xdlm_image.hub.card import write_card
 from xdlm_image.models import XDLMTransformer2DModel
+from xdlm_image.pipelines import XDLMPipeline
 from xdlm_image.recipes import ProcessOptions, TransformerOptions
 from xdlm_image.training.loop import TrainingRun, train
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 from test_training import CLASSES, logged, recipe_in, world  # noqa: F401
-from xdlm_image.pipelines import XDLMPipeline
 
 from xdlm_image.data.code_cache import CodeCache, write_code_cache
+from xdlm_image.pipelines import XDLMPipeline
 from xdlm_image.recipes import TransformerOptions
 from xdlm_image.tokenizer.measure import SHOWN_AT_ONCE
 from xdlm_image.training.batches import batch_indices, stratified_times, weighted_times

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 from test_pipeline import make_pipe
-from xdlm_image.pipelines.init_images import preprocess
 
 from xdlm_image import XDLMImg2ImgPipeline, XDLMPipeline
 from xdlm_image.cli import main
 from xdlm_image.data.images import check_image, read_image
+from xdlm_image.pipelines.init_images import preprocess
 from xdlm_image.recipes.recipe_file import check_recipe_file
 
 LIMIT = Image.MAX_IMAGE_PIXELS
