@@ -5,7 +5,7 @@
 #
 # OFFICIAL=~/XDLM adds the official code (a checkout of github.com/MzeroMiko/XDLM); liger-kernel and cut-cross-entropy
 # stand beside ours on a GPU where they are installed. The machine should do nothing else meanwhile. block_sizes.py, which
-# says whether the sizes in the code suit a machine, and samplers.py are not among them.
+# says whether the sizes in the code suit a machine, and those that judge images are not among them.
 set -uo pipefail
 case "${1:-}" in
     cpu | cuda) device=$1 ;;

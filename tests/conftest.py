@@ -71,7 +71,7 @@ def modules(tmp_path, monkeypatch) -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def parts(tmp_path_factory):
-    """Images, an extractor trained on them and two pipelines, for the tests of evaluation: read, never changed."""
-    from evaluation_parts import build_parts
+    """Images, an extractor trained on them and two pipelines, for tests that draw and judge: read, never changed."""
+    from tiny_parts import build_parts
 
     return build_parts(tmp_path_factory.mktemp("parts"))

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from evaluation_parts import save_pipeline
 from gradio_client import Client, handle_file
 from PIL import Image, ImageSequence
+from tiny_parts import save_pipeline
 
 from xdlm_image.app import asked as asking
 from xdlm_image.app.asked import Asked, enlarged, picture_and_mask
@@ -267,7 +267,7 @@ def test_without_gradio_the_command_says_what_to_install(monkeypatch, capsys):
 
 
 def test_without_a_checkout_the_error_names_the_option_there_is(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr("xdlm_image.evaluation.demo.__file__", str(tmp_path / "a" / "b" / "c.py"))
+    monkeypatch.setattr("xdlm_image.shipped_models.__file__", str(tmp_path / "a" / "b.py"))
     assert main(["app"]) == 2
     assert "--pipelines '{mine: " in capsys.readouterr().err
 

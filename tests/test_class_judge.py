@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import timm
 import torch
-from evaluation_parts import extractor_recipe
 from PIL import Image
 from safetensors.torch import save_file
 from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
+from tiny_parts import extractor_recipe
 
 from xdlm_image.data.images import Uint8Images, open_images
 from xdlm_image.evaluation import sweep

@@ -297,7 +297,7 @@ def test_who_interrupts_is_told_what_the_same_command_does(
         time.sleep(5)
         return "not interrupted"
 
-    rooms = {"train": "training.loop", "sample": "drawing.grids", "encode": "tokenizer.encode"}
+    rooms = {"train": "training.loop", "sample": "drawing.sample", "encode": "tokenizer.encode"}
     monkeypatch.setattr(f"xdlm_image.{rooms[verb]}.{verb}", work)
     if checkpoint:
         (tmp_path / "checkpoints" / "step-00000250").mkdir(parents=True)

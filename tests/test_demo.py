@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from evaluation_parts import save_pipeline
+from tiny_parts import save_pipeline
 
 from xdlm_image.cli import main
 from xdlm_image.evaluation import demo as demo_module
 from xdlm_image.evaluation import sweep
-from xdlm_image.evaluation.demo import models_folder, shipped_pipelines
 from xdlm_image.evaluation.references import reference
 from xdlm_image.recipes import ReferenceRecipe
+from xdlm_image.shipped_models import models_folder, shipped_pipelines
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*images are few for the.*:UserWarning")
 

@@ -8,8 +8,8 @@ import warnings
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from evaluation_parts import save_pipeline
 from test_training import recipe_in, world  # noqa: F401
+from tiny_parts import save_pipeline
 
 from xdlm_image.devices import LONGEST_WAIT, fast_dtype, process_group_timeout, warn_if_slow, why_not_compiled
 from xdlm_image.drawing.opening import open_pipeline

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from evaluation_parts import save_pipeline
+from tiny_parts import save_pipeline
 
 from xdlm_image.drawing import draw
 from xdlm_image.drawing.draw import DrawnBatches, draw_all

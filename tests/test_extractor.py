@@ -7,13 +7,13 @@ import shutil
 import pytest
 import timm
 import torch
-from evaluation_parts import CLASSES, SIZE, extractor_recipe, write_images
 from safetensors.torch import load_file, save_file
+from tiny_parts import CLASSES, SIZE, extractor_recipe, write_images
 from torch_fidelity.utils import create_feature_extractor
 
 from xdlm_image.evaluation.plan import metric_name
 from xdlm_image.features import extractor_training
-from xdlm_image.features import inception as room
+from xdlm_image.features import inception as module
 from xdlm_image.features.dinov2 import DINOv2, positions
 from xdlm_image.features.extractor import load_extractor
 from xdlm_image.features.extractor_training import augment, train_extractor
@@ -208,12 +208,12 @@ def test_inception_without_network_names_the_remedy(monkeypatch, tmp_path):
 @pytest.fixture
 def inception_weights(monkeypatch, tmp_path):
     """A file in the place of the released weights, and random weights in the real network: those are 95 MB."""
-    weights = tmp_path / "checkpoints" / room.URL_INCEPTION_V3.rsplit("/", 1)[1]
+    weights = tmp_path / "checkpoints" / module.URL_INCEPTION_V3.rsplit("/", 1)[1]
     weights.parent.mkdir()
     torch.save({}, weights)
-    monkeypatch.setattr(room, "RELEASED", sha256_of_file(weights)[:8])
+    monkeypatch.setattr(module, "RELEASED", sha256_of_file(weights)[:8])
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    monkeypatch.setattr(room.FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
+    monkeypatch.setattr(module.FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
     return weights
 
 
@@ -231,7 +231,7 @@ def test_inception_takes_grey_images_and_gives_the_layers_of_fid_sfid_and_score(
 
 
 def test_the_layer_of_sfid_is_the_seventh_part_of_a_branch_in_adms_order(inception_weights):
-    network = room.Inception(inception_weights).eval()
+    network = module.Inception(inception_weights).eval()
     grids = []
     network.net.Mixed_6d.branch1x1.bn.register_forward_hook(lambda *args: grids.append(torch.relu(args[2])))
     found = network(torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8))["spatial"]
@@ -259,9 +259,9 @@ def test_inception_weights_can_be_named(inception_weights, tmp_path, monkeypatch
 
 def test_other_weights_than_the_released_ones_are_no_inception_fid(inception_weights, monkeypatch):
     monkeypatch.undo()
-    assert room.RELEASED == "6726825d"
+    assert module.RELEASED == "6726825d"
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(inception_weights.parents[1]))
-    monkeypatch.setattr(room.FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
+    monkeypatch.setattr(module.FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
     with pytest.raises(OSError, match=r"is not the released file: its SHA-256 begins with \w{8}, not with 6726825d"):
         load_extractor("inception", "cpu")
     mine = load_extractor(f"inception:{inception_weights}", "cpu")

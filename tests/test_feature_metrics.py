@@ -5,8 +5,8 @@ import math
 
 import pytest
 import torch
-from evaluation_rank import features, manifolds_on_rank
 from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
+from two_ranks import features, manifolds_on_rank
 
 from xdlm_image.evaluation import feature_metrics
 from xdlm_image.evaluation.feature_metrics import (

@@ -16,7 +16,7 @@ from diffusers import (
     DiTTransformer2DModel,
     UNet2DModel,
 )
-from evaluation_parts import SIZE
+from tiny_parts import SIZE
 
 from xdlm_image import XDLMImg2ImgPipeline, XDLMInpaintPipeline, XDLMPipeline
 from xdlm_image.drawing.foreign_pipelines import ForeignPipeline

@@ -9,13 +9,14 @@ import sys
 import numpy as np
 import pytest
 import torch
-from evaluation_parts import CLASSES, save_pipeline
 from PIL import Image
+from tiny_parts import CLASSES, save_pipeline
 
-from xdlm_image.drawing import grids
+from xdlm_image.drawing import sample as verb
 from xdlm_image.drawing.given_images import GivenImages
-from xdlm_image.drawing.grids import GAP, class_ids, sample, save_grid
+from xdlm_image.drawing.grids import GAP, class_ids, save_grid
 from xdlm_image.drawing.opening import open_pipeline
+from xdlm_image.drawing.sample import sample
 from xdlm_image.models import XDLMTransformer2DModel
 from xdlm_image.recipes import SampleRecipe
 
@@ -98,7 +99,7 @@ def test_a_sampler_draws_the_grid_the_single_images_and_the_trace(pipeline, tmp_
 
 
 def test_a_pipeline_without_masks_takes_no_order(tmp_path, monkeypatch):
-    monkeypatch.setattr(grids, "class_grid", lambda *args: pytest.fail("drawn"))
+    monkeypatch.setattr(verb, "class_grid", lambda *args: pytest.fail("drawn"))
     udlm = save_pipeline(tmp_path / "udlm", k=1.0)
     with pytest.raises(ValueError, match="sampler='confidence': k=1.0: uniform noise has no masks"):
         sample(_recipe(udlm, tmp_path / "x.png", sampler="confidence"))
@@ -107,7 +108,7 @@ def test_a_pipeline_without_masks_takes_no_order(tmp_path, monkeypatch):
 def test_a_fresh_process_can_sample(pipeline, tmp_path):
     """diffusers loads only classes whose modules are imported, and here nothing but the verb is."""
     code = (
-        "import sys; from xdlm_image.drawing.grids import sample; from xdlm_image.recipes import SampleRecipe; "
+        "import sys; from xdlm_image.drawing.sample import sample; from xdlm_image.recipes import SampleRecipe; "
         "sample(SampleRecipe(pipeline=sys.argv[1], output=sys.argv[2], num_steps=1, images_per_class=1, device='cpu'))"
     )
     command = [sys.executable, "-c", code, str(pipeline), str(tmp_path / "x.png")]
@@ -142,7 +143,7 @@ def test_places_that_cannot_be_written_are_found_before_drawing(pipeline, tmp_pa
     def never(*args, **kwargs):
         raise AssertionError("drawn")
 
-    monkeypatch.setattr(grids, "class_grid", never)
+    monkeypatch.setattr(verb, "class_grid", never)
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(OSError, match="output=.*cannot be written"):
         sample(_recipe(pipeline, tmp_path / "file" / "x.png"))

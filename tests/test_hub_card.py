@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from evaluation_parts import CLASSES, build_parts, save_pipeline
 from huggingface_hub import ModelCard
 from PIL import Image
 from test_pipeline import make_pipe
 from test_untrusted_input import png_that_claims
+from tiny_parts import CLASSES, build_parts, save_pipeline
 
 from xdlm_image.data.code_cache import Manifest
 from xdlm_image.evaluation import sweep

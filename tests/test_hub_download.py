@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 
 import pytest
-from evaluation_parts import save_pipeline
 from hub_server import HubServer
 from huggingface_hub import constants
 from test_hub_export import codes
+from tiny_parts import save_pipeline
 
 from xdlm_image import XDLMPipeline
 

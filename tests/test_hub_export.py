@@ -15,9 +15,9 @@ import diffusers
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from evaluation_parts import NUM_CODES, save_pipeline
 from hub_server import HubServer
 from huggingface_hub import ModelCard
+from tiny_parts import NUM_CODES, save_pipeline
 
 from xdlm_image.drawing.opening import open_pipeline
 from xdlm_image.pipelines import XDLMImg2ImgPipeline, XDLMPipeline

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from evaluation_parts import save_pipeline
 from huggingface_hub import HfApi, ModelCard
 from test_hub_export import codes, load, texts
+from tiny_parts import save_pipeline
 
 from xdlm_image.cli import main
 from xdlm_image.hub.export import export

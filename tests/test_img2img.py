@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 from accelerate import cpu_offload
-from evaluation_parts import save_pipeline
 from PIL import Image
 from test_pipeline import make_pipe, seeded
+from tiny_parts import save_pipeline
 
 from xdlm_image import XDLMImg2ImgPipeline, XDLMInpaintPipeline, XDLMOrderedScheduler, XDLMPipeline, XDLMScheduler
 from xdlm_image.cli import main

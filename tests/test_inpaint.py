@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 from accelerate import cpu_offload
-from evaluation_parts import save_pipeline
 from PIL import Image
 from test_hub_export import run
 from test_pipeline import make_pipe, seeded
+from tiny_parts import save_pipeline
 
 from xdlm_image import XDLMImg2ImgPipeline, XDLMInpaintPipeline, XDLMOrderedScheduler, XDLMPipeline
 from xdlm_image.cli import main

@@ -11,7 +11,7 @@ from PIL import Image
 
 from xdlm_image.cli import main
 from xdlm_image.data.images import open_images
-from xdlm_image.evaluation import neighbours as room
+from xdlm_image.evaluation import neighbours as module
 from xdlm_image.evaluation.neighbours import nearest_images, neighbours
 from xdlm_image.recipes import NeighboursRecipe
 
@@ -41,7 +41,7 @@ def test_copies_are_found_out_and_others_are_not(parts, tmp_path, monkeypatch, c
     copies = torch.stack([trained.raw(i) for i in places])
     drawn = neighbours(recipe_of(parts, tmp_path))
     random = json.loads(drawn.with_suffix(".json").read_text())["spaces"]
-    monkeypatch.setattr(room, "draw_all", lambda *args: copies)
+    monkeypatch.setattr(module, "draw_all", lambda *args: copies)
     output = neighbours(recipe_of(parts, tmp_path / "copies"))
     about = json.loads(output.with_suffix(".json").read_text())
     for space in ("pooled", "pixels"):
@@ -80,24 +80,24 @@ def test_held_out_images_are_of_the_classes_that_are_drawn(parts, tmp_path):
     held_out = open_images(parts.data, "test")
     for ids in ([0, 1, 2], [0, 2]):
         recipe = recipe_of(parts, tmp_path, held_out=36 if len(ids) == 3 else 24)
-        chosen = room._held_out_images(recipe, held_out, ids)
+        chosen = module._held_out_images(recipe, held_out, ids)
         labels = held_out.labels[chosen].tolist()
         assert chosen == sorted(set(chosen)) and len(chosen) == recipe.held_out
         assert all(labels.count(label) == recipe.held_out * ids.count(label) / len(ids) for label in range(3))
-    assert room._held_out_images(recipe, held_out, None) != chosen  # of no class: any
+    assert module._held_out_images(recipe, held_out, None) != chosen  # of no class: any
 
 
 def test_of_classes_with_few_test_images_all_are_taken_and_this_is_said(parts, capsys, tmp_path):
     held_out = open_images(parts.data, "test")
     recipe = recipe_of(parts, tmp_path, held_out=24)
-    assert len(room._held_out_images(recipe, held_out, [2, 2, 1])) == 8 + 12
+    assert len(module._held_out_images(recipe, held_out, [2, 2, 1])) == 8 + 12
     assert "note: held_out=24: there are fewer test images of 'cat' 12: 20 are searched for" in capsys.readouterr().out
     usual = recipe_of(parts, tmp_path, held_out=NeighboursRecipe.held_out)
-    assert room._held_out_images(usual, held_out, [0, 1, 2]) == [*range(36)]
-    assert room._held_out_images(usual, held_out, None) == [*range(36)]
+    assert module._held_out_images(usual, held_out, [0, 1, 2]) == [*range(36)]
+    assert module._held_out_images(usual, held_out, None) == [*range(36)]
     bare = SimpleNamespace(labels=held_out.labels * 0, class_names=held_out.class_names)
     with pytest.raises(ValueError, match="class_labels=None: there is no test image of these classes"):
-        room._held_out_images(recipe, bare, [2])
+        module._held_out_images(recipe, bare, [2])
 
 
 @pytest.mark.parametrize(("held_out", "percent"), [(1, 50), (9, 14), (36, 7)])
@@ -107,9 +107,9 @@ def test_the_share_told_to_be_usual_is_that_of_samples_from_where_the_held_out_a
     shares = []
     for _ in range(600):
         distances = torch.rand(50 + held_out, 1, generator=generator)
-        shares.append(room._compare(room.Nearest(distances, distances.long()), 50)["share_of_samples_nearer"])
-    assert sum(shares) / len(shares) == pytest.approx(room.usual_share(held_out), abs=0.03)
-    assert round(100 * room.usual_share(held_out)) == percent
+        shares.append(module._compare(module.Nearest(distances, distances.long()), 50)["share_of_samples_nearer"])
+    assert sum(shares) / len(shares) == pytest.approx(module.usual_share(held_out), abs=0.03)
+    assert round(100 * module.usual_share(held_out)) == percent
 
 
 def test_the_default_answers_for_a_small_set(parts, tmp_path, capsys):

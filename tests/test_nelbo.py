@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from evaluation_parts import CLASSES, NUM_CODES, save_pipeline
+from tiny_parts import CLASSES, NUM_CODES, save_pipeline
 
 from xdlm_image.cli import main, parse
 from xdlm_image.data import image_batches

@@ -9,7 +9,7 @@ import subprocess
 import numpy as np
 import pytest
 import torch
-from evaluation_parts import statistics_of
+from tiny_parts import statistics_of
 
 from xdlm_image.data.images import Uint8Images, open_images
 from xdlm_image.evaluation import plan, reference_files, sweep

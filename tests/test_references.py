@@ -5,9 +5,9 @@ import json
 import shutil
 
 import pytest
-from evaluation_parts import extractor_recipe, save_pipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny_parts import extractor_recipe, save_pipeline
 
 from xdlm_image.evaluation import references, sweep
 from xdlm_image.evaluation.references import reference

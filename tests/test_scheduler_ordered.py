@@ -8,9 +8,9 @@ from fractions import Fraction
 
 import pytest
 import torch
-from evaluation_parts import NUM_CODES, save_pipeline
 from test_hub_export import codes, run
 from test_scheduler import DRAWS, assert_drawn_from, process_of
+from tiny_parts import NUM_CODES, save_pipeline
 
 from xdlm_image import XDLMOrderedScheduler, XDLMProcess, XDLMScheduler
 from xdlm_image.pipelines import XDLMPipeline

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from evaluation_parts import save_pipeline
 from test_hub_export import codes, run
 from test_scheduler import DRAWS, assert_drawn_from, process_of
+from tiny_parts import save_pipeline
 
 from xdlm_image import XDLMProcess, XDLMPsiScheduler, XDLMScheduler
 from xdlm_image.objective import posterior

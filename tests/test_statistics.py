@@ -7,11 +7,11 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-from evaluation_parts import statistics_of, write_images
-from evaluation_rank import features, reduce_on_rank
 from PIL import Image
+from tiny_parts import statistics_of, write_images
 from torch_fidelity import calculate_metrics
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+from two_ranks import features, reduce_on_rank
 
 from xdlm_image.data.images import Uint8Images, open_images
 from xdlm_image.evaluation.comparing import fids

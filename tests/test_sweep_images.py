@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from evaluation_parts import CLASSES, save_pipeline
 from PIL import Image
+from tiny_parts import CLASSES, save_pipeline
 
 from xdlm_image.data.images import open_images
 from xdlm_image.drawing import draw

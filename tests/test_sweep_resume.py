@@ -6,8 +6,8 @@ import json
 import shutil
 
 import pytest
-from evaluation_parts import save_pipeline
-from test_evaluation import _numbers
+from test_sweep import _numbers
+from tiny_parts import save_pipeline
 
 from xdlm_image.drawing import draw
 from xdlm_image.evaluation import sweep

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers import VQModel
-from evaluation_parts import statistics_of
 from PIL import Image
+from tiny_parts import statistics_of
 from tokenizer_parts import CHECKPOINT, STEPS, home, losses, pictures_fixture, tiny_recipe, trained_fixture  # noqa: F401
 
 from xdlm_image.data.images import open_images, to_uint8

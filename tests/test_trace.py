@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from evaluation_parts import NUM_CODES, save_pipeline
 from PIL import Image
+from tiny_parts import NUM_CODES, save_pipeline
 
-from xdlm_image.drawing import grids
-from xdlm_image.drawing.grids import sample
+from xdlm_image.drawing import sample as verb
 from xdlm_image.drawing.opening import open_pipeline
+from xdlm_image.drawing.sample import sample
 from xdlm_image.drawing.trace import (
     CODE_TO_CODE,
     CODE_TO_MASK,
@@ -195,7 +195,7 @@ def test_a_pipeline_without_classes(folders, tmp_path):
 
 
 def test_traces_that_cannot_be_are_refused_before_drawing(folders, tmp_path, monkeypatch):
-    monkeypatch.setattr(grids, "class_grid", lambda *args: pytest.fail("drawn"))
+    monkeypatch.setattr(verb, "class_grid", lambda *args: pytest.fail("drawn"))
     with pytest.raises(ValueError, match=r"3 classes x trace_images=11 are 33 images, at most 32"):
         sample(recipe(folders["0.1"], tmp_path / "g.png", images_per_class=11, trace_images=11))
     cases = [

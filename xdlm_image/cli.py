@@ -1,7 +1,7 @@
 """The command `xdlm-image VERB`: a recipe file, overrides from the command line, then the verb.
 
-Owns parsing and error messages; what the options mean stands in `recipes/`, what a verb does in its room. The rooms
-are imported when their verb runs, so that `--help` answers at once.
+Owns parsing and error messages; what the options mean stands in `recipes/`, what a verb does in its package, which is
+imported when the verb runs, so that `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ VERBS: dict[str, tuple[type, str, str]] = {
     ),
     "sample": (
         recipes.SampleRecipe,
-        "xdlm_image.drawing.grids:sample",
+        "xdlm_image.drawing.sample:sample",
         "Draw a class-conditional grid, and each image if asked.",
     ),
     "app": (

@@ -1,7 +1,4 @@
-"""Ids of a hub's repositories where the verbs want folders.
-
-This file owns what is said of them; it fetches nothing.
-"""
+"""What an error adds where a missing folder looks like the id of a hub's repository. It fetches nothing."""
 
 from __future__ import annotations
 

@@ -13,8 +13,8 @@ from typing import NoReturn
 from xdlm_image.app.page import STYLE, Work, import_gradio, page
 from xdlm_image.devices import best_device
 from xdlm_image.drawing.opening import open_pipeline
-from xdlm_image.evaluation.demo import models_folder, shipped_pipelines
 from xdlm_image.recipes import AppRecipe
+from xdlm_image.shipped_models import models_folder, shipped_pipelines
 
 LARGEST_FILE = "20mb"  # that is uploaded
 

@@ -1,1 +1,1 @@
-"""Images and code caches: real pixels (`images`, `folders`) and what a tokenizer made of them (`code_cache`)."""
+"""Images and code caches: real pixels, their batches and classes, and what a tokenizer made of them (`code_cache`)."""

@@ -1,6 +1,6 @@
-"""Images as uint8 batches with labels, as the metrics want them.
+"""Batches of images, real, drawn or given: uint8 pixels, labels, codes if there are any, and the place in the set.
 
-This file owns how a set is cut into batches and shared by ranks. It never draws samples and never measures.
+This file owns how a set is cut into batches and shared by ranks, and those of real images. It never draws or measures.
 """
 
 from __future__ import annotations

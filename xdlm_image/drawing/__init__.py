@@ -1,1 +1,1 @@
-"""Drawing with pipelines: opening them, samplers and seeds, sets of images, class grids, and traces of the states."""
+"""Drawing with pipelines: opening them, sampler settings, sets of images, class grids, and traces of the states."""

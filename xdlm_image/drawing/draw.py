@@ -1,6 +1,6 @@
 """Images from an opened pipeline, with one generator an image: some, a grid's, or a balanced set by batches.
 
-This file owns the user's call of the pipeline on behalf of grids and sweeps; it never measures and never writes.
+This file owns the call of the pipeline, the blocks of a balanced set and how long they took; it never judges images.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Image sets that somebody else drew: a folder of image files, or an .npz as ADM's evaluator takes it.
 
-This file owns finding them, reading them without a change of size, and what a reader of the numbers must know about
-them. It never draws and never measures.
+This file owns finding them, reading them without a change of size, how folders of drawn images are called, and what a
+reader of the numbers must know about them. It never draws and never measures.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""How a pipeline is called for images that are judged: the settings, whether it takes them, and what they cost.
+"""How a pipeline is called: steps, guidance, temperature, sampler; whether it takes them, and what they cost.
 
-This file owns the meaning of a sweep's or a grid's settings for our pipeline; it never draws.
+This file owns what such settings mean for our pipeline; it never draws.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def _times(pipeline: XDLMPipeline, settings: SamplerSettings) -> list[float]:
 def call_arguments(
     pipeline: XDLMPipeline, labels: Sequence[int], indices: Sequence[int], seed: int, settings: SamplerSettings
 ) -> dict[str, Any]:
-    """What the pipeline `with_scheduler` is called with for these images, see `draw_codes`."""
+    """What the pipeline `with_scheduler` is called with for these images, see `draw.draw_codes`."""
     conditional = pipeline.transformer.config.num_classes is not None
     return {
         "class_labels": list(labels) if conditional else None,

@@ -1,1 +1,1 @@
-"""Evaluation: references, FID and its kin over step counts, NELBO, and the tables and pages that tell them."""
+"""Evaluation: images against references, sweeps over step counts, NELBO, copies, and the pages that tell of them."""

@@ -1,7 +1,7 @@
 """How far a measured set of images is from a reference: every number of a row of the tables.
 
-This file owns which metrics there are and what they are called in `fid.json`; the formulas are in `fid`,
-`feature_metrics` and `code_pairs`. It never runs an extractor.
+This file owns which metrics there are and what they are called in `fid.json`; the formulas are in
+`features.fid`, `feature_metrics` and `code_pairs`. It never runs an extractor.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from xdlm_image.evaluation.feature_metrics import (
 from xdlm_image.evaluation.measuring import Measured
 from xdlm_image.features.fid import fid_from_statistics
 from xdlm_image.ranks import rank_and_world
-from xdlm_image.recipes.sampling import FEATURE_METRICS
+from xdlm_image.recipes.evaluation import FEATURE_METRICS
 
 
 def fids(a: Measured, b: Measured) -> dict[str, float]:

@@ -1,12 +1,6 @@
 """The verb `demo`: the models that come with a checkout, drawn and judged on this machine.
 
-This file owns where shipped models lie and what a visitor reads at the end; drawing and judging are `sweep`'s. A folder
-of shipped models holds
-
-    pipelines/NAME/      saved pipelines that differ in k
-    extractor/           the judge
-    reference/           what the judge saw of the real images (`xdlm-image reference`): no data set is needed
-    evaluation/fid.json  the whole protocol, run once, to compare with
+This file owns what a visitor reads at the end; drawing and judging are `sweep`'s.
 """
 
 from __future__ import annotations
@@ -23,6 +17,7 @@ from xdlm_image.devices import best_device, fast_dtype, why_not_compiled
 from xdlm_image.evaluation.sweep import evaluate
 from xdlm_image.evaluation.tables import fid_table
 from xdlm_image.recipes import DemoRecipe, EvaluateRecipe
+from xdlm_image.shipped_models import models_folder, shipped_pipelines
 
 QUICK = {"num_samples": 1000, "num_steps": [1, 2, 4, 8, 16], "seeds": [0], "feature_metrics": []}
 FULL = {"num_samples": 5000, "num_steps": [1, 2, 4, 8, 16, 32, 64], "seeds": [0, 1, 2]}
@@ -55,35 +50,6 @@ def demo(recipe: DemoRecipe) -> str:
         )
     )
     return "\n".join(_summary(path, folder, recipe.full))
-
-
-def models_folder(models: str | None) -> Path:
-    """The folder of shipped models.
-
-    Args:
-        models: The folder, if the user named one.
-
-    Raises:
-        FileNotFoundError: It is not there, as where the package was installed without a checkout.
-    """
-    folder = Path(models) if models else Path(__file__).parents[2] / "shipped" / "fashion_mnist"
-    if not (folder / "reference" / "reference.json").is_file():
-        raise FileNotFoundError(
-            f"models={str(folder)!r}: no models there (pipelines/NAME/, extractor/, reference/). An installed package "
-            "carries no weights: clone the repository, or name with --models a folder that holds trained ones"
-        )
-    return folder
-
-
-def shipped_pipelines(folder: Path) -> dict[str, Path]:
-    """Name -> folder of every pipeline, by rising k."""
-    found = {}
-    for index in folder.glob("pipelines/*/model_index.json"):
-        scheduler = json.loads((index.parent / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
-        found[index.parent.name] = (float(scheduler["k"]), index.parent)
-    if not found:
-        raise FileNotFoundError(f"models={str(folder)!r}: no pipeline in its folder pipelines/; clone it again")
-    return {name: place for name, (_, place) in sorted(found.items(), key=lambda item: item[1][0])}
 
 
 def _compiled(device: torch.device) -> bool:

@@ -1,6 +1,7 @@
 """What a sweep is going to do: its parts opened, checked against each other, and written down as the protocol.
 
-This file owns the checks before expensive work and the content of `fid.json`'s protocol; it never draws or measures.
+This file owns the checks before expensive work, the content of `fid.json`'s protocol, and what that and NELBO's say of
+machine and versions; it never draws or measures.
 """
 
 from __future__ import annotations

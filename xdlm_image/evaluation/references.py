@@ -34,7 +34,7 @@ from xdlm_image.features.extractor import FeatureExtractor, load_extractor
 from xdlm_image.files import refuse_unwritable, write_json
 from xdlm_image.ranks import barrier, of_first_rank, rank_and_world
 from xdlm_image.recipes import DataOptions, ReferenceRecipe
-from xdlm_image.recipes.sampling import FEATURE_METRICS
+from xdlm_image.recipes.evaluation import FEATURE_METRICS
 from xdlm_image.tokenizer.codes import grid_of, load_tokenizer, reconstructed_batches
 from xdlm_image.weights import weights_hash
 

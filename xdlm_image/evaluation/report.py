@@ -1,7 +1,7 @@
 """What a sweep leaves to read: `fid.json`, `fid.csv`, `fid.md` and the page `report.html`.
 
 This file owns their layout; the numbers come from `sweep`, the tables from `tables`, the pictures from `plots` and
-`grids`. Every file is written atomically.
+`drawing.grids`. Every file is written atomically.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The verb `evaluate`: FID of pipelines over step counts, checked first, resumable, with its whole protocol.
 
-This file owns the order of a sweep and what `fid.json` holds. Numbers come from `references` and `fid`, images from
-`drawing`, pictures from `grids`, pages from `report`. No drawn image is written to disk besides the grids, unless
-`images_dir` asks for it.
+This file owns the order of a sweep and what `fid.json` holds. `plan` checks what is asked for, images come from
+`drawing`, what the extractor saw of them from `measuring`, numbers from `comparing`, pages from `report`. No drawn
+image is written to disk besides the grids, unless `images_dir` asks for it.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from xdlm_image.pipelines import XDLMPipeline
 from xdlm_image.processes import only_command
 from xdlm_image.ranks import barrier, rank_and_world, sum_over_ranks
 from xdlm_image.recipes import EvaluateRecipe
-from xdlm_image.recipes.sampling import FEATURE_METRICS, VARIED
+from xdlm_image.recipes.evaluation import FEATURE_METRICS, VARIED
 from xdlm_image.seeds import SEED_RULE
 from xdlm_image.tokenizer.codes import load_tokenizer
 

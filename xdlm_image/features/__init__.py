@@ -1,1 +1,1 @@
-"""What images are judged by: feature extractors, their training, and streamed statistics of what they find."""
+"""What images are judged by: feature extractors and judges of classes, streamed statistics, the Fréchet distance."""

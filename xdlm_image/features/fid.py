@@ -1,4 +1,4 @@
-"""Frechet distance between two sets of images, from streamed statistics.
+"""Fréchet distance between two sets of features, from streamed statistics.
 
 This file owns the way from features to statistics and to the number; the number itself is torch-fidelity's
 `fid_statistics_to_metric`:

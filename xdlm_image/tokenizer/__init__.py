@@ -1,1 +1,1 @@
-"""Training and using the VQ tokenizer, diffusers' `VQModel`: `train`, `encode`, `codes`, `codebook`, `measure`."""
+"""The VQ tokenizer, diffusers' `VQModel`: `train` and `losses`, `encode`, `codes`, `codebook`, `measure`."""

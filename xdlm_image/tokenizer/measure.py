@@ -1,6 +1,6 @@
 """How good a tokenizer is: PSNR, use of the codebook, rFID, and a picture of reconstructions.
 
-This file owns the measuring of a finished tokenizer. It never trains, and computes no FID itself (`evaluation` does).
+This file owns the measuring of a finished tokenizer. It never trains; the formula of rFID is `features.fid`'s.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Tiny images, a tiny trained extractor and tiny random pipelines for the tests of evaluation."""
+"""Tiny images, a tiny trained extractor and tiny random pipelines for tests that need a whole pipeline."""
 
 from __future__ import annotations
 

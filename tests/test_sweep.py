@@ -12,7 +12,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from evaluation_parts import CLASSES, NUM_CODES, save_pipeline, statistics_of
+from tiny_parts import CLASSES, NUM_CODES, save_pipeline, statistics_of
 
 from xdlm_image.data.image_batches import real_batches
 from xdlm_image.data.images import Uint8Images, normalise, open_images
