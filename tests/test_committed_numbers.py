@@ -60,6 +60,29 @@ def test_table_of_tuned_samplers_is_of_its_benchmark():
             assert text == (" / ".join(means) if own else "no masks"), (name, model)
 
 
+def test_table_of_the_samplers_numbers_is_of_their_trials():
+    results = json.loads((ROOT / "benchmarks/samplers.json").read_text())["results"]
+    found = {(row["sampler"], row["model"], row["num_steps"]): row["value"] for row in results}
+    rows = [  # sampler and step count of each number of a cell
+        [("ancestral", 8)],
+        [("annealed", 8), ("annealed", 16)],
+        [("annealed-grid", 8)],
+        [("psi", 8)],
+        [("psi-annealed", 8)],
+        [("psi-annealed-grid", 8)],
+        [("confidence", 8)],
+        [("guided", 8), ("guided-annealed", 8)],
+    ]
+    for numbers, (name, *told) in zip(rows, table_of("docs/few_steps.md", "number that the trials chose"), strict=True):
+        for model, text in zip(("mdlm", "xdlm-0.1", "udlm"), told, strict=True):
+            values = [found.get((sampler, model, steps)) for sampler, steps in numbers]
+            values = [f"{value:g}" if isinstance(value, float) else value for value in values]
+            assert text == ("no masks" if None in values else " / ".join(values)), (name, model)
+    for alike in (("ancestral", "halton"), ("annealed-grid", "grid")):  # of one row
+        ours, theirs = ({m: v for (s, m, steps), v in found.items() if (s, steps) == (name, 8)} for name in alike)
+        assert theirs.items() <= ours.items()
+
+
 def test_table_of_chosen_samplers_is_of_its_benchmark():
     content = json.loads((ROOT / "benchmarks/samplers.json").read_text())
     header = "distance (and recall), the sampler chosen for each"
