@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # MDLM and XDLM (k = 0.1) trained once more, from another seed, on the shipped tokenizer's codes, and judged as the
 # shipped ones are: how much does a comparison owe to the seed of the training? fid.json of each seed in
-# shipped/fashion_mnist/training_seeds was made so; benchmarks/few_steps.py compares them.
+# shipped/fashion_mnist/training_seeds was made so; benchmarks/few_steps.py compares them, and
+# benchmarks/samplers_trainings.py draws from RUNS/pipelines/seed* by tuned samplers.
 #
 #   shipped/training_seed.sh 1     trains from seed 1: hours on two CPU cores
 #   shipped/training_seed.sh 0     draws from the shipped models, in float32 like those of the other seeds
@@ -13,7 +14,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 seed=${1:-}
-[[ "$seed" =~ ^[0-9]+$ ]] || { sed -n '2,11s/^# \{0,1\}//p' "$0"; exit 2; }
+[[ "$seed" =~ ^[0-9]+$ ]] || { sed -n '2,12s/^# \{0,1\}//p' "$0"; exit 2; }
 shift
 runs=${RUNS:-runs/training_seeds}
 read -ra names <<<"${NAMES:-mdlm xdlm-0.1}"

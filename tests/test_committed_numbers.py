@@ -12,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FEW_STEPS = ROOT / "benchmarks" / "few_steps.py"
+SEEDS = ROOT / "shipped" / "fashion_mnist" / "training_seeds"
 FIRST = "Fréchet distance to the test images"
 MODELS = ("mdlm", "xdlm-0.1", "xdlm-0.5", "udlm")
 
@@ -136,10 +137,38 @@ def test_table_of_trainings_is_of_their_sweeps():
     rows = table_of("docs/few_steps.md", "training seed")
     assert len(rows) == 3
     for seed, row in enumerate(rows):
-        cells = json.loads((ROOT / f"shipped/fashion_mnist/training_seeds/seed{seed}/fid.json").read_text())["cells"]
+        cells = json.loads((SEEDS / f"seed{seed}/fid.json").read_text())["cells"]
         for model, text in zip(("mdlm", "xdlm-0.1"), row[1:], strict=True):
             of = {cell["num_steps"]: cell["fid"]["pooled"] for cell in cells if cell["pipeline"] == model}
             assert text == f"{of[4]:.2f} / {of[8]:.2f}"
+
+
+def test_tables_of_tuned_samplers_over_trainings_are_of_their_results(monkeypatch):
+    monkeypatch.syspath_prepend(FEW_STEPS.parent)
+    over_trainings = importlib.import_module("samplers_trainings")
+    tuned, content = (
+        json.loads((ROOT / f"benchmarks/{name}.json").read_text()) for name in ("samplers", "samplers_trainings")
+    )
+    models = list(content["models"][0])
+    found = {(row["model"], row["sampler"], row["nfe"]): row for row in content["results"]}
+    for first in over_trainings.wanted(tuned, models):
+        row = found[first["model"], first["sampler"], first["nfe"]]
+        assert {layer: values[0] for layer, values in row["fid"].items()} == {
+            layer: values[0] for layer, values in first["fid"].items()
+        }
+    again = over_trainings.compared(tuned, content["results"], models)
+    assert json.loads(json.dumps(again)) == content["differences"]
+    chosen = {(row["model"], row["nfe"]): row["sampler"] for row in tuned["chosen"]}
+    told = table_of("docs/few_steps.md", "training seed, samplers as chosen")
+    for training, (_, *cells) in enumerate(told):
+        for model, text in zip(models, cells, strict=True):
+            of = [found[model, chosen[model, nfe], nfe]["fid"]["pooled"][training] for nfe in (4, 8, 16)]
+            assert text == " / ".join(f"{value:.2f}" for value in of)
+    assert len(told) == len(content["models"]) == 3
+    for training in (1, 2):  # the same networks as of the plain samples
+        protocol = json.loads((SEEDS / f"seed{training}/fid.json").read_text())["protocol"]
+        hashes = {name: about["weights_hash"] for name, about in protocol["pipelines"].items()}
+        assert hashes == content["models"][training]
 
 
 def test_table_of_the_time_input_is_of_its_sweeps():
