@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 from test_untrusted_input import png_that_claims
 
-from xdlm_image.drawing.given_images import NO_CLASS, GivenImages, class_folders
+from xdlm_image.drawing.given_images import NO_CLASS, GivenImages
+from xdlm_image.drawing.pictures import class_folders
 
 CLASSES = ["ant", "bee", "cat"]
 PIXELS = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), dtype=np.uint8)

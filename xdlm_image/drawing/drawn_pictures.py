@@ -20,8 +20,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from xdlm_image.data.image_batches import Batch
-from xdlm_image.drawing.given_images import class_folders, images_in_npz
-from xdlm_image.drawing.pictures import numbered_images, numbered_names, save_images
+from xdlm_image.drawing.given_images import images_in_npz
+from xdlm_image.drawing.pictures import class_folders, numbered_images, numbered_names, save_images
 from xdlm_image.files import write_atomic, write_json
 from xdlm_image.ranks import barrier, rank_and_world
 

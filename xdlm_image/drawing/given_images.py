@@ -1,18 +1,17 @@
 """Image sets that somebody else drew: a folder of image files, or an .npz as ADM's evaluator takes it.
 
-This file owns finding them, reading them without a change of size, how folders of drawn images are called, and what a
-reader of the numbers must know about them. It never draws and never measures.
+This file owns finding them, reading them without a change of size, and what a reader of the numbers must know about
+them. It never draws and never measures.
 """
 
 from __future__ import annotations
 
 import hashlib
-import re
 import struct
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from tqdm import tqdm
 from xdlm_image.data.folders import not_taken, walk
 from xdlm_image.data.image_batches import NO_CLASS, Batch, blocks_of_rank
 from xdlm_image.data.images import read_image
+from xdlm_image.drawing.pictures import class_folders
 from xdlm_image.files import sha256_of_file
 from xdlm_image.pipelines.init_images import DECODING_ERRORS
 
@@ -213,14 +213,6 @@ class GivenImages:
             f"images: {name} has {height} x {width} pixels, the reference {self.image_size} x {self.image_size}; "
             "samples are never resized here: take a reference of their size, or resize them as their authors say"
         )
-
-
-def class_folders(class_names: Sequence[str]) -> list[str]:
-    """What folders of these classes are called: their names, with `_` for what no file system takes, all different."""
-    safe = [re.sub(r'[/\\:*?"<>|\x00-\x1f]', "_", name).strip(". ") or "_" for name in class_names]
-    while len(set(safe)) < len(safe):
-        safe = [f"{name}_{i}" if safe.count(name) > 1 else name for i, name in enumerate(safe)]
-    return safe
 
 
 def images_in_npz(path: Path) -> tuple[int, int] | None:

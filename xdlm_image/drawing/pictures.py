@@ -1,7 +1,8 @@
-"""Image tensors as Pillow pictures, and PNG files written atomically; no layout."""
+"""Image tensors as Pillow pictures, and PNG files in folders of their classes, written atomically; no layout."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -29,6 +30,14 @@ def has_key(path: str | Path, key: str) -> bool:
             return picture.info.get(KEY) == key
     except OSError:
         return False
+
+
+def class_folders(class_names: Sequence[str]) -> list[str]:
+    """What folders of these classes are called: their names, with `_` for what no file system takes, all different."""
+    safe = [re.sub(r'[/\\:*?"<>|\x00-\x1f]', "_", name).strip(". ") or "_" for name in class_names]
+    while len(set(safe)) < len(safe):
+        safe = [f"{name}_{i}" if safe.count(name) > 1 else name for i, name in enumerate(safe)]
+    return safe
 
 
 def numbered_names(folders: Sequence[str], labels: Iterable[int]) -> list[str]:

@@ -14,10 +14,9 @@ from PIL import Image
 from xdlm_image.data.folders import is_hidden
 from xdlm_image.data.images import read_image
 from xdlm_image.devices import best_device
-from xdlm_image.drawing.given_images import class_folders
 from xdlm_image.drawing.grids import class_grid, class_ids, grid_labels, save_grid
 from xdlm_image.drawing.opening import beginning_at, class_names, folder_names, open_pipeline
-from xdlm_image.drawing.pictures import numbered_images, numbered_names, save_images
+from xdlm_image.drawing.pictures import class_folders, numbered_images, numbered_names, save_images
 from xdlm_image.drawing.sampler_settings import SamplerSettings, check_settings
 from xdlm_image.drawing.trace_pictures import check_trace, write_trace
 from xdlm_image.files import refuse_unwritable
