@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from xdlm_image.devices import best_device
-from xdlm_image.objective.nelbo import passes_for
+from xdlm_image.objective.backends import passes_for
 
 LEAST_SECONDS = 0.02  # that a time on a GPU is taken over
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from xdlm_image.models import XDLMTransformer2DModel
 from xdlm_image.objective import (
     XDLMLoss,
+    backends,
     discrete_kl,
-    nelbo,
     posterior,
     reference_nelbo,
     row_scalars,
@@ -309,8 +309,8 @@ def test_transforms_of_torch_func_are_refused_and_change_nothing(through_head: b
     """A first call within one must not pass for a machine where nothing can be compiled."""
     process, x = XDLMProcess(0.1, 40), torch.zeros(1, 6, dtype=torch.long)
     rest = (torch.full_like(x, 40), x, process, torch.full((1,), 0.5), torch.full((1,), 0.5))
-    passes = nelbo.passes_for(torch.device("cpu"), torch.float32, "auto")
-    nelbo._cpp_runs.cache_clear()
+    passes = backends.passes_for(torch.device("cpu"), torch.float32, "auto")
+    backends._cpp_runs.cache_clear()
 
     def loss(value: torch.Tensor) -> torch.Tensor:
         if through_head:
@@ -319,7 +319,7 @@ def test_transforms_of_torch_func_are_refused_and_change_nothing(through_head: b
 
     with pytest.raises(RuntimeError, match="torch.func .*reference_nelbo"):
         torch.func.grad(loss)(torch.randn(1, 6, 40))
-    assert nelbo.passes_for(torch.device("cpu"), torch.float32, "auto") is passes
+    assert backends.passes_for(torch.device("cpu"), torch.float32, "auto") is passes
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

@@ -7,11 +7,14 @@ no product of matrices more than the plain layers do, and is why the mean is tak
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 
-from xdlm_image.objective.nelbo import backend_for, passes_for, refuse_second_derivative, rows_of
+from xdlm_image.objective import operators
+from xdlm_image.objective.backends import backend_for, passes_for
+from xdlm_image.objective.nelbo import refuse_second_derivative, rows_of
 from xdlm_image.objective.row_scalars import Rows
 from xdlm_image.schedulers import XDLMProcess
 
@@ -74,7 +77,7 @@ def xdlm_head_nelbo(
             raise ValueError(f"token_weight {tuple(token_weight.shape)}: need (B, L) = {tuple(x.shape)}")
         token_weight = token_weight.detach().to(rows.c.dtype).reshape(-1)
     device, dtype = features.device.type, features.dtype
-    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+    if not features.is_meta and torch.is_autocast_enabled(device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
     else:
         for name, value in (("weight", weight), ("bias", bias)):
@@ -85,43 +88,28 @@ def xdlm_head_nelbo(
         torch.is_grad_enabled() and value is not None and value.requires_grad for value in (features, weight, bias)
     ]
     backend = backend_for(backend, features, weight, bias)
-    settings = (process, passes_for(features.device, dtype, backend), dtype, wanted)
-    mean, loss = _XDLMHeadNelbo.apply(flat, weight, bias, token_weight, rows, settings)
+    is_traced = operators.are_needed(features, weight, bias)
+    mean, loss = _XDLMHeadNelbo.apply(
+        flat, weight, bias, token_weight, rows, (process, backend, dtype, wanted, is_traced)
+    )
     return XDLMLossOutput(mean, loss.view(x.shape))
 
 
 class _XDLMHeadNelbo(torch.autograd.Function):
     @staticmethod
     def forward(ctx, features, weight, bias, token_weight, rows: Rows, settings):  # (R, D), (V, D), (V,), (R,)
-        process, passes, dtype, wanted = settings
-        wants_features, wants_weight, wants_bias = wanted
-        loss = torch.empty_like(rows.c)
+        process, backend, dtype, wanted, is_traced = settings
         if token_weight is None:
             token_weight = torch.ones_like(rows.c)
-        # gradients of sum(token_weight loss)
-        grad_features = torch.empty_like(features, dtype=dtype) if wants_features else None
-        grad_weight = torch.zeros_like(weight, dtype=rows.c.dtype) if wants_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=rows.c.dtype) if wants_bias else None
-        with torch.autocast(features.device.type, enabled=False):
-            matrix = weight.to(dtype)
-            offset = None if bias is None else bias.to(dtype)
-            stride = _row_stride(len(weight), dtype)
-            blocks = row_blocks(len(features), stride * dtype.itemsize)
-            buffer = features.new_empty(blocks[0].stop if blocks else 0, stride, dtype=dtype)[:, : len(weight)]
-            for block in blocks:
-                h = features[block].to(dtype)  # (r, D)
-                logits = _project(h, matrix, offset, out=buffer[: len(h)])  # (r, V)
-                if not any(wanted):
-                    loss[block], _ = passes.forward(logits, rows[block], process)
-                    continue
-                loss[block] = passes.forward_backward(logits, rows[block], token_weight[block], process)
-                if grad_features is not None:
-                    torch.mm(logits, matrix, out=grad_features[block])
-                if grad_weight is not None:
-                    _add_product(logits, h, to=grad_weight)
-                if grad_bias is not None:
-                    grad_bias += logits.sum(0, dtype=grad_bias.dtype)
-        ctx.save_for_backward(grad_features, grad_weight, grad_bias)
+        given = (features, weight, bias, token_weight)
+        if is_traced:
+            constants = operators.constants_of(process)
+            loss, *found = _head_operator(*given, *rows, backend, dtype, *wanted, *constants)
+        else:
+            passes = passes_for(features.device, dtype, backend)
+            loss, *found = _loss_and_gradients(*given, rows, process, passes, dtype, wanted)
+        grads = iter(found)
+        ctx.save_for_backward(*(next(grads) if is_wanted else None for is_wanted in wanted))
         ctx.rows = len(features)
         ctx.dtypes = [None if value is None else value.dtype for value in (features, weight, bias)]
         ctx.mark_non_differentiable(loss)
@@ -133,6 +121,65 @@ class _XDLMHeadNelbo(torch.autograd.Function):
         scale = grad_mean / max(1, ctx.rows)  # of no rows the mean is NaN, and the gradients are 0
         grads = [_scaled(*given, scale) for given in zip(ctx.saved_tensors, ctx.dtypes)]
         return *grads, None, None, None
+
+
+def _loss_and_gradients(
+    features: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    token_weight: torch.Tensor,
+    rows: Rows,
+    process: XDLMProcess,
+    passes: Any,
+    dtype: torch.dtype,
+    wanted: Sequence[bool],
+) -> list[torch.Tensor]:
+    """Loss (R,), and those gradients of sum(token_weight loss) for features, weight and bias that are wanted."""
+    wants_features, wants_weight, wants_bias = wanted
+    loss = torch.empty_like(rows.c)
+    grad_features = torch.empty_like(features, dtype=dtype) if wants_features else None
+    grad_weight = torch.zeros_like(weight, dtype=rows.c.dtype) if wants_weight else None
+    grad_bias = torch.zeros_like(bias, dtype=rows.c.dtype) if bias is not None and wants_bias else None
+    with torch.autocast(features.device.type, enabled=False):
+        matrix = weight.to(dtype)
+        offset = None if bias is None else bias.to(dtype)
+        stride = -(-len(weight) * dtype.itemsize // ROW_BYTES) * ROW_BYTES // dtype.itemsize
+        blocks = row_blocks(len(features), stride * dtype.itemsize)
+        buffer = features.new_empty(blocks[0].stop if blocks else 0, stride, dtype=dtype)[:, : len(weight)]
+        for block in blocks:
+            h = features[block].to(dtype)  # (r, D)
+            logits = _project(h, matrix, offset, out=buffer[: len(h)])  # (r, V)
+            if not any(wanted):
+                loss[block], _ = passes.forward(logits, rows[block], process)
+                continue
+            loss[block] = passes.forward_backward(logits, rows[block], token_weight[block], process)
+            if grad_features is not None:
+                torch.mm(logits, matrix, out=grad_features[block])
+            if grad_weight is not None:
+                _add_product(logits, h, to=grad_weight)
+            if grad_bias is not None:
+                grad_bias += logits.sum(0, dtype=grad_bias.dtype)
+    return [loss, *(grad for grad in (grad_features, grad_weight, grad_bias) if grad is not None)]
+
+
+@torch.library.custom_op("xdlm_image::head_nelbo", mutates_args=())
+def _head_operator(
+    features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, token_weight: torch.Tensor,
+    z: torch.Tensor, x: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor, c: torch.Tensor,
+    backend: str, dtype: torch.dtype, wants_features: bool, wants_weight: bool, wants_bias: bool,
+    k: float, num_codes: int, definition: str, vocab_size: int, mask_id: int,
+) -> list[torch.Tensor]:  # fmt: skip
+    """`_loss_and_gradients` for graphs of torch.compile, which need not unroll its blocks."""
+    rows, process = operators.checked(z, x, alpha, beta, c, (k, num_codes, definition, vocab_size, mask_id))
+    wanted = (wants_features, wants_weight, wants_bias)
+    passes = passes_for(features.device, dtype, backend)
+    return _loss_and_gradients(features, weight, bias, token_weight, rows, process, passes, dtype, wanted)
+
+
+@_head_operator.register_fake
+def _(features, weight, bias, token_weight, z, x, alpha, beta, c, backend, dtype, *wants_and_constants):
+    dtypes = zip((features, weight, bias), (dtype, c.dtype, c.dtype), wants_and_constants)
+    return [torch.empty_like(c), *(torch.empty_like(value, dtype=kind) for value, kind, wanted in dtypes if wanted)]
 
 
 def _scaled(grad: torch.Tensor | None, dtype: torch.dtype | None, scale: torch.Tensor) -> torch.Tensor | None:
@@ -153,7 +200,7 @@ def _add_product(grads: torch.Tensor, h: torch.Tensor, to: torch.Tensor) -> None
     if grads.dtype == to.dtype:
         to.addmm_(grads.T, h)
         return
-    is_nvidia = to.is_cuda and torch.version.cuda and not torch.compiler.is_compiling()  # which lacks the next overload
+    is_nvidia = to.is_cuda and torch.version.cuda
     if is_nvidia and torch.cuda.get_device_capability(to.device) >= (8, 0):  # GPUs before Ampere have no such product
         torch.addmm(to, grads.T, h, out_dtype=to.dtype, out=to)
         return
@@ -166,13 +213,6 @@ def _add_product(grads: torch.Tensor, h: torch.Tensor, to: torch.Tensor) -> None
     step = max(1, SHARE_BYTES // (h.shape[1] * h.element_size()))
     for part, columns in zip(to.split(step), grads.split(step, 1)):
         part += columns.T @ h
-
-
-def _row_stride(width: int, dtype: torch.dtype) -> int:
-    """Elements from one row of logits to the next."""
-    if torch.compiler.is_compiling():  # which gives up where a product's `out` is not contiguous
-        return width
-    return -(-width * dtype.itemsize // ROW_BYTES) * ROW_BYTES // dtype.itemsize
 
 
 def row_blocks(count: int, row_bytes: int) -> list[slice]:

@@ -1,27 +1,22 @@
 """The XDLM objective for training: loss and gradient from a few scalars per token.
 
-Owns `xdlm_nelbo`, its place in autograd, and the choice between the passes over the logits: Triton kernels or compiled
-C++ where they run, plain torch elsewhere. It reads the process and never an inference scheduler; nothing as wide as the
-vocabulary outlives a block of rows but the logits and their gradient.
+Owns `xdlm_nelbo` and its place in autograd. It reads the process and never an inference scheduler; nothing as wide as
+the vocabulary outlives a block of rows but the logits and their gradient.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-import warnings
 from typing import Any
 
 import torch
 
-from xdlm_image.objective import nelbo_cpu, nelbo_eager
+from xdlm_image.objective import operators
+from xdlm_image.objective.backends import backend_for, passes_for
 from xdlm_image.objective.row_scalars import Rows
 from xdlm_image.schedulers import XDLMProcess
 from xdlm_image.schedulers.process_xdlm import check_shares
 
-BACKENDS = ("auto", "eager", "cpp", "triton")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def xdlm_nelbo(
@@ -50,8 +45,8 @@ def xdlm_nelbo(
             later than this one in the backward pass.
         backend: Who reads the logits: `"triton"` (float32 arithmetic on CUDA, or on the CPU under Triton's
             interpreter), `"cpp"` (the same on the CPU, not for float16; takes a C++ compiler), `"eager"` (plain torch,
-            everywhere), or `"auto"`: Triton on CUDA and C++ on the CPU where they work, else eager; always eager
-            under torch.compile, which sees through plain torch only.
+            everywhere), or `"auto"`: Triton on CUDA and C++ on the CPU where they work, else eager. torch.compile takes
+            each as one operator of its graph.
 
     Returns:
         (B, L), float32 (float64 for float64 logits), never below -5e-6 of 1 or of the largest. Finite for alpha and
@@ -74,7 +69,11 @@ def xdlm_nelbo(
     wide = wide if wide.stride(1) == 1 else wide.contiguous()
     if in_place and wide.stride(0) < wide.shape[1]:
         raise ValueError("in_place=True: rows of the logits share memory; give it logits.contiguous()")
-    passes = passes_for(logits.device, logits.dtype, backend_for(backend, logits))
+    backend = backend_for(backend, logits)
+    if operators.are_needed(logits):
+        passes: Any = operators.Operators(backend)
+    else:
+        passes = passes_for(logits.device, logits.dtype, backend)
     return _XDLMNelbo.apply(wide, *rows, process, passes, in_place).view(x.shape)
 
 
@@ -119,72 +118,6 @@ def _per_token(name: str, value: torch.Tensor, x: torch.Tensor, dtype: torch.dty
         raise ValueError(f"{name} {tuple(value.shape)}: {shapes}") from None
 
 
-def backend_for(backend: str, *tensors: torch.Tensor | None) -> str:
-    """`"eager"` in the place of `"auto"` where a tensor is of a class of its own, which only torch can read."""
-    plain = all(value is None or type(value) in nelbo_cpu.PLAIN for value in tensors)
-    return backend if plain or backend != "auto" else "eager"
-
-
-def passes_for(device: torch.device, dtype: torch.dtype, backend: str) -> Any:
-    """The module whose `forward`, `backward` and `forward_backward` pass over logits of this dtype on this device."""
-    if backend not in BACKENDS:
-        raise ValueError(f"backend={backend!r}: must be one of {', '.join(BACKENDS)}")
-    if backend == "auto":
-        backend = "eager" if torch.compiler.is_compiling() else _fastest(device, dtype)
-    if backend == "eager":
-        return nelbo_eager
-    dtypes, where = (nelbo_cpu.DTYPES, ("cpu",)) if backend == "cpp" else (TRITON_DTYPES, ("cuda", "cpu"))
-    if dtype not in dtypes or device.type not in where:
-        raise ValueError(
-            f"backend={backend!r}: reads {', '.join(map(str, dtypes))} on {' or '.join(where)}, the logits are {dtype} "
-            f"on {device.type}; use 'eager'"
-        )
-    if backend == "cpp":
-        nelbo_cpu.self_check()
-        return nelbo_cpu
-    from xdlm_image.objective import nelbo_triton
-
-    return nelbo_triton
-
-
-def _fastest(device: torch.device, dtype: torch.dtype) -> str:
-    """The backend for logits of this dtype on this device."""
-    if device.type == "cpu" and dtype in nelbo_cpu.DTYPES and _cpp_runs():
-        return "cpp"
-    return "triton" if _triton_runs(device, dtype) else "eager"
-
-
-@functools.cache
-def _cpp_runs() -> bool:
-    """Whether the passes in C++ can be compiled here; asked once, by compiling and trying them."""
-    try:
-        nelbo_cpu.self_check()
-        return True
-    except Exception as error:  # no compiler, no place to compile: whatever it is, plain torch does without
-        warnings.warn(
-            f"{error}: the objective's C++ cannot run here, it takes slower passes in plain torch", stacklevel=5
-        )
-        return False
-
-
-@functools.cache
-def _triton_runs(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether Triton's kernels work on the device; asked once, by running one."""
-    if device.type != "cuda" or dtype not in TRITON_DTYPES or importlib.util.find_spec("triton") is None:
-        return False
-    try:
-        from xdlm_image.objective import nelbo_triton
-
-        nelbo_triton.self_check(device, dtype)
-        return True
-    except Exception as error:  # a missing compiler, an old GPU: whatever it is, the other passes do without
-        warnings.warn(
-            f"{error}: the objective's Triton kernels cannot run here, it takes slower passes in plain torch",
-            stacklevel=5,
-        )
-        return False
-
-
 def refuse_second_derivative() -> None:
     """Raise RuntimeError in a backward pass that is to be differentiated again: its result would pass for a constant.
 
@@ -214,6 +147,6 @@ class _XDLMNelbo(torch.autograd.Function):
         logits = logits.detach()
         out = logits if in_place else torch.empty_like(logits)
         passes.backward(logits, rows, scalars, grad_loss, process, out)
-        if in_place:
+        if in_place and not torch.compiler.is_compiling():
             torch.autograd.graph.increment_version(out)  # autograd now refuses whoever saved the logits
         return out, *(None,) * 8

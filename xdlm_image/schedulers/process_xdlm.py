@@ -185,10 +185,11 @@ class XDLMProcess:
         return None if self.definition == "A" else self.mask_id
 
     def check_ids(self, name: str, ids: torch.Tensor, end: int) -> None:
-        """Raise ValueError if ids are not int64, or some lie outside [0, end): no accelerator waits for the latter."""
+        """Raise ValueError if ids are not int64, or some lie outside [0, end), which is looked at where that is free:
+        on the CPU, and not while torch.compile traces."""
         if ids.dtype != torch.int64:
             raise ValueError(f"{name}: dtype {ids.dtype}, ids are torch.int64")
-        if ids.device.type == "cpu" and ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= end):
+        if _can_be_looked_at(ids) and ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= end):
             raise ValueError(f"{name}: ids run from {int(ids.min())} to {int(ids.max())}, must lie in [0, {end})")
 
     # -- schedule: log-linear, alpha_t = 1 - t, -alpha'(t) = 1 --------------------------------------------------------
@@ -297,16 +298,21 @@ class XDLMProcess:
 
 
 def check_shares(alpha: torch.Tensor, beta: torch.Tensor) -> None:
-    """Raise ValueError unless alpha and beta are tensors in [0, 1], no NaN, that sum to 1: the values of those on an
-    accelerator are not looked at, as that would wait for it."""
+    """Raise ValueError unless alpha and beta are tensors in [0, 1], no NaN, that sum to 1; `XDLMProcess.check_ids` says
+    when values are looked at."""
     for name, value in (("alpha", alpha), ("beta", beta)):
         if not isinstance(value, torch.Tensor):
             raise ValueError(f"{name}={value!r}: no tensor; give one value an image, (B,)")
-        if value.device.type == "cpu" and not bool(((value >= 0) & (value <= 1)).all()):
+        if _can_be_looked_at(value) and not bool(((value >= 0) & (value <= 1)).all()):
             raise ValueError(f"{name}: runs from {float(value.min())} to {float(value.max())}, must lie in [0, 1]")
-    on_cpu = alpha.device.type == beta.device.type == "cpu"
-    if on_cpu and alpha.shape == beta.shape and not bool(((alpha + beta - 1.0).abs() < 0.01).all()):
+    both = _can_be_looked_at(alpha) and _can_be_looked_at(beta)
+    if both and alpha.shape == beta.shape and not bool(((alpha + beta - 1.0).abs() < 0.01).all()):
         raise ValueError("alpha, beta: do not sum to 1; beta is 1 - alpha, see XDLMProcess.alpha_beta")
+
+
+def _can_be_looked_at(value: torch.Tensor) -> bool:
+    """Whether asking for numbers makes nobody wait for an accelerator, and breaks no graph of torch.compile."""
+    return value.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _per_image(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
