@@ -88,6 +88,19 @@ def test_hostile_numbers_follow_float64(backend: str, k: float, beta: float) -> 
     assert ((actual[1] - expected[1]).abs() <= 4e-6 * (largest + flat)).all()
 
 
+@pytest.mark.parametrize("alpha", [1e-6, 1e-3, 0.5])
+def test_plain_torch_on_an_accelerator_is_as_exact_and_waits_for_no_row(alpha: float, monkeypatch) -> None:
+    monkeypatch.setattr(nelbo_eager, "_may_wait", lambda device: False)
+    monkeypatch.setattr(torch.Tensor, "nonzero", lambda *_: pytest.fail("which an accelerator would be waited for"))
+    torch.manual_seed(2)
+    process = process_of(0.1, 4096, "A")
+    z, x = codes(process, 15)
+    logits, shares = torch.randn(1, 15, 4096), torch.tensor([alpha, 1 - alpha])
+    expected = xdlm_nelbo(logits.double(), z, x, process, *shares.double().split(1), backend="eager")
+    actual = xdlm_nelbo(logits, z, x, process, *shares.split(1), backend="eager")
+    assert ((actual - expected).abs() <= 5e-6 * expected.abs().clamp(min=1.0)).all()
+
+
 @backends
 @pytest.mark.parametrize("width", [12, 70, 96, 101])
 @pytest.mark.parametrize("definition", ["A", "B"])

@@ -20,19 +20,19 @@ TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def are_plain(*tensors: torch.Tensor | None) -> bool:
-    """Whether none is of a class of its own, which only torch can read."""
+    """Whether none is a tensor subclass, whose address our kernels cannot use."""
     return all(value is None or type(value) in nelbo_cpu.PLAIN for value in tensors)
 
 
 def backend_for(backend: str, *tensors: torch.Tensor | None) -> str:
-    """`"eager"` in the place of `"auto"` where a tensor is of a class of its own."""
+    """`"eager"` in the place of `"auto"` for tensor subclasses. Raises ValueError if there is no such backend."""
+    _check_name(backend)
     return backend if backend != "auto" or are_plain(*tensors) else "eager"
 
 
 def passes_for(device: torch.device, dtype: torch.dtype, backend: str) -> Any:
     """The module whose `forward`, `backward` and `forward_backward` pass over logits of this dtype on this device."""
-    if backend not in BACKENDS:
-        raise ValueError(f"backend={backend!r}: must be one of {', '.join(BACKENDS)}")
+    _check_name(backend)
     if backend == "auto":
         backend = _fastest(device, dtype)
     if backend == "eager":
@@ -49,6 +49,11 @@ def passes_for(device: torch.device, dtype: torch.dtype, backend: str) -> Any:
     from xdlm_image.objective import nelbo_triton
 
     return nelbo_triton
+
+
+def _check_name(backend: str) -> None:
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r}: must be one of {', '.join(BACKENDS)}")
 
 
 def _fastest(device: torch.device, dtype: torch.dtype) -> str:

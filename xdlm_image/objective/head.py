@@ -19,7 +19,7 @@ from xdlm_image.objective.row_scalars import Rows
 from xdlm_image.schedulers import XDLMProcess
 
 BLOCK_BYTES = 24 << 20  # of logits; with fewer rows the weight gradient would be added up too often
-ROW_BYTES = 64  # that a row of logits fills or is padded to: products are slow where rows begin anywhere
+ROW_BYTES = 64  # rows of logits are padded to a multiple of it: matrix products are slow on unaligned rows
 SHARE_BYTES = 8 << 20  # of what a block adds to the weight gradient, where it cannot be added on the spot
 
 
@@ -88,25 +88,22 @@ def xdlm_head_nelbo(
         torch.is_grad_enabled() and value is not None and value.requires_grad for value in (features, weight, bias)
     ]
     backend = backend_for(backend, features, weight, bias)
-    is_traced = operators.are_needed(features, weight, bias)
-    mean, loss = _XDLMHeadNelbo.apply(
-        flat, weight, bias, token_weight, rows, (process, backend, dtype, wanted, is_traced)
-    )
+    passes = None if operators.are_needed(features, weight, bias) else passes_for(features.device, dtype, backend)
+    mean, loss = _XDLMHeadNelbo.apply(flat, weight, bias, token_weight, rows, (process, passes, backend, dtype, wanted))
     return XDLMLossOutput(mean, loss.view(x.shape))
 
 
 class _XDLMHeadNelbo(torch.autograd.Function):
     @staticmethod
     def forward(ctx, features, weight, bias, token_weight, rows: Rows, settings):  # (R, D), (V, D), (V,), (R,)
-        process, backend, dtype, wanted, is_traced = settings
+        process, passes, backend, dtype, wanted = settings
         if token_weight is None:
             token_weight = torch.ones_like(rows.c)
         given = (features, weight, bias, token_weight)
-        if is_traced:
+        if passes is None:
             constants = operators.constants_of(process)
             loss, *found = _head_operator(*given, *rows, backend, dtype, *wanted, *constants)
         else:
-            passes = passes_for(features.device, dtype, backend)
             loss, *found = _loss_and_gradients(*given, rows, process, passes, dtype, wanted)
         grads = iter(found)
         ctx.save_for_backward(*(next(grads) if is_wanted else None for is_wanted in wanted))
@@ -170,7 +167,7 @@ def _head_operator(
     k: float, num_codes: int, definition: str, vocab_size: int, mask_id: int,
 ) -> list[torch.Tensor]:  # fmt: skip
     """`_loss_and_gradients` for graphs of torch.compile, which need not unroll its blocks."""
-    rows, process = operators.checked(z, x, alpha, beta, c, (k, num_codes, definition, vocab_size, mask_id))
+    rows, process = operators.checked_rows(z, x, alpha, beta, c, (k, num_codes, definition, vocab_size, mask_id))
     wanted = (wants_features, wants_weight, wants_bias)
     passes = passes_for(features.device, dtype, backend)
     return _loss_and_gradients(features, weight, bias, token_weight, rows, process, passes, dtype, wanted)

@@ -71,8 +71,8 @@ class XDLMLoss(nn.Module):
         guesses = torch.empty(len(rows), dtype=torch.int64, device=rows.device)
         for block in row_blocks(len(rows), self.process.logits_width * rows.element_size()):
             logits = rows[block] if head is None else head(rows[block])  # (r, V)
-            if self.process.mask < logits.shape[1]:
-                logits = logits.index_fill(1, torch.tensor([self.process.mask], device=logits.device), -torch.inf)
+            if (column := self.process.excluded_column) is not None:
+                logits = logits.index_fill(1, torch.tensor([column], device=logits.device), -torch.inf)
             guesses[block] = logits.argmax(1)
         return self._loss(head, output, z, x, t), guesses
 

@@ -12,7 +12,7 @@ import torch
 
 from xdlm_image.objective import operators
 from xdlm_image.objective.backends import backend_for, passes_for
-from xdlm_image.objective.row_scalars import Rows
+from xdlm_image.objective.row_scalars import Rows, RowScalars
 from xdlm_image.schedulers import XDLMProcess
 from xdlm_image.schedulers.process_xdlm import check_shares
 
@@ -42,14 +42,15 @@ def xdlm_nelbo(
         beta: 1 - alpha, computed from t and not from alpha; same shape.
         in_place: The backward pass writes the gradient over the logits, which saves their size in memory and destroys
             them: read them before. Autograd refuses a second backward pass, and any other use of the logits that comes
-            later than this one in the backward pass.
+            later than this one in the backward pass. torch.compile plans such memory itself, so it does nothing there.
         backend: Who reads the logits: `"triton"` (float32 arithmetic on CUDA, or on the CPU under Triton's
             interpreter), `"cpp"` (the same on the CPU, not for float16; takes a C++ compiler), `"eager"` (plain torch,
             everywhere), or `"auto"`: Triton on CUDA and C++ on the CPU where they work, else eager. torch.compile takes
             each as one operator of its graph.
 
     Returns:
-        (B, L), float32 (float64 for float64 logits), never below -5e-6 of 1 or of the largest. Finite for alpha and
+        (B, L), float32 (float64 for float64 logits). Rounding may make a loss negative, by 5e-6 times the larger of 1
+        and the largest loss at most. Finite for alpha and
         beta in [0, 1] and finite logits, unless it passes float32's range. At beta = 0 a z other than x has no
         probability; its loss then stands for infinity.
 
@@ -135,18 +136,18 @@ class _XDLMNelbo(torch.autograd.Function):
         rows = Rows(z, x, alpha, beta, c)
         loss, scalars = passes.forward(logits, rows, process)
         ctx.save_for_backward(logits, *rows, *scalars)
-        ctx.settings = (process, passes, in_place, type(scalars))
+        ctx.settings = (process, passes, in_place and not torch.compiler.is_compiling())
         return loss
 
     @staticmethod
     def backward(ctx, grad_loss):  # (R,)
         refuse_second_derivative()
-        process, passes, in_place, scalars_type = ctx.settings
+        process, passes, in_place = ctx.settings
         logits, z, x, alpha, beta, c, *scalars = ctx.saved_tensors
-        rows, scalars = Rows(z, x, alpha, beta, c), scalars_type(*scalars)
+        rows, scalars = Rows(z, x, alpha, beta, c), RowScalars(*scalars)
         logits = logits.detach()
         out = logits if in_place else torch.empty_like(logits)
         passes.backward(logits, rows, scalars, grad_loss, process, out)
-        if in_place and not torch.compiler.is_compiling():
+        if in_place:
             torch.autograd.graph.increment_version(out)  # autograd now refuses whoever saved the logits
         return out, *(None,) * 8

@@ -21,6 +21,7 @@ def forward(logits: torch.Tensor, rows: Rows, process: XDLMProcess) -> tuple[tor
     picked = torch.empty(len(logits), 2, dtype=rows.c.dtype, device=logits.device)  # exp(logit - top) at the columns
     top, rest, norm, log_terms, damped = torch.empty(5, len(logits), dtype=rows.c.dtype, device=logits.device)
     step, e, d = _workspace(logits, rows.c.dtype)
+    exact = not _may_wait(logits.device)
     per_row = (columns, is_wrong, rows.c, picked, top, rest, norm, log_terms, damped)
     for block, at, wrong, c, e_at, tops, rests, norms, logs, damps in zip(*(v.split(step) for v in (logits, *per_row))):
         e, d = e[: len(block)], d[: len(block)]
@@ -33,18 +34,21 @@ def forward(logits: torch.Tensor, rows: Rows, process: XDLMProcess) -> tuple[tor
         torch.sum(e_at, 1, out=norms).add_(rests)
         if process.k > 0.0:
             torch.mul(e, (c / norms)[:, None], out=d)  # c p_j
+            if exact:
+                torch.sum(d.log1p(), 1, out=logs)
             torch.sum(e.div_(d.add_(1.0)), 1, out=damps)
-            torch.sum(d.log_(), 1, out=logs)
-    if process.k > 0.0:
+            if not exact:
+                torch.sum(d.log_(), 1, out=logs)
+    if process.k == 0.0:
+        log_terms = logits.gather(1, columns[:, :1])[:, 0].to(top.dtype) - top - norm.log()  # log p_x
+    elif not exact:
         # L(c p) as the log of the rounded 1 + c p errs by V 2^-24 / (beta c) = 2^-24 k / alpha of the loss at most
         few = (rows.alpha < process.k / 16).nonzero()[:, 0]
-        for exact in few.split(step) if len(few) else ():  # torch 2.11 cannot compile the split of nothing
-            e = torch.empty(len(exact), logits.shape[1], dtype=top.dtype, device=logits.device)
-            _exp(logits[exact].to(top.dtype), top[exact, None], process.excluded_column, out=e)
-            e.scatter_(1, columns[exact], 0.0).mul_((rows.c / norm)[exact, None])
-            log_terms[exact] = e.log1p_().sum(1)
-    else:
-        log_terms = logits.gather(1, columns[:, :1])[:, 0].to(top.dtype) - top - norm.log()  # log p_x
+        for some in few.split(step):
+            e = torch.empty(len(some), logits.shape[1], dtype=top.dtype, device=logits.device)
+            _exp(logits[some].to(top.dtype), top[some, None], process.excluded_column, out=e)
+            e.scatter_(1, columns[some], 0.0).mul_((rows.c / norm)[some, None])
+            log_terms[some] = e.log1p_().sum(1)
     p_x, p_z = (picked / norm[:, None]).unbind(1)
     return loss_and_scalars(RowSums(top, norm, p_x, p_z, rest / norm, log_terms, damped / norm), rows, process)
 
@@ -107,6 +111,11 @@ def write_grads_at(
     grads_at = torch.stack([scalars.grad_x, scalars.grad_z], 1) * grad_loss[:, None]
     places = torch.arange(len(out), device=out.device)[:, None]
     out.index_put_((places, columns), grads_at.to(out.dtype))  # scatter_ of half precision on a CPU copies all of out
+
+
+def _may_wait(device: torch.device) -> bool:
+    """Whether asking which rows need exact logarithms waits for no accelerator; where it would, all rows take them."""
+    return device.type == "cpu"
 
 
 def _workspace(logits: torch.Tensor, dtype: torch.dtype) -> tuple[int, torch.Tensor, torch.Tensor]:

@@ -3,8 +3,8 @@
 Owns one kernel a pass. Forward reads a row, sums over it as `nelbo_eager.py` does and turns the sums into loss and
 scalars with the equations of `row_scalars.py`; backward is elementwise. Together they move 12 bytes a float32 logit:
 read, read and write. Where what is minimised is known beforehand the first kernel does the second's work, too: 8 bytes.
-A row that registers do not hold is read three times forward. From the cache, as whoever knows what is minimised gives
-blocks that fit it; else wide rows are read twice, and their largest logit and normaliser found together.
+A row that registers do not hold is read three times forward. In `forward_backward` the rereads hit the cache, since its
+caller passes blocks that fit there; else rows wider than 32 KiB take an online softmax, which needs two reads.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The passes over the logits as operators of torch's: torch.compile takes each whole, into one graph with the rest.
+"""The passes over the logits as custom torch operators, which torch.compile keeps whole in one graph with the rest.
 
-Owns their registration, what their results look like, and how a process and rows become what an operator may be given.
-When they run they choose a backend and compute as without torch.compile; so do the checks of values, which a graph
-cannot hold. Called as the modules of passes are.
+Owns their registration, the shapes of their results, and how a process and rows become arguments of an operator. When
+they run they choose a backend and compute as without torch.compile, and check the values, which a graph cannot.
+`Operators` has the `forward` and `backward` of `nelbo_eager.py`; the head has an operator of its own.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from xdlm_image.objective.backends import are_plain, passes_for
 from xdlm_image.objective.row_scalars import Rows, RowScalars
@@ -21,9 +22,10 @@ Constants = tuple[float, int, str, int, int]  # of a process
 
 
 def are_needed(*tensors: Tensor | None) -> bool:
-    """Whether operators stand for the passes: torch.compile traces plain tensors, or they hold nothing."""
-    on_meta = any(value is not None and value.is_meta for value in tensors)
-    return (on_meta or torch.compiler.is_compiling()) and are_plain(*tensors)
+    """Whether to call the operators instead of the passes: while torch.compile traces, on meta and on fake tensors."""
+    if any(value is not None and (value.is_meta or isinstance(value, FakeTensor)) for value in tensors):
+        return True
+    return torch.compiler.is_compiling() and are_plain(*tensors)
 
 
 def constants_of(process: XDLMProcess) -> Constants:
@@ -31,7 +33,7 @@ def constants_of(process: XDLMProcess) -> Constants:
     return process.k, process.num_codes, process.definition, process.num_ids, process.mask
 
 
-def checked(
+def checked_rows(
     z: Tensor, x: Tensor, alpha: Tensor, beta: Tensor, c: Tensor, constants: Constants
 ) -> tuple[Rows, XDLMProcess]:
     """The rows, with values that are looked at now, and their process. Raises ValueError as `xdlm_nelbo`."""
@@ -59,11 +61,8 @@ class Operators:
     def backward(
         self, logits: Tensor, rows: Rows, scalars: RowScalars, grad_loss: Tensor, process: XDLMProcess, out: Tensor
     ) -> None:
-        given = (*rows, torch.stack(scalars), grad_loss, self.backend, *constants_of(process))
-        if out is logits:
-            _backward_in_place(logits, *given)
-        else:
-            _backward(logits, *given, out)
+        given = (logits, *rows, torch.stack(scalars), grad_loss, self.backend)
+        _backward(*given, *constants_of(process), out)
 
 
 @torch.library.custom_op("xdlm_image::nelbo_forward", mutates_args=())
@@ -72,14 +71,14 @@ def _forward(
     backend: str, k: float, num_codes: int, definition: str, vocab_size: int, mask_id: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Loss (R,) and scalars (7, R) of logits (R, V)."""
-    rows, process = checked(z, x, alpha, beta, c, (k, num_codes, definition, vocab_size, mask_id))
+    rows, process = checked_rows(z, x, alpha, beta, c, (k, num_codes, definition, vocab_size, mask_id))
     loss, scalars = passes_for(logits.device, logits.dtype, backend).forward(logits, rows, process)
     return loss, torch.stack(scalars)
 
 
 @_forward.register_fake
 def _(logits, z, x, alpha, beta, c, *constants):
-    return torch.empty_like(c), c.new_empty(len(RowScalars._fields), len(c))
+    return torch.empty_like(c), c.new_empty(len(RowScalars._fields), *c.shape)
 
 
 @torch.library.custom_op("xdlm_image::nelbo_backward", mutates_args=("out",))
@@ -91,14 +90,3 @@ def _backward(
     process = XDLMProcess(k, num_codes, definition, vocab_size, mask_id)
     passes = passes_for(logits.device, logits.dtype, backend)
     passes.backward(logits, Rows(z, x, alpha, beta, c), RowScalars(*scalars), grad_loss, process, out)
-
-
-@torch.library.custom_op("xdlm_image::nelbo_backward_in_place", mutates_args=("logits",))
-def _backward_in_place(
-    logits: Tensor, z: Tensor, x: Tensor, alpha: Tensor, beta: Tensor, c: Tensor, scalars: Tensor, grad_loss: Tensor,
-    backend: str, k: float, num_codes: int, definition: str, vocab_size: int, mask_id: int,
-) -> None:  # fmt: skip
-    """Write the gradient (R, V) over the logits."""
-    process = XDLMProcess(k, num_codes, definition, vocab_size, mask_id)
-    passes = passes_for(logits.device, logits.dtype, backend)
-    passes.backward(logits, Rows(z, x, alpha, beta, c), RowScalars(*scalars), grad_loss, process, logits)

@@ -29,8 +29,8 @@ import torch
 
 class UniformsAhead:
     """What `draw_uniforms` would give in the next calls, as many at once as `AHEAD_ELEMENTS` hold: one loop over the
-    images' generators and one copy to the device, for which no call waits. The first of them draws: by then the device
-    has a network's work to do.
+    images' generators and one asynchronous copy to the device. The first call of `take` draws: by then the device is
+    busy with the network.
 
     Call i gives the very numbers that it would give without this. Whoever stops early leaves the generators further on.
 
@@ -201,9 +201,9 @@ class XDLMProcess:
 
     def signal_ratio(self, alpha: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
         """c = alpha N / (beta k), held finite where k or beta vanish (there c stands for infinity). Any shape."""
-        limit = 1e35 if beta.dtype != torch.float64 else 1e280
+        limit = torch.full_like(beta, 1e35 if beta.dtype != torch.float64 else 1e280)
         if self.k == 0.0:
-            return torch.where(alpha > 0, torch.full_like(beta, limit), 0.0)
+            return torch.where(alpha > 0, limit, torch.zeros_like(beta))
         ratio = alpha * (self.num_uniform / self.k)  # finite: k >= 1e-20
         return torch.where(ratio < limit * beta, ratio / beta, limit)
 
@@ -311,8 +311,9 @@ def check_shares(alpha: torch.Tensor, beta: torch.Tensor) -> None:
 
 
 def _can_be_looked_at(value: torch.Tensor) -> bool:
-    """Whether asking for numbers makes nobody wait for an accelerator, and breaks no graph of torch.compile."""
-    return value.device.type == "cpu" and not torch.compiler.is_compiling()
+    """Whether there are numbers, asking for which waits for no accelerator and breaks no graph of torch.compile."""
+    is_plain = type(value) in (torch.Tensor, torch.nn.Parameter)  # a subclass may hold none
+    return is_plain and value.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _per_image(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

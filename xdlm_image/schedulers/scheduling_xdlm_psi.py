@@ -82,10 +82,11 @@ class XDLMPsiScheduler(XDLMScheduler):
         temperature: float,
         generator: Generators,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """u as drawn for an ancestral token. A corrected one's is led into the branch of what its x becomes at s.
+        """u as drawn for an ancestral token; for a corrected one u is mapped so that `_step` takes the branch which its
+        re-noised x calls for.
 
-        It keeps x: u end_model, in the model's branch, where what is left of u is u again. Its x does not matter: the
-        first point of a noise branch, where any move is accepted.
+        If x stays visible at s: u end_model, which falls in the model's branch, with u as what remains of it. If x is
+        replaced by noise: the first point of that noise branch, where every move is accepted.
         """
         u, v = draw_uniforms(z.shape, generator, z.device)
         share, noise = draw_uniforms(z.shape, generator, z.device)
