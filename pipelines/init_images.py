@@ -25,6 +25,7 @@ TURNS: dict[Any, Image.Transpose] = {  # EXIF's orientation -> what makes a pict
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+SIDEWAYS = {TURNS[orientation] for orientation in (5, 6, 7, 8)}  # height and width change places
 
 InitImages = (
     Image.Image | np.ndarray | torch.Tensor | Sequence[Image.Image] | Sequence[np.ndarray] | Sequence[torch.Tensor]
@@ -65,7 +66,7 @@ def to_8_bits(image: Image.Image, channels: int, name: str = "image") -> Image.I
     refuse_bomb(image.size, name)
     try:
         image.load()
-        turn = _turn(image)
+        turn = turn_of(image)
         image = image.copy() if turn is None else image.transpose(turn)
     except DECODING_ERRORS as error:
         raise ValueError(cannot_be_read(name, error)) from error
@@ -82,10 +83,12 @@ def to_8_bits(image: Image.Image, channels: int, name: str = "image") -> Image.I
         image = Image.alpha_composite(white, image)
     if image.mode != "RGB":
         image = image.convert("RGB")
-    return image if channels == 3 else image.convert("L")
+    upright = image if channels == 3 else image.convert("L")
+    upright.info = {}  # Pillow carries EXIF along: whoever reads this picture again would turn it again
+    return upright
 
 
-def _turn(image: Image.Image) -> Image.Transpose | None:
+def turn_of(image: Image.Image) -> Image.Transpose | None:
     """What makes a picture upright, by EXIF's word on how the camera was held; None where that cannot be read.
 
     The EXIF block is not written anew, as `ImageOps.exif_transpose` would: that fails at odd tags, which harm nobody.

@@ -10,9 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .init_images import covering, middle, refuse_strip, to_8_bits, to_pixels, with_alpha
-
-ORIENTATION = 0x0112  # of EXIF; from 5 to 8 height and width change places
+from .init_images import SIDEWAYS, covering, middle, refuse_strip, to_8_bits, to_pixels, turn_of, with_alpha
 
 
 def read_masks(masks: Any) -> list[torch.Tensor]:
@@ -64,8 +62,7 @@ def sizes(images: Any) -> list[tuple[int, int]]:
     found: list[tuple[int, int]] = []
     for image in images if isinstance(images, list | tuple) else [images]:
         if isinstance(image, Image.Image):
-            turned = image.getexif().get(ORIENTATION) in (5, 6, 7, 8)
-            found.append(image.size if turned else (image.height, image.width))
+            found.append(image.size if turn_of(image) in SIDEWAYS else (image.height, image.width))
         else:
             channels_last = isinstance(image, np.ndarray) and image.ndim > 2
             height, width = image.shape[-3:-1] if channels_last else image.shape[-2:]

@@ -22,7 +22,7 @@ from .schedules import Interval, InTime, check_interval, check_setting, guidance
 from .self_contained import SelfContainedPipeline
 
 DEFAULT_STEPS = 8
-COLDEST = 1e-6  # the least temperature: the argmax
+MIN_TEMPERATURE = 1e-6  # the least temperature: the argmax
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 Generators = torch.Generator | list[torch.Generator] | None
@@ -197,7 +197,7 @@ class XDLMPipeline(SelfContainedPipeline):
             no_guidance = f"does nothing with guidance_scale={guidance_scale}; leave it out"
             raise ValueError(f"guidance_interval={guidance_interval!r}: {no_guidance}")
         check_setting("temperature", temperature, lowest=0.0)
-        if value_at(temperature, 1.0) < COLDEST:
+        if value_at(temperature, 1.0) < MIN_TEMPERATURE:
             raise ValueError(
                 f"temperature={temperature!r}: must be at least 1e-6, the argmax; only a pair's second may be 0"
             )
@@ -421,8 +421,8 @@ class XDLMPipeline(SelfContainedPipeline):
                     return_dict=False,
                 )[0]  # (B, L, V), guided (2B, L, V)
                 logits = self.guide(logits)  # (B, L, V)
-                heat = max(value_at(temperature, float(t)), COLDEST)
-                step = {"generator": generator, "temperature": heat, "return_dict": False}
+                now = max(value_at(temperature, float(t)), MIN_TEMPERATURE)
+                step = {"generator": generator, "temperature": now, "return_dict": False}
                 grids = logits.unflatten(1, latents.shape[1:])  # (B, h, w, V)
                 latents = self.scheduler.step(grids, t, latents, **step)[0]  # (B, h, w)
 

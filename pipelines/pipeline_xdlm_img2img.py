@@ -10,6 +10,7 @@ from numbers import Real
 from typing import Any
 
 import torch
+from diffusers import VQModel
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 
 from .class_labels import ClassLabels
@@ -26,6 +27,11 @@ class XDLMImg2ImgPipeline(XDLMPipeline):
     The same parts and files as `XDLMPipeline`: `from_pretrained` loads the same folder, and
     `XDLMImg2ImgPipeline.from_pipe(pipe)` shares the parts of one that is loaded.
     """
+
+    def _tokenizer(self) -> VQModel:
+        if self.vqvae is None:
+            raise ValueError("vqvae is None: a picture to begin at needs the tokenizer; load it")
+        return self.vqvae
 
     @torch.no_grad()
     def encode_images(self, image: InitImages) -> torch.Tensor:
@@ -156,16 +162,21 @@ class XDLMImg2ImgPipeline(XDLMPipeline):
 
     def _times(self, strength: float, num_steps: int | None, num_inference_steps: int | None) -> list[float]:
         """The times of the steps, falling from `strength`."""
-        if isinstance(strength, bool) or not isinstance(strength, Real) or not 0 <= strength <= 1:
-            raise ValueError(f"strength={strength!r}: must be a number in (0, 1]")
-        if strength < 1e-6:
-            raise ValueError(
-                f"strength={strength!r} changes nothing; for the tokenizer's reconstruction use "
-                "pipe.decode_latents(pipe.encode_images(image))"
-            )
+        check_strength(strength)
         steps = same_steps(num_steps, num_inference_steps, None)
         self.scheduler.set_timesteps(steps, start=float(strength))
         return self.scheduler.timesteps.tolist()
+
+
+def check_strength(strength: float) -> None:
+    """Raise ValueError unless it is a number in (0, 1]."""
+    if isinstance(strength, bool) or not isinstance(strength, Real) or not 0 <= strength <= 1:
+        raise ValueError(f"strength={strength!r}: must be a number in (0, 1]")
+    if strength < 1e-6:
+        raise ValueError(
+            f"strength={strength!r} changes nothing; for the tokenizer's reconstruction use "
+            "pipe.decode_latents(pipe.encode_images(image))"
+        )
 
 
 def spread(rows: torch.Tensor, number: int, num_images_per_prompt: int) -> torch.Tensor:

@@ -209,13 +209,13 @@ def test_codes_need_no_tokenizer_and_pictures_do(pipe, tmp_path):
     loaded = XDLMPipeline.from_pretrained(tmp_path, vqvae=None)
     loaded.set_progress_bar_config(disable=True)
     assert torch.equal(draw(loaded), draw(pipe))
-    calls = [
-        lambda: loaded([0], output_type="pt"),
-        lambda: loaded.decode_latents(torch.zeros(1, 3, 4, dtype=torch.int64)),
-        lambda: XDLMImg2ImgPipeline.from_pipe(loaded)(torch.rand(1, 1, 8, 8), [0], output_type="latent"),
-    ]
-    for call in calls:
-        with pytest.raises(ValueError, match="vqvae is None: pictures need the tokenizer"):
+    begins = XDLMImg2ImgPipeline.from_pipe(loaded)
+    for call, message in (
+        (lambda: loaded([0], output_type="pt"), "pictures need the tokenizer.*output_type='latent'"),
+        (lambda: loaded.decode_latents(torch.zeros(1, 3, 4, dtype=torch.int64)), "pictures need the tokenizer"),
+        (lambda: begins(torch.rand(1, 1, 8, 8), [0], output_type="latent"), "a picture to begin at needs .*; load it$"),
+    ):
+        with pytest.raises(ValueError, match=f"vqvae is None: {message}"):
             call()
 
 

@@ -391,6 +391,27 @@ def test_offloaded_parts_draw_the_same(pipe):
     assert torch.equal(draw(pipe, PIXELS, MASK, 0), expected)
 
 
+def test_the_verb_sample_turns_a_photograph_once(tmp_path):
+    """A tall picture that its file holds lying down, as phones write them; the mask is made for how it is seen."""
+    pipeline = save_pipeline(tmp_path / "pipeline")
+    height, width = XDLMPipeline.from_pretrained(pipeline).image_size
+    upright = np.random.default_rng(1).integers(0, 256, (2 * height, width), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned by 90 degrees clockwise
+    Image.fromarray(np.rot90(upright).copy()).save(tmp_path / "photo.png", exif=exif)
+    mask = np.zeros_like(upright)
+    mask[:, width // 2 :] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    command = ["sample", "--pipeline", str(pipeline), "--images_per_class", "1", "--num_steps", "2", "--device", "cpu"]
+    command += ["--output", str(tmp_path / "grid.png"), "--images_dir", str(tmp_path / "images")]
+    assert main([*command, "--image", str(tmp_path / "photo.png"), "--mask", str(tmp_path / "mask.png")]) == 0
+    files = sorted((tmp_path / "images").rglob("*.png"))
+    middle = upright[height // 2 : height // 2 + height]
+    for file in files:
+        assert np.array_equal(np.asarray(Image.open(file))[:, : width // 2, 0], middle[:, : width // 2])
+    assert files
+
+
 def test_the_verb_sample_paints_within_a_picture(tmp_path, capsys):
     pipeline = save_pipeline(tmp_path / "pipeline")
     height, width = XDLMPipeline.from_pretrained(pipeline).image_size

@@ -59,6 +59,9 @@ def test_every_step_gets_its_temperature_and_only_guided_ones_a_doubled_batch(se
     assert nfe(pipe, settings) == 6 and nfe(pipe, SamplerSettings(STEPS, guidance_scale=2.0)) == 8
     cosine = SamplerSettings(STEPS, 2.0, time_grid="cosine", guidance_interval=(0.3, 0.95))
     assert nfe(pipe, cosine) == 7  # times 1, 0.92, 0.71 and 0.38
+    for strength, evaluations in ((1.0, 7), (0.6, 8)):  # the first step is guided unless it begins at t = 1
+        ever_more = SamplerSettings(STEPS, (1.0, 4.0), start={"strength": strength})
+        assert nfe(pipe, ever_more) == evaluations
 
 
 @pytest.mark.parametrize("arguments", [{"num_steps": 16}, {"timesteps": [1, 1e-7]}], ids=str)

@@ -77,12 +77,12 @@ def beginning_at(
 ) -> tuple[XDLMPipeline, dict[str, Any]]:
     """A pipeline that shares the parts of this one and begins at a picture, or paints its mask anew; and what it takes
     beside a pipeline's usual arguments (`SamplerSettings.start`). Strength None is its default."""
-    start: dict[str, Any] = {"image": image}
+    kind = XDLMImg2ImgPipeline if mask is None else XDLMInpaintPipeline
+    usual = inspect.signature(kind.__call__).parameters["strength"].default
+    start: dict[str, Any] = {"image": image, "strength": usual if strength is None else strength}
     if mask is not None:
         start["mask_image"] = mask
-    if strength is not None:
-        start["strength"] = strength
-    begins = (XDLMImg2ImgPipeline if mask is None else XDLMInpaintPipeline).from_pipe(pipeline)
+    begins = kind.from_pipe(pipeline)
     begins.set_progress_bar_config(disable=True)
     return begins, start
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from xdlm_image.pipelines import XDLMPipeline
+from xdlm_image.pipelines.pipeline_xdlm_img2img import check_strength
 from xdlm_image.pipelines.schedules import Interval, InTime, guidance_at
 from xdlm_image.schedulers import XDLMOrderedScheduler, XDLMPsiScheduler, XDLMScheduler
 from xdlm_image.schedulers.scheduling_xdlm_psi import KAPPA
@@ -39,29 +40,32 @@ class SamplerSettings:
     start: Mapping[str, Any] = field(default_factory=dict)
 
 
-def with_scheduler(pipeline: XDLMPipeline, settings: SamplerSettings) -> XDLMPipeline:
-    """The pipeline with the sampler and the time grid of the settings; all other parts are shared.
+def scheduler_for(pipeline: XDLMPipeline, settings: SamplerSettings) -> XDLMScheduler:
+    """A scheduler of its own with the sampler and the time grid of the settings, else as the pipeline's.
 
     Raises:
         ValueError: Noise without masks (k = 1) has no order of unmasking.
     """
-    if settings.sampler is None and settings.time_grid is None:
-        return pipeline
     own = pipeline.scheduler
     changes: dict[str, Any] = {} if settings.time_grid is None else {"time_grid": settings.time_grid}
     if settings.sampler is None:
-        scheduler = type(own).from_config(own.config, **changes)
-    elif settings.sampler == "ancestral":
-        scheduler = XDLMScheduler.from_config(own.config, **changes)
-    elif settings.sampler == "psi":
-        scheduler = XDLMPsiScheduler.from_config(own.config, kappa=KAPPA, correct_within=None, **changes)
-    else:
-        changes |= {"unmasking": settings.sampler, "choice_temperature": None}
-        try:
-            scheduler = XDLMOrderedScheduler.from_config(own.config, **changes)
-        except ValueError as error:
-            raise ValueError(f"sampler={settings.sampler!r}: {error}") from error
-    changed: XDLMPipeline = type(pipeline).from_pipe(pipeline, scheduler=scheduler)
+        return type(own).from_config(own.config, **changes)
+    if settings.sampler == "ancestral":
+        return XDLMScheduler.from_config(own.config, **changes)
+    if settings.sampler == "psi":
+        return XDLMPsiScheduler.from_config(own.config, kappa=KAPPA, correct_within=None, **changes)
+    changes |= {"unmasking": settings.sampler, "choice_temperature": None}
+    try:
+        return XDLMOrderedScheduler.from_config(own.config, **changes)
+    except ValueError as error:
+        raise ValueError(f"sampler={settings.sampler!r}: {error}") from error
+
+
+def with_scheduler(pipeline: XDLMPipeline, settings: SamplerSettings) -> XDLMPipeline:
+    """The pipeline, with `scheduler_for` the settings where they name a sampler or a time grid; all else is shared."""
+    if settings.sampler is None and settings.time_grid is None:
+        return pipeline
+    changed: XDLMPipeline = type(pipeline).from_pipe(pipeline, scheduler=scheduler_for(pipeline, settings))
     changed.set_progress_bar_config(disable=True)
     return changed
 
@@ -81,10 +85,12 @@ def nfe(pipeline: XDLMPipeline, settings: SamplerSettings) -> int:
 
 
 def _times(pipeline: XDLMPipeline, settings: SamplerSettings) -> list[float]:
-    own = with_scheduler(pipeline, settings).scheduler
-    scheduler = type(own).from_config(own.config)  # one that is nobody's
-    scheduler.set_timesteps(settings.num_steps)
-    return scheduler.timesteps.tolist()
+    strength = settings.start.get("strength", 1.0)
+    check_strength(strength)
+    scheduler = scheduler_for(pipeline, settings)
+    scheduler.set_timesteps(settings.num_steps, start=float(strength))
+    times: list[float] = scheduler.timesteps.tolist()
+    return times
 
 
 def call_arguments(
