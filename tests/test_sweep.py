@@ -19,7 +19,7 @@ from xdlm_image.data.images import Uint8Images, normalise, open_images
 from xdlm_image.drawing.draw import decode, draw_codes
 from xdlm_image.drawing.opening import open_pipeline
 from xdlm_image.drawing.sampler_settings import SamplerSettings, with_scheduler
-from xdlm_image.evaluation import references, sweep
+from xdlm_image.evaluation import plan, references, sweep
 from xdlm_image.evaluation.code_pairs import PairFrequencies
 from xdlm_image.evaluation.comparing import fids
 from xdlm_image.evaluation.feature_metrics import kid_of_classes, manifold_metrics, unbiased_mmd
@@ -381,3 +381,7 @@ def test_few_samples_are_warned_of(parts, tmp_path):
             sweep.check(parts.recipe(tmp_path, **changes))
         (text,) = [str(w.message) for w in caught if "images are few" in str(w.message)]
         assert text.startswith(f"{sets} are few for the 64 features of 'spatial'")
+
+
+def test_a_number_of_images_that_nobody_gave_is_whole_classes(parts, tmp_path):
+    assert plan.check(parts.recipe(tmp_path, num_samples=None)).num_samples == 5001

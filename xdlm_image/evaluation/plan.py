@@ -37,6 +37,8 @@ from xdlm_image.recipes import DataOptions, EvaluateRecipe
 from xdlm_image.seeds import SEED_RULE
 from xdlm_image.weights import weights_hash
 
+NUM_SAMPLES = 5000  # images a cell where nothing is asked for, and up to whole classes
+
 
 @dataclass
 class Plan:
@@ -44,6 +46,7 @@ class Plan:
 
     Attributes:
         recipe: What was asked for.
+        num_samples: Images a cell.
         device: Where it runs.
         extractor: The judge.
         images: Images of the reference split, and those of the floor; None where a reference folder stands for them.
@@ -58,6 +61,7 @@ class Plan:
     """
 
     recipe: EvaluateRecipe
+    num_samples: int
     device: torch.device
     extractor: FeatureExtractor
     images: tuple[ImageSet, ImageSet] | None
@@ -84,12 +88,7 @@ def check(recipe: EvaluateRecipe) -> Plan:
     extractor = load_extractor(recipe.extractor, device)
     target = _open_target(recipe, extractor, device)
     images, reference, names, shape = target.images, target.reference, target.class_names, target.shape
-    if recipe.pipelines and names and recipe.num_samples % len(names) != 0:
-        nearest = max(1, round(recipe.num_samples / len(names))) * len(names)
-        raise ValueError(
-            f"num_samples={recipe.num_samples}: must be a multiple of the {len(names)} classes, so that each has as "
-            f"many images; {nearest} is near"
-        )
+    num_samples = _num_samples(recipe, len(names))
     extractor.check_images(*shape)
     further = open_further(recipe.further_references, extractor, shape)
     said = caveats.of_judge(extractor, names, recipe.classifier, reference)
@@ -106,7 +105,7 @@ def check(recipe: EvaluateRecipe) -> Plan:
     if recipe.nelbo is not None:
         _add_nelbo(recipe.nelbo, pipelines)
     given = {name: GivenImages(path, *shape, names) for name, path in recipe.images.items()}
-    drawn = recipe.num_samples if pipelines else None
+    drawn = num_samples if pipelines else None
     keeps_features = bool(recipe.feature_metrics) or extractor.score_layer is not None
     said += caveats.of_numbers(drawn, given, target.num_images, extractor, keeps_features)
     if reference is not None:
@@ -117,9 +116,22 @@ def check(recipe: EvaluateRecipe) -> Plan:
             warnings.warn(caveat, stacklevel=3)
     if images is not None:
         check_images(images[0])
-        check_images(images[1], places=subset(images[1], recipe.num_samples))
+        check_images(images[1], places=subset(images[1], num_samples))
     opened = (images, reference, further, target.shown, names, pipelines, given)
-    return Plan(recipe, device, extractor, *opened, keeps_features, said)
+    return Plan(recipe, num_samples, device, extractor, *opened, keeps_features, said)
+
+
+def _num_samples(recipe: EvaluateRecipe, num_classes: int) -> int:
+    """Images a cell, as many of each class. Raises ValueError where the number that was asked for does not allow it."""
+    if recipe.num_samples is None:
+        return NUM_SAMPLES if num_classes == 0 else -(-NUM_SAMPLES // num_classes) * num_classes
+    if recipe.pipelines and num_classes > 0 and recipe.num_samples % num_classes != 0:
+        nearest = max(1, round(recipe.num_samples / num_classes)) * num_classes
+        raise ValueError(
+            f"num_samples={recipe.num_samples}: must be a multiple of the {num_classes} classes, so that each has as "
+            f"many images; {nearest} is near"
+        )
+    return recipe.num_samples
 
 
 class _Target(NamedTuple):
@@ -269,8 +281,8 @@ def protocol(plan: Plan, reference: Reference) -> dict[str, Any]:
     return {
         "reference": _named(reference),
         **({"further_references": further} if further else {}),
-        "num_samples": recipe.num_samples,
-        "samples_per_class": recipe.num_samples // classes if of_classes else None,
+        "num_samples": plan.num_samples,
+        "samples_per_class": plan.num_samples // classes if of_classes else None,
         "class_balance": f"image i has class i mod {classes}" if of_classes else None,
         "seeds": recipe.seeds,
         "seed_rule": SEED_RULE,

@@ -90,7 +90,7 @@ def _sweep(plan: Plan, output: Path) -> None:
         "warnings": plan.warnings,
         "protocol": protocol(plan, reference),
         "floors": {
-            **reference.floors(tokenizers, recipe.num_samples, {len(given) for given in plan.given.values()}),
+            **reference.floors(tokenizers, plan.num_samples, {len(given) for given in plan.given.values()}),
             **floors_further(reference, plan.further, tokenizers),
         },
         "image_sets": [_image_set(plan, name, reference) for name in plan.given],
@@ -146,7 +146,7 @@ def _measured_reference(plan: Plan, output: Path) -> Reference:
         *plan.images,
         plan.extractor,
         tokenizers,
-        [recipe.num_samples],
+        [plan.num_samples],
         recipe.batch_size,
         recipe.feature_metrics,
     )
@@ -242,7 +242,7 @@ def _cell(plan: Plan, name: str, settings: SamplerSettings, seed: int, reference
     key = {
         "cell_version": CELL_VERSION,
         **drawn,
-        "num_samples": recipe.num_samples,
+        "num_samples": plan.num_samples,
         "reconstructions": None if reconstructions is None else reconstructions.hashes,
         **_judged_by(plan, reference),
         **({} if conditional else {"conditional": False}),
@@ -263,7 +263,7 @@ def _cell(plan: Plan, name: str, settings: SamplerSettings, seed: int, reference
     pictures = None
     if recipe.images_dir is not None:
         folders = plan.class_names if conditional else None
-        pictures = DrawnPictures(Path(recipe.images_dir) / label, drawn, recipe.num_samples, folders)
+        pictures = DrawnPictures(Path(recipe.images_dir) / label, drawn, plan.num_samples, folders)
     done, result = read_cell(path, key, "fid"), None
     lacks = done is None or (pictures is not None and not pictures.is_whole())
     if sum_over_ranks(lacks, plan.device) == 0:  # of all ranks: none has written a cell before all have read theirs
@@ -295,18 +295,18 @@ def _measured(cell: _Cell, plan: Plan, pipeline: Any, reference: Reference) -> d
     if isinstance(pipeline, XDLMPipeline):
         num_codes = int(pipeline.vqvae.config.num_vq_embeddings)
         codes_folder = Path(recipe.output_dir) / "codes" / f"{label}-{short_hash(cell.drawn)}"
-        store = DrawnCodes(codes_folder, cell.drawn, recipe.num_samples, pipeline.transformer.grid, num_codes, now)
+        store = DrawnCodes(codes_folder, cell.drawn, plan.num_samples, pipeline.transformer.grid, num_codes, now)
     num_classes = len(plan.class_names)
-    batches = DrawnBatches(pipeline, recipe.num_samples, num_classes, cell.seed, settings, recipe.batch_size, store)
+    batches = DrawnBatches(pipeline, plan.num_samples, num_classes, cell.seed, settings, recipe.batch_size, store)
     rows_before = 0 if store else pipeline.rows
-    with tqdm(total=-(-recipe.num_samples // world), desc=label, unit="image", leave=False, disable=not main) as bar:
+    with tqdm(total=-(-plan.num_samples // world), desc=label, unit="image", leave=False, disable=not main) as bar:
         kept = batches if pictures is None else pictures.keep(batches)
-        measured = measure(plan.extractor, kept, num_codes, bar, recipe.num_samples if plan.keeps_features else None)
+        measured = measure(plan.extractor, kept, num_codes, bar, plan.num_samples if plan.keeps_features else None)
     if pictures is not None and recipe.images_npz:
         pictures.pack()
     count = measured.statistics[plan.extractor.fid_layers[0]].count
-    if count != recipe.num_samples:
-        raise RuntimeError(f"{label}: {count} images were measured, num_samples is {recipe.num_samples}")
+    if count != plan.num_samples:
+        raise RuntimeError(f"{label}: {count} images were measured, num_samples is {plan.num_samples}")
     drawn_by = store.drawn_by if store and store.drawn_by else [now]  # by an earlier start, maybe
     result = {
         "pipeline": cell.pipeline,

@@ -67,7 +67,8 @@ class EvaluateRecipe:
         nelbo: `nelbo.json` of the verb `nelbo` on these pipelines, for a plot of FID against NELBO; None leaves it out.
         reference_split: Split whose images are the reference; None is `test`, or that of the reference folder.
         num_steps: Step counts of the sweep.
-        num_samples: Images a cell; a multiple of the class count, so that classes are balanced.
+        num_samples: Images a cell; a multiple of the class count, so that classes are balanced. None is 5,000, or the
+            next multiple.
         guidance_scale: One or several; 1 is no guidance. A pair in the list, such as `[[1, 4]]`, is one that runs
             linearly in time from its first, where noise is, to its second.
         guidance_interval: Times t in (low, high] of (0, 1] that are guided, such as `[0.1, 0.7]`, or several; None is
@@ -102,7 +103,7 @@ class EvaluateRecipe:
     nelbo: str | None = None
     reference_split: Literal["train", "validation", "test"] | None = None
     num_steps: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16, 32, 64])
-    num_samples: int = 5000
+    num_samples: int | None = None
     guidance_scale: list[float | tuple[float, float]] | float = 1.0
     guidance_interval: list[tuple[float, float] | None] | tuple[float, float] | None = None
     temperature: list[float | tuple[float, float]] | float = 1.0
@@ -141,13 +142,16 @@ class EvaluateRecipe:
         require(all(n >= 1 for n in self.num_steps), "num_steps", self.num_steps, "every step count is at least 1")
         for seed in self.seeds:
             check_seed(seed, "seeds")
-        require_at_least(self, 2, "num_samples", remedy="at least 2 images, and far more for numbers that mean much")
-        require(
-            self.num_samples <= MAX_IMAGES,
-            "num_samples",
-            self.num_samples,
-            f"at most {MAX_IMAGES}, so that no two images share random numbers; give more seeds",
-        )
+        if self.num_samples is not None:
+            require_at_least(
+                self, 2, "num_samples", remedy="at least 2 images, and far more for numbers that mean much"
+            )
+            require(
+                self.num_samples <= MAX_IMAGES,
+                "num_samples",
+                self.num_samples,
+                f"at most {MAX_IMAGES}, so that no two images share random numbers; give more seeds",
+            )
         known = isinstance(self.feature_metrics, list) and set(self.feature_metrics) <= set(FEATURE_METRICS)
         require(known, "feature_metrics", self.feature_metrics, f"a list of some of {', '.join(FEATURE_METRICS)}")
         require_at_least(self, 1, "batch_size")
