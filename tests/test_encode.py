@@ -343,7 +343,7 @@ def test_splits_that_were_cut_differently_do_not_train_and_validate(trained, tmp
         refuse_other_images(caches[0.0, "train"], validation)
     assert refuse_other_images(caches[0.4, "train"], validation) == []
     validation.manifest.cut = None
-    assert "cannot be checked" in refuse_other_images(caches[0.0, "train"], validation)[0]
+    assert "cannot be ruled out" in refuse_other_images(caches[0.0, "train"], validation)[0]
 
 
 def test_encode_refuses_what_cannot_be_right(trained, tmp_path, pictures):

@@ -125,7 +125,7 @@ def test_a_view_is_its_image_or_for_half_of_the_places_its_mirror(pictures, flip
 
 
 def test_a_run_begins_at_another_ones_weights_and_codebook(trained, tmp_path, pictures, monkeypatch):
-    monkeypatch.setattr(TokenizerTraining, "lay_codebook", lambda *_: pytest.fail("the codebook is there"))
+    monkeypatch.setattr(TokenizerTraining, "init_codebook", lambda *_: pytest.fail("the codebook is there"))
     recipe = tiny_recipe(tmp_path / "on", pictures, init_from=str(trained), plain_steps=None, max_steps=6)
     assert recipe.plain_steps == 0
     begun = TokenizerTraining(recipe)

@@ -40,7 +40,7 @@ class Manifest:
     """What a cache holds.
 
     Attributes:
-        tokenizer_hash: `tokenizer.codes.tokenizer_hash` of the tokenizer that made the codes.
+        tokenizer_hash: `weights.weights_hash` of the tokenizer that made the codes.
         data_fingerprint: `ImageSet.fingerprint` of the images.
         split, image_size, channels, crop: How the images were opened.
         grid: Rows and columns of codes of an image.
@@ -50,7 +50,8 @@ class Manifest:
         dtype, label_dtype: numpy names of the element types (little-endian).
         tokenizer: Where the tokenizer was, for people, and for who names none.
         checksums: File name -> sha256.
-        cut: `ImageSet.cut`, for whether training and validation images are others; None in caches of before.
+        cut: `ImageSet.cut`, for whether training and validation images are others; None in caches written before this
+            field existed.
         schema_version: Of this format.
     """
 

@@ -47,8 +47,6 @@ UINT8_RULE = "round to nearest, cut off at 0 and 255: clamp(round((x + 1) * 127.
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 FASHION_MNIST_VALIDATION = 5_000  # the last images of the training file
 
-Transform = Callable[[torch.Tensor], torch.Tensor]
-
 
 def normalise(raw: torch.Tensor) -> torch.Tensor:
     """uint8 pixels in [0, 255] -> float32 in [-1, 1], any shape."""
@@ -87,7 +85,6 @@ class ImageSet(Dataset):
         fingerprint: str,
         array: np.ndarray | None = None,
         paths: Sequence[str] | None = None,
-        transform: Transform | None = None,
         touched: str = "",
         cut: dict[str, Any] | None = None,
     ):
@@ -98,7 +95,6 @@ class ImageSet(Dataset):
         self.labels = labels
         self.class_names = class_names
         self.fingerprint = fingerprint
-        self.transform = transform
         self.touched = touched
         self.cut = cut or {}
         self._array = array  # (N, H, W) uint8
@@ -154,7 +150,7 @@ class ImageSet(Dataset):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         image = normalise(self.raw(index))
-        return (image if self.transform is None else self.transform(image)), int(self.labels[index])
+        return image, int(self.labels[index])
 
 
 def read_image(path: str | os.PathLike, channels: int) -> Image.Image:
@@ -221,7 +217,7 @@ class Uint8Images(Dataset[tuple[torch.Tensor, int]]):
         return self.images.raw(index), int(self.images.labels[index])
 
 
-def open_images(data: DataOptions, split: str, transform: Transform | None = None) -> ImageSet:
+def open_images(data: DataOptions, split: str) -> ImageSet:
     """Open one split.
 
     Fashion-MNIST: `validation` is the last 5,000 training images, `train` the first 55,000, `test` the 10,000.
@@ -235,7 +231,6 @@ def open_images(data: DataOptions, split: str, transform: Transform | None = Non
     Args:
         data: Which images.
         split: `train`, `validation` or `test`.
-        transform: Applied to each normalised float image.
 
     Raises:
         ValueError, FileNotFoundError: Unknown split; missing root; a class folder without images; folders called like
@@ -245,7 +240,7 @@ def open_images(data: DataOptions, split: str, transform: Transform | None = Non
     if split not in SPLITS:
         raise ValueError(f"split={split!r}: must be one of {', '.join(SPLITS)}")
     if data.name == "fashion-mnist":
-        return _open_fashion_mnist(data, split, transform)
+        return _open_fashion_mnist(data, split)
     found = on_first_rank(lambda: find_split(data, split))  # millions of files are asked for their sizes
     return ImageSet(
         data,
@@ -254,7 +249,6 @@ def open_images(data: DataOptions, split: str, transform: Transform | None = Non
         found.class_names,
         found.fingerprint,
         paths=found.paths,
-        transform=transform,
         touched=found.touched,
         cut=found.cut,
     )
@@ -263,7 +257,7 @@ def open_images(data: DataOptions, split: str, transform: Transform | None = Non
 # ---------------------------------------------------------------------------------------------- Fashion-MNIST
 
 
-def _open_fashion_mnist(data: DataOptions, split: str, transform: Transform | None) -> ImageSet:
+def _open_fashion_mnist(data: DataOptions, split: str) -> ImageSet:
     prefix = "t10k" if split == "test" else "train"
     folder = _fashion_mnist_folder(data)
     images = _read_idx(folder, f"{prefix}-images-idx3-ubyte", read_image_file)  # (N, 28, 28) uint8
@@ -280,9 +274,7 @@ def _open_fashion_mnist(data: DataOptions, split: str, transform: Transform | No
     digest = hashlib.sha256(f"fashion-mnist {split} {images.shape}".encode())
     digest.update(images.tobytes())
     digest.update(labels.astype("<i8").tobytes())
-    return ImageSet(
-        data, split, labels, list(FashionMNIST.classes), digest.hexdigest(), array=images, transform=transform
-    )
+    return ImageSet(data, split, labels, list(FashionMNIST.classes), digest.hexdigest(), array=images)
 
 
 def _fashion_mnist_folder(data: DataOptions) -> Path:

@@ -35,7 +35,7 @@ from xdlm_image.tokenizer.measure import measure_tokenizer, save_reconstructions
 from xdlm_image.training.batches import batch_indices, step_seed
 from xdlm_image.training.checkpoints import (
     CheckpointFolder,
-    Learned,
+    TrainState,
     refuse_other_folders,
     refuse_other_recipe,
 )
@@ -260,7 +260,7 @@ class TokenizerTraining:
                 state[name][ids] = 0
 
     @torch.no_grad()
-    def lay_codebook(self, views: TrainingViews) -> None:
+    def init_codebook(self, views: TrainingViews) -> None:
         """k-means on the encoder's latents of the first training images (the same on every process)."""
         size = self.recipe.model.num_vq_embeddings
         number = -(-LATENTS_PER_CODE * size // math.prod(self.grid))
@@ -275,15 +275,15 @@ class TokenizerTraining:
 
     # ------------------------------------------------------------------------------------------ checkpoints
 
-    def _learned(self) -> Learned:
-        return Learned(self.vqvae, self.ema, self.optimizer, self.accelerator.scaler)
+    def _train_state(self) -> TrainState:
+        return TrainState(self.vqvae, self.ema, self.optimizer, self.accelerator.scaler)
 
     def save_checkpoint(self) -> None:
         """Model, average, use of codes, optimizer and position."""
         if not self.accelerator.is_main_process:
             return
         state = {"seconds": self.seconds, "bound": self._bound()}
-        self.checkpoints.save(self._learned().pack(self.step, {"use": {"last_use": self.last_use}}, state))
+        self.checkpoints.save(self._train_state().pack(self.step, {"use": {"last_use": self.last_use}}, state))
 
     def resume(self) -> bool:
         """Load the newest checkpoint, if there is one; True if there was.
@@ -299,7 +299,7 @@ class TokenizerTraining:
         if newest.step == self.recipe.max_steps:  # only measuring is left
             self.processes = newest.state["bound"]["number of processes"]
         refuse_other_recipe(newest.state["bound"], self._bound(), self.output)
-        self._learned().unpack(newest)
+        self._train_state().unpack(newest)
         self.last_use.copy_(newest.tensors["use"]["last_use"])
         self.step, self.seconds = newest.step, newest.state["seconds"]
         return True
@@ -354,7 +354,7 @@ class TokenizerTraining:
         layout = torch.channels_last if self.device.type in ("cpu", "cuda") else torch.contiguous_format
         for batch in loader:
             if self.step == recipe.plain_steps and recipe.init_from is None:
-                self.lay_codebook(views)
+                self.init_codebook(views)
             scalars = self.train_step(batch.to(self.device, memory_format=layout, non_blocking=True))
             self.seconds = time.monotonic() - started
             bar.update()

@@ -50,7 +50,7 @@ class Checkpoint:
 
 
 @dataclass
-class Learned:
+class TrainState:
     """What every training learns, as a checkpoint holds it; `scaler` is None without fp16."""
 
     network: nn.Module

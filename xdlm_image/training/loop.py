@@ -40,7 +40,7 @@ from xdlm_image.tokenizer.codes import load_tokenizer
 from xdlm_image.tokenizer.measure import SHOWN_AT_ONCE
 from xdlm_image.training.batches import batch_indices, rank_positions, step_seed, stratified_times
 from xdlm_image.training.beginning import begin_at
-from xdlm_image.training.checkpoints import Checkpoint, CheckpointFolder, Learned, refuse_other_folders
+from xdlm_image.training.checkpoints import Checkpoint, CheckpointFolder, TrainState, refuse_other_folders
 from xdlm_image.training.going_on import IMAGES_A_STEP, changes_of, refuse_other_beginning, what_binds
 from xdlm_image.training.launch import make_accelerator
 from xdlm_image.training.meters import LossMeter
@@ -90,7 +90,10 @@ def refuse_other_images(codes: CodeCache, validation: CodeCache) -> list[str]:
         raise ValueError(f"{argument}: the training images; name another split")
     ours, theirs = codes.manifest.cut, validation.manifest.cut
     if ours is None or theirs is None:
-        return [f"{argument}: of before caches told how images were cut; that none of them trains cannot be checked"]
+        return [
+            f"{argument}: one of the caches was written before caches recorded how images were split, so an overlap of "
+            "training and validation images cannot be ruled out"
+        ]
     if ours != theirs and ours.get("of") == theirs.get("of"):
         raise ValueError(
             f"{argument}: cut off the same images with data.validation_fraction={theirs.get('validation')}, codes "
@@ -373,8 +376,8 @@ class TrainingRun:
         bound = what_binds(self.recipe, self.cache.manifest, accelerator.num_processes, accelerator.mixed_precision)
         return bound | {"init_from": self.init_from}
 
-    def _learned(self) -> Learned:
-        return Learned(self.transformer, self.ema, self.optimizer, self.accelerator.scaler)
+    def _train_state(self) -> TrainState:
+        return TrainState(self.transformer, self.ema, self.optimizer, self.accelerator.scaler)
 
     def save_checkpoint(self) -> None:
         """Model, average, optimizer, schedule, meter and position; random numbers follow from the position."""
@@ -383,7 +386,7 @@ class TrainingRun:
         meter = self.meter.totals(self.accelerator)
         if self.accelerator.is_main_process:
             state = {"schedule": self.schedule.state_dict(), "bound": self._bound()}
-            self.checkpoints.save(self._learned().pack(self.step, {"meter": meter}, state))
+            self.checkpoints.save(self._train_state().pack(self.step, {"meter": meter}, state))
         self.accelerator.wait_for_everyone()
 
     def resume(self) -> None:
@@ -420,7 +423,7 @@ class TrainingRun:
                 f"stop_after={self.recipe.stop_after}: the run in {self.output_dir} has done {newest.step} steps "
                 "already; name more, or leave it out"
             )
-        self._learned().unpack(newest)
+        self._train_state().unpack(newest)
         self.schedule.load_state_dict(newest.state["schedule"])
         self.meter.restore(newest.tensors["meter"], self.accelerator)
         self.step = newest.step
