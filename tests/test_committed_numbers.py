@@ -6,14 +6,17 @@ import re
 import statistics
 import subprocess
 import sys
+from itertools import combinations
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FEW_STEPS = ROOT / "benchmarks" / "few_steps.py"
 SEEDS = ROOT / "shipped" / "fashion_mnist" / "training_seeds"
 FIRST = "Fréchet distance to the test images"
+HEADLINES = "on one CPU thread, in float32 | time | memory beyond the logits"
 MODELS = ("mdlm", "xdlm-0.1", "xdlm-0.5", "udlm")
 
 
@@ -34,6 +37,13 @@ def test_first_table_is_of_the_shipped_evaluation():
         for steps, text in zip(found["protocol"]["sampler"]["num_steps"], told, strict=True):
             of = [c["fid"]["pooled"] for c in found["cells"] if (c["pipeline"], c["num_steps"]) == (model, steps)]
             assert text == f"{statistics.mean(of):.2f} ± {statistics.stdev(of):.2f}", (model, steps)
+
+
+def test_bits_per_token_are_of_the_shipped_evaluation():
+    results = json.loads((ROOT / "shipped/fashion_mnist/evaluation/nelbo.json").read_text())["results"]
+    found = {row["pipeline"]: row["bits_per_token"]["mean"] for row in results}
+    told = re.search(r"3,000 test images is (.*?) for k", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    assert re.findall(r"\d\.\d+", told) == [f"{found[model]:.2f}" for model in MODELS]
 
 
 def test_table_of_tuned_samplers_is_of_its_benchmark():
@@ -127,7 +137,7 @@ def test_tables_of_the_recipes_are_of_their_run():
         row["pipeline"]: row["bits_per_token"] for row in json.loads((files / "nelbo.json").read_text())["results"]
     }
     for model, row in zip(
-        models, table_of("docs/fashion_mnist.md", "NELBO of the test images, bits a code"), strict=True
+        models, table_of("docs/fashion_mnist.md", "NELBO of the test images, bits per token"), strict=True
     ):
         bits, right = found[model], 100 * of[model, 8]["class_accuracy"]
         assert row[2:] == [f"{bits['mean']:.2f} ± {bits['stderr']:.2f}", f"{right:.1f} %"]
@@ -183,6 +193,33 @@ def test_table_of_the_time_input_is_of_its_sweeps():
         assert told[row] == [f"{of[model, 4]:.2f} / {of[model, 8]:.2f}" for model in ("mdlm", "xdlm-0.1", "udlm")]
 
 
+def test_tables_of_the_steps_bits_are_of_their_benchmark():
+    content = json.loads((ROOT / "benchmarks/steps_nelbo.json").read_text())
+    found = {(row["model"], row["grid"], row["num_steps"]): row for row in content["results"]}
+    grids = ("linear", "cosine", "arccos", "lowest")
+    costs = table_of("docs/few_steps.md", "bits per token that 2 / 4 / 8 steps cost")
+    times = table_of("docs/few_steps.md", "optimal times of 4 steps")
+    for model, (_, *told), (_, own) in zip(MODELS, costs, times, strict=True):
+        for grid, text in zip(grids, told, strict=True):
+            assert text == " / ".join(f"{found[model, grid, n]['cost']['mean']:.3f}" for n in (2, 4, 8)), (model, grid)
+        assert own == ", ".join(f"{t:.3f}".rstrip("0").rstrip(".") for t in found[model, "lowest", 4]["times"])
+    told = re.search(r"infinitely many steps \(([^)]*) bits", (ROOT / "docs/few_steps.md").read_text())[1]
+    assert re.findall(r"[\d.]+\d", told) == [f"{content['limit'][model]['mean']:.2f}" for model in MODELS]
+
+
+def test_lowest_grid_is_the_lowest_of_all(monkeypatch):
+    monkeypatch.syspath_prepend(FEW_STEPS.parent)
+    steps_nelbo = importlib.import_module("steps_nelbo")
+    monkeypatch.setattr(steps_nelbo, "FINE", 6)
+    random = np.random.default_rng(0)
+    times = [i / 6 for i in range(7)]
+    costs = {(t, s): float(random.random()) for t in times for s in times if t > s}
+    for count in (1, 2, 3, 6):
+        grids = [[1.0, *sorted(inner, reverse=True)] for inner in combinations(times[1:-1], count - 1)]
+        sums = [sum(costs[step] for step in steps_nelbo.steps_of(grid)) for grid in grids]
+        assert steps_nelbo.lowest_grid(costs, count) == grids[sums.index(min(sums))]
+
+
 def rounded(value: float, like: str) -> str:
     """The value with as many decimals as a text."""
     return f"{value:.{len(like.partition('.')[2])}f}"
@@ -201,38 +238,25 @@ def rounded(value: float, like: str) -> str:
                 "the paper's, compiled": "as the paper writes it, compiled",
                 "as the paper writes it": "as the paper writes it",
                 "`xdlm_nelbo`": "xdlm_nelbo",
+                "... in a compiled function": "xdlm_nelbo, in a compiled function",
                 "... its forward pass alone": "... its forward pass",
                 "... `in_place=True`": "... in place",
                 "`xdlm_nelbo`, plain torch": "xdlm_nelbo, plain torch",
-                "the logits read once": "the logits read (largest of each row)",
-                "the logits copied to new memory": "the logits copied",
+                "reading the logits once": "the logits read (largest of each row)",
+                "copying the logits to new memory": "the logits copied",
             },
         ),
         (
-            "loss_cpu_avx512.json",
-            "widths",
-            "time with AVX-512, V =",
+            "fused_head_cpu.json",
+            "shapes",
+            "time, V x D =",
             {
-                "`cross_entropy`": "cross_entropy",
-                "`cross_entropy`, compiled": "cross_entropy, compiled",
-                "the paper's, compiled": "as the paper writes it, compiled",
-                "`xdlm_nelbo`": "xdlm_nelbo",
-                "... `in_place=True`": "... in place",
+                "linear + `cross_entropy`": "linear + cross_entropy",
+                "... compiled": "linear + cross_entropy, compiled",
+                "linear + `xdlm_nelbo`": "linear + xdlm_nelbo",
+                "`xdlm_head_nelbo`": "xdlm_head_nelbo",
+                "... in a compiled function": "xdlm_head_nelbo, in a compiled function",
             },
-        ),
-        *(
-            (
-                f"fused_head_cpu{machine}.json",
-                "shapes",
-                f"time{words}, V x D =",
-                {
-                    "linear + `cross_entropy`": "linear + cross_entropy",
-                    "... compiled": "linear + cross_entropy, compiled",
-                    "linear + `xdlm_nelbo`": "linear + xdlm_nelbo",
-                    "`xdlm_head_nelbo`": "xdlm_head_nelbo",
-                },
-            )
-            for machine, words in (("", ""), ("_avx512", " with AVX-512"))
         ),
         (
             "sampling_step_cpu.json",
@@ -273,6 +297,49 @@ def test_tables_of_times_are_of_their_benchmarks(file, parts, header, names):
             ends = text.split(" to ")
             assert ends == [rounded(value, like=ends[0]) for value in (low, high)][: len(ends)], (name, text)
             assert rounded(high, like=ends[0]) == ends[-1], (name, text)
+
+
+def test_table_of_processors_is_of_their_benchmarks():
+    rows = table_of("docs/speed.md", "range over the widths above")
+    for machine, (_, *told) in zip(("", "_avx2", "_intel"), rows, strict=True):
+        values = []
+        for file, parts, ours, theirs in (
+            ("loss", "widths", "xdlm_nelbo", "cross_entropy"),
+            ("fused_head", "shapes", "xdlm_head_nelbo", "linear + cross_entropy"),
+        ):
+            found = json.loads((ROOT / f"benchmarks/{file}_cpu{machine}.json").read_text())[parts].values()
+            for base in (theirs, f"{theirs}, compiled"):
+                ratios = [of["candidates"][ours]["seconds"] / of["candidates"][base]["seconds"] for of in found]
+                values.append(f"{min(ratios):.2f} to {max(ratios):.2f}")
+        assert told == values, machine
+
+
+def test_what_is_told_in_short_is_of_the_benchmarks():
+    def load(name):
+        return json.loads((ROOT / f"benchmarks/{name}_cpu.json").read_text())
+
+    def ratio(candidates, ours, theirs, what="seconds"):
+        return f"{candidates[ours][what] / candidates[theirs][what]:.2f}"
+
+    (wide, odd), official = (load("loss")["widths"][v]["candidates"] for v in ("16384", "16387")), load("official")
+    head = load("fused_head")["shapes"]["16384x768"]["candidates"]
+    step, ways = load("sampling_step")["widths"]["16384"]["candidates"], load("compiled_training")["ways"]
+    losses, steps = official["loss, forward and backward"], official["reverse step"]
+    told = {name: re.findall(r"\d\.\d+", " ".join(cells)) for name, *cells in table_of("docs/speed.md", HEADLINES)}
+    assert [*told.values()] == [
+        [ratio(wide, "xdlm_nelbo", name) for name in ("cross_entropy", "cross_entropy, compiled")]
+        + [ratio(losses, "ours", "official")],
+        [ratio(head, "xdlm_head_nelbo", f"linear + cross_entropy{of}") for of in ("", ", compiled")],
+        [ratio(step, "reverse step, plain torch", "softmax + multinomial"), ratio(steps, "ours", "official")]
+        + [f"{step['reverse step, plain torch']['memory']:.2f}"],
+        [ratio(ways, "bfloat16, compiled", "float32", what) for what in ("seconds", "memory")],
+    ]
+    told = (ROOT / "README.md").read_text().split("faster than cross-entropy.**")[1].split("Fused")[0]
+    assert re.findall(r"\d\.\d+", told) == [
+        *(ratio(odd, "xdlm_nelbo", name) for name in ("cross_entropy", "cross_entropy, compiled")),
+        f"{losses['official']['seconds'] / losses['cross_entropy']['seconds']:.1f}",
+        ratio(steps, "ours", "official"),
+    ]
 
 
 def test_table_of_the_official_code_is_of_its_benchmark():
