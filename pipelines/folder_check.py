@@ -46,9 +46,9 @@ def check_index(folder: str | Path, given: Collection[str], package: str) -> Non
     except OSError:
         return  # diffusers says what is missing
     except ValueError as error:
-        raise ValueError(f"{file} is damaged ({error}): save or download the pipeline anew") from error
+        raise ValueError(f"{file} is damaged ({error}): save or download the pipeline again") from error
     if not isinstance(index, dict):
-        raise ValueError(f"{file} holds a {type(index).__name__}: save or download the pipeline anew")
+        raise ValueError(f"{file} holds a {type(index).__name__}: save or download the pipeline again")
     for part, names in CLASSES.items():
         if part in given:
             continue
@@ -107,7 +107,7 @@ def check_all_loaded(name: str, module: Any, variant: str | None = None) -> None
     )
     if missing:
         raise ValueError(
-            f"{name}: {len(missing)} tensors are not in {folder}, such as {missing[:3]}; save or download it anew"
+            f"{name}: {len(missing)} tensors are not in {folder}, such as {missing[:3]}; save or download it again"
         )
 
 

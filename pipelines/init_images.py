@@ -91,7 +91,7 @@ def to_8_bits(image: Image.Image, channels: int, name: str = "image") -> Image.I
 def turn_of(image: Image.Image) -> Image.Transpose | None:
     """What makes a picture upright, by EXIF's word on how the camera was held; None where that cannot be read.
 
-    The EXIF block is not written anew, as `ImageOps.exif_transpose` would: that fails at odd tags, which harm nobody.
+    The EXIF block is not written again, as `ImageOps.exif_transpose` would: that fails at odd tags, which harm nobody.
     """
     try:
         return TURNS.get(image.getexif().get(ExifTags.Base.Orientation))

@@ -1,4 +1,4 @@
-"""Masks that users bring to say what of a picture is painted anew: how they are read and laid over it.
+"""Masks that users bring to say what of a picture is redrawn: how they are read and laid over it.
 
 This file owns what is white and how a mask comes to the size of its picture. It never runs a network. It imports only
 torch, Pillow, numpy, the standard library and its sibling, so that it can travel beside the weights.
@@ -53,7 +53,7 @@ def _opaque(mask: Image.Image, name: str) -> np.ndarray:
     pixels = np.array(to_8_bits(mask, 1 if grey else 3, name))
     deep = mask.mode.startswith("I") and "transparency" in mask.info  # of which Pillow makes no alpha
     if not grey and (deep or np.array(with_alpha(mask))[..., 3].min() < 255):
-        raise ValueError(f"{name} is transparent in places: make it black (kept) and white (painted anew)")
+        raise ValueError(f"{name} is transparent in places: make it black (kept) and white (redrawn)")
     return pixels
 
 
@@ -108,7 +108,7 @@ def fit_masks(
         fitted.append(white[:, top : top + height, left : left + width])
         if not fitted[-1].any():
             raise ValueError(
-                f"{name} keeps everything: make white (1; 255 as uint8) what is to be painted anew, in the middle "
+                f"{name} keeps everything: make white (1; 255 as uint8) what is to be redrawn, in the middle "
                 f"part that pictures are cut to ({width} x {height} here)"
             )
     pixels = torch.stack(fitted)  # (B, 1, height, width)

@@ -122,7 +122,7 @@ class XDLMPipeline(SelfContainedPipeline):
 
     @property
     def guidance_scale(self) -> float:
-        """Guidance of the step that runs; read anew at every step."""
+        """Guidance of the step that runs; read again at every step."""
         return self._guidance_scale
 
     @property

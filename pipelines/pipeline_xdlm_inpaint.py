@@ -1,4 +1,4 @@
-"""XDLM within a picture: what a mask shows white is painted anew, and fits what is kept.
+"""XDLM within a picture: what a mask shows white is redrawn, and fits what is kept.
 
 This file owns how kept codes enter the steps. How masks are read is `mask_images`', the noise at the beginning and the
 pairing with labels `XDLMImg2ImgPipeline`'s, everything else `XDLMPipeline`'s. It imports only torch, diffusers, the
@@ -25,8 +25,8 @@ class XDLMInpaintPipeline(XDLMImg2ImgPipeline):
 
     Kept codes stand clean in every state that the network sees: for k = 0, where a visible code is always right, the
     steps are then those of the conditional distribution; for k > 0 the network doubts them a little, as it doubts any
-    code (odds k beta / (alpha N), times those of its own prediction against it). Noised anew at each time, which is the
-    replacement method, they would be lost as often as others are, and what is painted early would not know of them.
+    code (odds k beta / (alpha N), times those of its own prediction against it). Noised again at each time, as the
+    replacement method does, they would be lost as often as others are, and what is drawn early would not know of them.
 
     The same parts and files as `XDLMPipeline`: `from_pretrained` loads the same folder, and
     `XDLMInpaintPipeline.from_pipe(pipe)` shares the parts of one that is loaded.
@@ -52,13 +52,13 @@ class XDLMInpaintPipeline(XDLMImg2ImgPipeline):
         guidance_interval: Interval = None,
         keep_pixels: bool = True,
     ) -> ImagePipelineOutput | tuple:
-        """Paint parts of pictures anew.
+        """Redraw the white area of a mask, and keep the rest.
 
         Args:
             image: As in `XDLMImg2ImgPipeline`.
-            mask_image: White (1, True; from 0.5 on) is painted anew, black is kept. Given as pictures are, or as bool;
+            mask_image: White (1, True; from 0.5 on) is redrawn, black is kept. Given as pictures are, or as bool;
                 as many as pictures, or one. Any size of its picture's proportions: it is scaled and cut as the picture
-                is. A code is painted anew if any pixel of its cell is.
+                is. A code is redrawn if any pixel of its cell is.
             class_labels: As in `XDLMImg2ImgPipeline`.
             strength: Time t in (0, 1] that the codes under white are noised to; at 1 nothing of them is known.
             num_steps, num_inference_steps: As in `XDLMImg2ImgPipeline`.

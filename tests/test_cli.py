@@ -284,9 +284,9 @@ def test_values_of_no_type_that_fits_are_told_what_would(arguments, message, cap
     ("verb", "checkpoint", "then"),
     [
         ("train", False, "begins again, as there is no checkpoint yet"),
-        ("train", True, "goes on from its newest checkpoint"),
+        ("train", True, "resumes from its newest checkpoint"),
         ("sample", False, "begins again"),
-        ("encode", False, "goes on"),
+        ("encode", False, "resumes"),
     ],
 )
 def test_who_interrupts_is_told_what_the_same_command_does(

@@ -98,6 +98,17 @@ def test_a_sampler_draws_the_grid_the_single_images_and_the_trace(pipeline, tmp_
     assert masks[2].max() == 0 and (masks[1] < masks[0]).all()
 
 
+@pytest.mark.filterwarnings("ignore:.*no units for bfloat16:UserWarning")
+def test_the_network_computes_in_the_dtype_that_is_asked_for(pipeline, tmp_path, monkeypatch):
+    drawn = []
+    original = verb.class_grid
+    monkeypatch.setattr(verb, "class_grid", lambda pipe, *given: drawn.append(pipe) or original(pipe, *given))
+    for dtype in ("float32", "bfloat16"):
+        sample(_recipe(pipeline, tmp_path / f"{dtype}.png", dtype=dtype))
+    assert [pipe.transformer.dtype for pipe in drawn] == [torch.float32, torch.bfloat16]
+    assert [pipe.vqvae.dtype for pipe in drawn] == [torch.float32] * 2
+
+
 def test_a_pipeline_without_masks_takes_no_order(tmp_path, monkeypatch):
     monkeypatch.setattr(verb, "class_grid", lambda *args: pytest.fail("drawn"))
     udlm = save_pipeline(tmp_path / "udlm", k=1.0)

@@ -289,7 +289,7 @@ def test_codes_of_another_tokenizer_are_not_said_to_be_these(root, tmp_path):
     file = tmp_path / "root/runs/codes/manifest.json"
     export(ExportRecipe(str(tmp_path / "root/runs/xdlm"), str(tmp_path / "before"), picture="none"))
     assert "1,234 images" in (tmp_path / "before/README.md").read_text()
-    file.write_text(json.dumps({**json.loads(file.read_text()), "tokenizer_hash": "0" * 64}))  # encoded anew since
+    file.write_text(json.dumps({**json.loads(file.read_text()), "tokenizer_hash": "0" * 64}))  # encoded again since
     export(ExportRecipe(str(tmp_path / "root/runs/xdlm"), str(tmp_path / "after"), picture="none"))
     assert "1,234 images" not in (tmp_path / "after/README.md").read_text()
 

@@ -107,7 +107,7 @@ def test_cells_of_another_protocol_are_not_taken_for_this_one(parts, finished, t
         file.write_text(json.dumps({**json.loads(file.read_text()), "result": {"kid": None}}))
     capfd.readouterr()
     evaluate(changed)
-    assert "cannot be used (it has no fid); measuring anew" in "".join(capfd.readouterr())
+    assert "cannot be used (it has no fid); measuring again" in "".join(capfd.readouterr())
     assert _numbers(tmp_path / "sweep")[0]["fid"] == before["fid"]
     for file in cells:
         file.write_text(file.read_text()[:-20])
@@ -126,7 +126,7 @@ def test_settings_that_change_with_time_are_found_again(parts, tmp_path, monkeyp
     evaluate(recipe)
     pages = {name: (tmp_path / name).read_bytes() for name in ("fid.md", "fid.json", "fid_k.png")}
     with monkeypatch.context() as patch:
-        patch.setattr(sweep, "measure", lambda *args: pytest.fail("measured anew"))
+        patch.setattr(sweep, "measure", lambda *args: pytest.fail("measured again"))
         evaluate(recipe)
         assert pages == {name: (tmp_path / name).read_bytes() for name in pages}
         evaluate(parts.recipe(tmp_path, temperature=[1.0, (1.0, 0.3)], guidance_scale=[(1, 2)], **axes))
@@ -147,7 +147,7 @@ def test_weights_that_are_replaced_meanwhile_are_not_taken_for_those_that_were_t
 
     monkeypatch.setattr(sweep, "measure", measure_while_somebody_saves)
     pipelines = {"first": parts.pipelines["mdlm"], "second": str(changing)}
-    with pytest.raises(ValueError, match=r"pipelines\.second=.*changing': it was written anew since"):
+    with pytest.raises(ValueError, match=r"pipelines\.second=.*changing': it was written again since"):
         evaluate(parts.recipe(tmp_path / "out", pipelines=pipelines, num_steps=[1], seeds=[0]))
     assert [cell["pipeline"] for cell in _numbers(tmp_path / "out")] == ["first"]
 

@@ -359,7 +359,7 @@ def test_run_goes_on_only_with_its_recipe_and_its_data(world: Path) -> None:
         train(recipe_in(world, resume=False))
     newest = max((world / "run" / "checkpoints").iterdir())
     (newest / "optimizer.pt").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"damaged \(EOFError\(.*remove that folder to begin anew"):
+    with pytest.raises(ValueError, match=r"damaged \(EOFError\(.*remove that folder to start afresh"):
         train(recipe_in(world))
     shutil.copytree(newest, newest.with_name("step-00000006"))
     with pytest.raises(ValueError, match="step-00000006 is damaged .*remove that folder to go on from step 4"):

@@ -30,7 +30,7 @@ VERBS: dict[str, tuple[type, str, str]] = {
     "train-extractor": (
         recipes.ExtractorRecipe,
         "xdlm_image.features.extractor_training:train_extractor",
-        "Train a small classifier whose features judge images where Inception cannot be had.",
+        "Train a small classifier, whose features serve FID where Inception's weights cannot be downloaded.",
     ),
     "train-tokenizer": (
         recipes.TokenizerRecipe,
@@ -329,9 +329,9 @@ def _what_comes_next(verb: str, recipe: Any) -> str:
     if verb in AT_ONCE:
         return "begins again"
     if verb not in BY_CHECKPOINT:
-        return "goes on"
+        return "resumes"
     if any(Path(recipe.output_dir, "checkpoints").glob("step-*")):
-        return "goes on from its newest checkpoint"
+        return "resumes from its newest checkpoint"
     return "begins again, as there is no checkpoint yet"
 
 

@@ -31,7 +31,7 @@ def best_device(device: str | torch.device | None = None) -> torch.device:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"device={str(device)!r}: not to be had here ({reason}); leave it out for the best") from error
+        raise ValueError(f"device={str(device)!r}: not available here ({reason}); leave it out for the best") from error
 
 
 def fast_dtype(device: torch.device) -> Literal["float32", "bfloat16"]:

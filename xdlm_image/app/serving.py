@@ -1,4 +1,4 @@
-"""The verb `app`: a page in the browser on which pipelines draw, begin at a picture and paint parts of one anew.
+"""The verb `app`: a page in the browser on which pipelines draw, begin at a picture and inpaint.
 
 This file owns how the page is served and closed; gradio, of the extra `app`, does the serving.
 """

@@ -75,8 +75,8 @@ def open_any_pipeline(
 def beginning_at(
     pipeline: XDLMPipeline, image: Image.Image, mask: Image.Image | None, strength: float | None
 ) -> tuple[XDLMPipeline, dict[str, Any]]:
-    """A pipeline that shares the parts of this one and begins at a picture, or paints its mask anew; and what it takes
-    beside a pipeline's usual arguments (`SamplerSettings.start`). Strength None is its default."""
+    """An image-to-image pipeline that shares the parts of this one, with a mask an inpainting one; and the arguments
+    that it takes beside the usual ones (`SamplerSettings.start`). Strength None is its default."""
     kind = XDLMImg2ImgPipeline if mask is None else XDLMInpaintPipeline
     usual = inspect.signature(kind.__call__).parameters["strength"].default
     start: dict[str, Any] = {"image": image, "strength": usual if strength is None else strength}
@@ -107,7 +107,7 @@ def refuse_changed(about: Mapping[str, Any], device: torch.device, argument: str
     foreign = isinstance(pipeline, ForeignPipeline)
     if about["weights_hash"] != (pipeline.describe()["weights_hash"] if foreign else pipeline_hash(pipeline)):
         raise ValueError(
-            f"{argument}={about['folder']!r}: it was written anew since this command began; give the command again"
+            f"{argument}={about['folder']!r}: it was written again since this command began; give the command again"
         )
 
 

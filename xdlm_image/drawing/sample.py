@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 
 from xdlm_image.data.folders import is_hidden
@@ -36,7 +37,7 @@ def sample(recipe: SampleRecipe) -> Path:
     """
     if Path(recipe.output).suffix.lower() != ".png":
         raise ValueError(f"output={recipe.output!r}: name a .png file")
-    pipeline = open_pipeline(recipe.pipeline, best_device(recipe.device))
+    pipeline = open_pipeline(recipe.pipeline, best_device(recipe.device), dtype=getattr(torch, recipe.dtype))
     ids = class_ids(pipeline, recipe.class_labels)
     start: dict[str, Any] = {}
     for name in ("image", "mask"):

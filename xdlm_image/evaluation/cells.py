@@ -40,5 +40,5 @@ def read_cell(path: Path, key: dict[str, Any], number: str) -> dict[str, Any] | 
             raise ValueError(f"it has no {number}")
         return dict(stored["result"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        tqdm.write(f"{path}: this result cannot be used ({error}); measuring anew")
+        tqdm.write(f"{path}: this result cannot be used ({error}); measuring again")
         return None

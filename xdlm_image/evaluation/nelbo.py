@@ -38,7 +38,7 @@ from xdlm_image.processes import only_command, own_device
 from xdlm_image.ranks import barrier, rank_and_world
 from xdlm_image.recipes import NelboRecipe
 
-CELL_VERSION = 1  # raise it when what a cell means changes: older cells are then measured anew
+CELL_VERSION = 1  # raise it when what a cell means changes: older cells are then measured again
 BITS = "validation/bits_per_token"
 
 

@@ -46,7 +46,7 @@ from xdlm_image.recipes.evaluation import FEATURE_METRICS, VARIED
 from xdlm_image.seeds import SEED_RULE
 from xdlm_image.tokenizer.codes import load_tokenizer
 
-CELL_VERSION = 4  # raise it when what a cell means changes: older cells are then measured anew
+CELL_VERSION = 4  # raise it when what a cell means changes: older cells are then measured again
 LATER_AXES = ("sampler", "guidance_interval")
 GRID_STEPS = 8
 GRID_CLASSES = 10
@@ -57,7 +57,7 @@ def evaluate(recipe: EvaluateRecipe) -> Path:
     """Measure every pipeline at every step count and seed; write numbers, pages, plots and grids (see `report`).
 
     Each finished cell is a file in `output_dir/cells`, named after a hash of everything that decides its numbers, and
-    the codes of its images lie in `output_dir/codes`: a killed sweep goes on from there, and what belongs to another
+    the codes of its images lie in `output_dir/codes`: a killed sweep resumes there, and what belongs to another
     protocol is never taken for this one. Several processes (`accelerate launch`, torchrun) share the images of each
     cell and draw the same.
 
@@ -290,7 +290,7 @@ def _measured(cell: _Cell, plan: Plan, pipeline: Any, reference: Reference) -> d
     if main:
         others = set(cell.path.parent.glob(f"{label}-" + "?" * 12 + ".json")) - {cell.path}
         if others:
-            tqdm.write(f"{label}: {len(others)} result(s) of another protocol are left aside; measuring anew")
+            tqdm.write(f"{label}: {len(others)} result(s) of another protocol are left aside; measuring again")
     store = num_codes = None
     if isinstance(pipeline, XDLMPipeline):
         num_codes = int(pipeline.vqvae.config.num_vq_embeddings)

@@ -65,7 +65,7 @@ def read_sources(
             sources.recipe = _recipe(run / "recipe.yaml")
             sources.curve = _last_values(run)
             codes = _json(_found(run, sources.recipe, "codes") / "manifest.json", missing={})
-            if codes.get("tokenizer_hash") == weights_hash(pipeline.vqvae):  # else encoded anew since
+            if codes.get("tokenizer_hash") == weights_hash(pipeline.vqvae):  # else encoded again since
                 sources.codes = codes
             if tokenizer is None:
                 _read_tokenizer(sources, pipeline, _found(run, sources.recipe, "tokenizer"))
@@ -94,7 +94,7 @@ def _json(path: Path, missing: dict[str, Any] | None = None) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: cannot be read ({error}); make it anew, or remove it") from error
+        raise ValueError(f"{path}: cannot be read ({error}); make it again, or remove it") from error
 
 
 def _found(run: Path, recipe: Mapping[str, Any], key: str) -> Path:

@@ -216,5 +216,5 @@ def row_blocks(count: int, row_bytes: int) -> list[slice]:
     """Slices of `BLOCK_BYTES` of logits that together are `count` rows."""
     step = max(1, BLOCK_BYTES // row_bytes)
     if step > 16:
-        step -= step % 16  # blocks begin alike: Triton compiles anew for rows that do not begin at 16 bytes
+        step -= step % 16  # blocks begin alike: Triton compiles again for rows that do not begin at 16 bytes
     return [slice(start, min(start + step, count)) for start in range(0, count, step)]

@@ -51,7 +51,7 @@ class EvaluateRecipe:
     """FID of one or more pipelines over step counts: JSON with the whole protocol, table, plot and class grids.
 
     Attributes:
-        output_dir: Folder for `fid.json`, `fid.md`, `fid.png` and `grid_*.png`; a killed sweep goes on from there.
+        output_dir: Folder for `fid.json`, `fid.md`, `fid.png` and `grid_*.png`; a killed sweep resumes there.
         pipelines: Name of each pipeline in the table -> its folder; ours, or any class-conditional one of diffusers.
         images: Name of each set that is already drawn -> its folder of image files (class folders give classes) or .npz
             (ADM's format); judged as they are, never resized.
@@ -75,8 +75,8 @@ class EvaluateRecipe:
             all.
         temperature: One or several; divides the logits. A pair in the list as for guidance: `[[1, 0.3]]` anneals.
         time_grid: `linear`, `cosine`, `arccos`, or several; None keeps each pipeline's own.
-        sampler: `ancestral` (the exact posterior), `psi` (the same, four fifths of the tokens noised anew on the way,
-            which corrects), or an order in which masks are lifted, `confidence` (MaskGIT's, choice temperature 4.5) or
+        sampler: `ancestral` (the exact posterior), `psi` (the same, four fifths of the tokens noised again on the way,
+            which corrects), or an order of unmasking, `confidence` (MaskGIT's, choice temperature 4.5) or
             `halton` (Halton-MaskGIT's), which need masks, k < 1; one or several. None keeps each pipeline's own
             scheduler.
         seeds: Sampling seeds; each gives its own set of images, and the table shows their mean and spread.
@@ -240,7 +240,7 @@ class DemoRecipe:
     Attributes:
         models: Folder with pipelines/NAME/ (saved pipelines), extractor/ and reference/ (of the verb `reference`);
             None takes the checkout's `shipped/fashion_mnist`.
-        output_dir: Folder for grids, table, plot and JSON; a killed demo goes on from there.
+        output_dir: Folder for grids, table, plot and JSON; a killed demo resumes there.
         full: The whole protocol, as in the committed table (5,000 images, three seeds, 1 to 64 steps; hours on a
             CPU), instead of the quick one (1,000 images, one seed, 1 to 16 steps; minutes).
         batch_size: Images drawn at once.

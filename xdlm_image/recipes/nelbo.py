@@ -15,12 +15,12 @@ class NelboRecipe:
     Attributes:
         pipelines: Name of each pipeline in the table -> its folder.
         codes: Code cache of held-out images (from `encode`), made by the pipelines' own tokenizer.
-        output_dir: Folder for `nelbo.json`, `nelbo.md`, `nelbo.csv` and `nelbo.png`; a killed run goes on from there.
+        output_dir: Folder for `nelbo.json`, `nelbo.md`, `nelbo.csv` and `nelbo.png`; a killed run resumes there.
         runs: Name -> folder of a training run, whose validation curve goes into `nelbo_training.csv` and
             `nelbo_training.png`.
         num_images: Images of the cache, spread over all of it; None takes every one.
         num_times: Noise levels an image; each is one evaluation of the network.
-        t_min: Least t that training saw; how much of the NELBO lies below it is told apart.
+        t_min: Least t that training saw; the share of the NELBO below it is reported.
         seed: Chooses the images and their noise.
         dtype: What the network computes in; the loss stays in float32.
         batch_size: Noisy images that the network sees at once.

@@ -28,8 +28,8 @@ class SampleRecipe:
             runs linearly in time from its first, where noise is, to its second.
         guidance_interval: Times t in (low, high] of (0, 1] that are guided, such as `[0.1, 0.7]`; None is all.
         temperature: Divides the logits. A pair as for guidance: `[1, 0.3]` anneals.
-        sampler: `ancestral` (the exact posterior), `psi` (the same, four fifths of the tokens noised anew on the way),
-            or an order in which masks are lifted, `confidence` or `halton`, which need masks, k < 1. None is the
+        sampler: `ancestral` (the exact posterior), `psi` (the same, four fifths of the tokens noised again on the way),
+            or an order in which positions are unmasked, `confidence` or `halton`, which need masks, k < 1. None is the
             pipeline's own.
         time_grid: Times of the steps, of r from 0 to 1: `linear`, `cosine` (t = cos(pi r / 2), slow at first) or
             `arccos` (t = 2 acos(r) / pi, fast at last). None is the pipeline's own.
@@ -37,10 +37,11 @@ class SampleRecipe:
         images_dir: Also write each image there, as `CLASS/IIIIIII.png`, which `evaluate --images` takes; None writes
             the grid only.
         batch_size: Images drawn at once.
+        dtype: What the network computes in; softmax, draws and the tokenizer stay in float32.
         device: torch device; None picks the best there is.
         image: Picture file that every image begins at, scaled to cover the pipeline's size, the middle kept; None
             begins at noise.
-        mask: Picture file over `image`: what is white in it is painted anew, the rest is kept; None keeps nothing.
+        mask: Picture file over `image`: what is white in it is redrawn, the rest is kept; None keeps nothing.
         strength: How far the picture is noised, above 0 to 1, which keeps nothing of it (but for what `mask` keeps);
             all num_steps lead back. None is 0.6, with `mask` 1.
         trace: Also write beside `output` how images came about, one of these or a list: `strip` (`.trace.png`, every
@@ -64,6 +65,7 @@ class SampleRecipe:
     seed: int = 0
     images_dir: str | None = None
     batch_size: int = 100
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: str | None = None
     image: str | None = None
     mask: str | None = None
@@ -97,7 +99,7 @@ class SampleRecipe:
 
 @dataclass
 class AppRecipe:
-    """Serve a page in the browser on which pipelines draw, begin at a picture, and paint parts of one anew.
+    """Serve a page in the browser on which pipelines draw, begin at a picture, and inpaint.
 
     Attributes:
         pipelines: Name of each pipeline on the page -> its folder; none takes the checkout's shipped models.

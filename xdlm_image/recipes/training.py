@@ -71,14 +71,14 @@ class TrainRecipe:
         validation_codes: Code cache for validation NELBO; None leaves validation out.
         init_from: Begin at the weights of a trained network: a saved pipeline, its `transformer` folder, or a run
             folder with `pipeline/` in it. For training longer, with another k, or on own classes (each then begins as
-            the null class, and this is said). Sizes and codes must be its own; steps, average and optimizer begin anew.
+            the null class, and this is said). Sizes and codes must be its own; steps, EMA and optimizer start afresh.
             None: random weights. Where a checkpoint is resumed, its weights win.
         process: The noise process.
         model: The network's sizes.
         seed: Seeds weights, order, noise and dropout.
         batch_size: Images a step on each device (before accumulation).
         gradient_accumulation_steps: Batches a step.
-        max_steps: Optimizer steps in all. A run with a `constant` schedule may go on with more.
+        max_steps: Optimizer steps in all. A run with a `constant` schedule may be continued with more.
         optimizer: `adamw`; or `muon`: Muon for the weights of attention and feed-forward, AdamW for the rest, with one
             learning rate for both. shipped/README.md compares them.
         learning_rate: Peak learning rate.
@@ -88,7 +88,7 @@ class TrainRecipe:
         adam_beta1: AdamW first-moment decay.
         adam_beta2: AdamW second-moment decay.
         gradient_clip: Largest gradient norm; 0 does not clip.
-        ema_decay: Decay of the weight average that is validated, sampled and saved.
+        ema_decay: Decay of the EMA weights, which are validated, sampled and saved.
         conditional: False trains without classes: the network has no class embedding, the pipeline takes no labels.
         class_dropout: Share of labels replaced by the null class, for guidance. None: 0.1, and 0 without classes.
         t_min: Training draws t from [t_min, 1]; the loss at t has weight 1/t.
@@ -109,9 +109,9 @@ class TrainRecipe:
         sample_steps: Sampling steps of those grids.
         checkpoint_every: Steps between checkpoints; 0 only at the end.
         keep_checkpoints: Newest checkpoints that are kept.
-        pipeline_every: Steps between pipelines of the averaged weights, `output_dir/pipelines/step-N`, all of which
+        pipeline_every: Steps between pipelines of the EMA weights, `output_dir/pipelines/step-N`, all of which
             stay; for FID over training. 0 only at the end, `output_dir/pipeline`.
-        resume: Go on from the newest whole checkpoint in output_dir; docs/training.md tells what may change then.
+        resume: Continue from the newest whole checkpoint in output_dir; docs/training.md tells what may change then.
         stop_after: Stop (with a checkpoint) at this step although max_steps is not reached; for queues. None: never.
     """
 

@@ -1,4 +1,4 @@
-"""The XDLM reverse step with a say in which masks are lifted first: the most confident ones, or a fixed spread order.
+"""The XDLM reverse step that unmasks in an order: the most confident positions first, or a fixed one that spreads.
 
 Owns the order in which masked positions leave the mask. How many leave on average, what they become, and how visible
 codes move stay `scheduling_xdlm`'s.
@@ -26,7 +26,7 @@ CHOICE_TEMPERATURE = 4.5  # MaskGIT's
 
 
 class XDLMOrderedScheduler(XDLMScheduler):
-    """Ancestral sampler whose masks are lifted in an order instead of independently.
+    """Ancestral sampler that unmasks in an order instead of independently.
 
     In the ancestral step each of an image's n masks is lifted with the same probability w. Here it is those of rank
     r + u_0 < n w, r = 0 to n - 1, one uniform u_0 an image: n w of them, rounded up or down, exact on average. A lifted

@@ -1,4 +1,4 @@
-"""The XDLM reverse step with a corrector in it: some tokens are predicted to the end and noised anew (Psi-sampler).
+"""The XDLM reverse step with a corrector in it: some tokens are predicted to the end and noised again (Psi-sampler).
 
 Owns which tokens those are, and what noise they get. The prediction and all else stay `scheduling_xdlm`'s.
 

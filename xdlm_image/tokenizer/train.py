@@ -50,7 +50,7 @@ FREE_TO_CHANGE = ("output_dir", "num_workers", "log_every", "checkpoint_every", 
 class TrainingViews(Dataset):
     """The endless stream of training images: position p -> float32 (C, S, S) in [-1, 1].
 
-    Every position fixes its image (epoch p // N, shuffled anew each epoch), its crop and its mirroring, so that a run
+    Every position fixes its image (epoch p // N, reshuffled each epoch), its crop and its mirroring, so that a run
     that goes on from position p sees exactly what it would have seen, with any number of workers.
     """
 

@@ -139,7 +139,7 @@ class CheckpointFolder:
             tensors = {f.stem: load_file(f) for f in sorted(path.glob("*.safetensors"))}
             optimizer = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
         except Exception as error:
-            remedy = f"go on from step {steps[-2]}" if len(steps) > 1 else "begin anew, as there is none before it"
+            remedy = f"go on from step {steps[-2]}" if len(steps) > 1 else "start afresh, as there is none before it"
             raise ValueError(f"checkpoint {path} is damaged ({error!r}); remove that folder to {remedy}") from error
         return Checkpoint(state.pop("step"), tensors, optimizer, state)
 

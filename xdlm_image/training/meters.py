@@ -53,7 +53,7 @@ class LossMeter:
             self.counts.copy_(totals["counts"])
 
     def take(self, accelerator: Accelerator) -> dict[str, float]:
-        """Means over all processes since the last call, and start anew. Empty bins are left out."""
+        """Means over all processes since the last call, and start afresh. Empty bins are left out."""
         totals = self.totals(accelerator)
         self.sums.zero_()
         self.counts.zero_()

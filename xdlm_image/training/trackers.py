@@ -37,7 +37,7 @@ def start_trackers(
 ) -> None:
     """Start the trackers and show them the recipe.
 
-    What a killed run logged after its last checkpoint is logged anew: TensorBoard leaves the old lines out of its
+    What a killed run logged after its last checkpoint is logged again: TensorBoard leaves the old lines out of its
     curves, Weights & Biases keeps them, which are the same.
 
     Args:
