@@ -192,6 +192,55 @@ def test_tensors_that_hold_nothing_get_shapes(kind: str) -> None:
         xdlm_nelbo(logits, *given, backend="tritno")
 
 
+@pytest.mark.parametrize("objective", [head_of, nelbo_of])
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_second_derivatives_are_refused_in_graphs(objective, compiler: str) -> None:
+    """torch 2.11 by itself would take the gradient for a constant."""
+    leaves, given = leaves_of(), tokens(PROCESSES[0])
+    mean = torch.compile(objective, fullgraph=True, backend=compiler)(*leaves, *given)
+    with pytest.raises(RuntimeError, match="second derivative|double backward"):
+        grads = torch.autograd.grad(mean, leaves, create_graph=True)
+        sum(grad.square().sum() for grad in grads).backward()
+
+
+@pytest.mark.parametrize("objective", [head_of, nelbo_of])
+@pytest.mark.parametrize("transform", [torch.func.jacfwd, torch.func.grad], ids=["jacfwd", "grad"])
+def test_transforms_of_torch_func_are_refused_in_graphs(objective, transform) -> None:
+    leaves, given = [value.detach() for value in leaves_of()], tokens(PROCESSES[0])
+    with pytest.raises(RuntimeError, match="torch.func"):
+        torch.compile(transform(lambda a: objective(a, *leaves[1:], *given)), backend="aot_eager")(leaves[0])
+
+
+@pytest.mark.parametrize("objective", [head_of, nelbo_of])
+@pytest.mark.parametrize("strict", [True, False])
+def test_an_exported_objective_keeps_its_backend_and_takes_other_batches(objective, strict: bool) -> None:
+    class Loss(torch.nn.Module):
+        def forward(self, features, weight, bias, z, x, alpha, beta):
+            return objective(features, weight, bias, z, x, PROCESSES[0], alpha, beta)
+
+    def inputs(batch):
+        z, x, _, alpha, beta = tokens(PROCESSES[0], batch=batch)
+        return *(value.detach() for value in leaves_of(batch=batch)), z, x, alpha, beta
+
+    batch = {0: torch.export.Dim("batch", min=2)}
+    shapes = (batch, None, None, *(batch,) * 4)
+    exported = torch.export.export(Loss(), inputs(3), strict=strict, dynamic_shapes=shapes)
+    called = [node.args for node in exported.graph.nodes if "xdlm_image" in str(node.target)]
+    assert called and all("auto" in arguments for arguments in called)
+    torch.testing.assert_close(exported.module()(*inputs(5)), Loss()(*inputs(5)))
+
+
+def test_sharded_logits_are_refused() -> None:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+        logits = torch.distributed.tensor.distribute_tensor(torch.randn(B, L, K), mesh)
+        with pytest.raises(ValueError, match="logits: a DTensor.*full_tensor"):
+            xdlm_nelbo(logits, *tokens(PROCESSES[0]))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 @pytest.mark.parametrize("process", PROCESSES, ids=["XDLM", "MDLM", "definition B"])
 def test_operators_are_what_they_tell_torch(process: XDLMProcess) -> None:
     z, x, _, alpha, beta = (value if isinstance(value, XDLMProcess) else value for value in tokens(process))
@@ -202,7 +251,9 @@ def test_operators_are_what_they_tell_torch(process: XDLMProcess) -> None:
     opcheck(operators._forward, (logits, *rows, "eager", *constants))
     _, scalars = operators._forward(logits, *rows, "eager", *constants)
     given = (logits, *rows, scalars, grad_loss, "eager", *constants)
-    opcheck(operators._backward, (*given, torch.empty_like(logits)))
+    with torch.no_grad():
+        opcheck(operators._backward, (*given, torch.empty_like(logits)))
+        opcheck(operators.first_derivative, (grad_loss,))
     features, weight, bias = (value.detach() for value in leaves_of())
     for wanted in ((True, True, True), (False, True, False)):
         settings = ("eager", torch.float32, *wanted, *constants)

@@ -25,14 +25,13 @@ def are_plain(*tensors: torch.Tensor | None) -> bool:
 
 
 def backend_for(backend: str, *tensors: torch.Tensor | None) -> str:
-    """`"eager"` in the place of `"auto"` for tensor subclasses. Raises ValueError if there is no such backend."""
-    _check_name(backend)
+    """`"eager"` in the place of `"auto"` for tensor subclasses."""
     return backend if backend != "auto" or are_plain(*tensors) else "eager"
 
 
 def passes_for(device: torch.device, dtype: torch.dtype, backend: str) -> Any:
     """The module whose `forward`, `backward` and `forward_backward` pass over logits of this dtype on this device."""
-    _check_name(backend)
+    check_name(backend)
     if backend == "auto":
         backend = _fastest(device, dtype)
     if backend == "eager":
@@ -51,7 +50,8 @@ def passes_for(device: torch.device, dtype: torch.dtype, backend: str) -> Any:
     return nelbo_triton
 
 
-def _check_name(backend: str) -> None:
+def check_name(backend: str) -> None:
+    """Raise ValueError if there is no such backend."""
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r}: must be one of {', '.join(BACKENDS)}")
 

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 
 from xdlm_image.objective import operators
-from xdlm_image.objective.backends import backend_for, passes_for
-from xdlm_image.objective.nelbo import refuse_second_derivative, rows_of
+from xdlm_image.objective.backends import backend_for, check_name, passes_for
+from xdlm_image.objective.nelbo import rows_of
 from xdlm_image.objective.row_scalars import Rows
 from xdlm_image.schedulers import XDLMProcess
 
@@ -87,8 +87,10 @@ def xdlm_head_nelbo(
     wanted = [
         torch.is_grad_enabled() and value is not None and value.requires_grad for value in (features, weight, bias)
     ]
-    backend = backend_for(backend, features, weight, bias)
-    passes = None if operators.are_needed(features, weight, bias) else passes_for(features.device, dtype, backend)
+    check_name(backend)
+    passes = None
+    if not operators.are_needed(features, weight, bias):
+        passes = passes_for(features.device, dtype, backend_for(backend, features, weight, bias))
     mean, loss = _XDLMHeadNelbo.apply(flat, weight, bias, token_weight, rows, (process, passes, backend, dtype, wanted))
     return XDLMLossOutput(mean, loss.view(x.shape))
 
@@ -107,14 +109,17 @@ class _XDLMHeadNelbo(torch.autograd.Function):
             loss, *found = _loss_and_gradients(*given, rows, process, passes, dtype, wanted)
         grads = iter(found)
         ctx.save_for_backward(*(next(grads) if is_wanted else None for is_wanted in wanted))
-        ctx.rows = len(features)
+        ctx.rows = features.shape[0]
         ctx.dtypes = [None if value is None else value.dtype for value in (features, weight, bias)]
         ctx.mark_non_differentiable(loss)
         return (token_weight * loss).mean(), loss
 
     @staticmethod
     def backward(ctx, grad_mean, _):
-        refuse_second_derivative()
+        if torch.compiler.is_compiling():
+            grad_mean = operators.first_derivative(grad_mean)
+        else:
+            operators.refuse_second_derivative()
         scale = grad_mean / max(1, ctx.rows)  # of no rows the mean is NaN, and the gradients are 0
         grads = [_scaled(*given, scale) for given in zip(ctx.saved_tensors, ctx.dtypes)]
         return *grads, None, None, None

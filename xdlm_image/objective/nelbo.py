@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from xdlm_image.objective import operators
-from xdlm_image.objective.backends import backend_for, passes_for
+from xdlm_image.objective.backends import backend_for, check_name, passes_for
 from xdlm_image.objective.row_scalars import Rows, RowScalars
 from xdlm_image.schedulers import XDLMProcess
 from xdlm_image.schedulers.process_xdlm import check_shares
@@ -58,11 +58,17 @@ def xdlm_nelbo(
         ValueError: If shapes, dtypes or devices do not fit, ids, alpha or beta are out of range (looked for on the CPU
             only), the backend is unknown, or `in_place` would overwrite a leaf of autograd, such as a parameter, or
             logits that overlap in memory.
-        RuntimeError: If a transform of torch.func calls it.
+        RuntimeError: If a transform of torch.func calls it, or its gradient is to be differentiated again.
+
+        While torch.compile traces with fullgraph=True, these stand at the end of an error of its own.
     """
-    owner = logits if logits._base is None else logits._base
-    if in_place and logits.requires_grad and (owner.is_leaf or logits.is_leaf):
-        raise ValueError("in_place=True: the logits are a leaf or a view of one, which the gradient would overwrite")
+    in_place = in_place and not torch.compiler.is_compiling()  # which plans memory itself
+    if in_place and logits.requires_grad:
+        owner = logits if logits._base is None else logits._base
+        if owner.is_leaf or logits.is_leaf:
+            raise ValueError(
+                "in_place=True: the logits are a leaf or a view of one, which the gradient would overwrite"
+            )
     rows = rows_of("logits", logits, z, x, process, alpha, beta)
     if logits.shape[-1] != process.logits_width:
         raise ValueError(f"logits: width {logits.shape[-1]}, but the process has logits_width={process.logits_width}")
@@ -70,11 +76,11 @@ def xdlm_nelbo(
     wide = wide if wide.stride(1) == 1 else wide.contiguous()
     if in_place and wide.stride(0) < wide.shape[1]:
         raise ValueError("in_place=True: rows of the logits share memory; give it logits.contiguous()")
-    backend = backend_for(backend, logits)
+    check_name(backend)
     if operators.are_needed(logits):
         passes: Any = operators.Operators(backend)
     else:
-        passes = passes_for(logits.device, logits.dtype, backend)
+        passes = passes_for(logits.device, logits.dtype, backend_for(backend, logits))
     return _XDLMNelbo.apply(wide, *rows, process, passes, in_place).view(x.shape)
 
 
@@ -88,8 +94,10 @@ def rows_of(
     beta: torch.Tensor,
 ) -> Rows:
     """z, x, alpha, beta, c of the tokens of `wide` (B, L, V), which errors call `name`: checked and flattened."""
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+    if torch._C._are_functorch_transforms_active():
         raise RuntimeError("the objective takes no torch.func transforms; take objective.reference_nelbo for them")
+    if hasattr(wide, "device_mesh"):
+        raise ValueError(f"{name}: a DTensor, whose parts the objective cannot read; gather it with full_tensor()")
     if wide.ndim != 3 or wide.shape[:2] != x.shape or z.shape != x.shape:
         shapes = f"{name} {tuple(wide.shape)}, z {tuple(z.shape)}, x {tuple(x.shape)}"
         raise ValueError(f"{shapes}: need (B, L, V), (B, L), (B, L)")
@@ -119,29 +127,19 @@ def _per_token(name: str, value: torch.Tensor, x: torch.Tensor, dtype: torch.dty
         raise ValueError(f"{name} {tuple(value.shape)}: {shapes}") from None
 
 
-def refuse_second_derivative() -> None:
-    """Raise RuntimeError in a backward pass that is to be differentiated again: its result would pass for a constant.
-
-    `once_differentiable` sees it only where the gradient that comes in has one itself, and that of a mean has none.
-    """
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # in a backward pass: create_graph=True
-        raise RuntimeError(
-            "the objective has no second derivative (create_graph=True); take objective.reference_nelbo for it"
-        )
-
-
 class _XDLMNelbo(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, z, x, alpha, beta, c, process, passes, in_place):  # (R, V), then (R,) each
         rows = Rows(z, x, alpha, beta, c)
         loss, scalars = passes.forward(logits, rows, process)
         ctx.save_for_backward(logits, *rows, *scalars)
-        ctx.settings = (process, passes, in_place and not torch.compiler.is_compiling())
+        ctx.settings = (process, passes, in_place)
         return loss
 
     @staticmethod
     def backward(ctx, grad_loss):  # (R,)
-        refuse_second_derivative()
+        if not torch.compiler.is_compiling():
+            operators.refuse_second_derivative()
         process, passes, in_place = ctx.settings
         logits, z, x, alpha, beta, c, *scalars = ctx.saved_tensors
         rows, scalars = Rows(z, x, alpha, beta, c), RowScalars(*scalars)

@@ -28,6 +28,17 @@ def are_needed(*tensors: Tensor | None) -> bool:
     return torch.compiler.is_compiling() and are_plain(*tensors)
 
 
+def refuse_second_derivative() -> None:
+    """Raise RuntimeError in a backward pass that is to be differentiated again: its result would pass for a constant.
+
+    `once_differentiable` sees it only where the gradient that comes in has one itself, and that of a mean has none.
+    """
+    if torch.is_grad_enabled():  # in a backward pass: create_graph=True
+        raise RuntimeError(
+            "the objective has no second derivative (create_graph=True); take objective.reference_nelbo for it"
+        )
+
+
 def constants_of(process: XDLMProcess) -> Constants:
     """What `XDLMProcess` was made of."""
     return process.k, process.num_codes, process.definition, process.num_ids, process.mask
@@ -87,6 +98,19 @@ def _backward(
     backend: str, k: float, num_codes: int, definition: str, vocab_size: int, mask_id: int, out: Tensor,
 ) -> None:  # fmt: skip
     """Write the gradient (R, V) into `out`."""
+    refuse_second_derivative()  # which cannot be asked while torch.compile traces
     process = XDLMProcess(k, num_codes, definition, vocab_size, mask_id)
     passes = passes_for(logits.device, logits.dtype, backend)
     passes.backward(logits, Rows(z, x, alpha, beta, c), RowScalars(*scalars), grad_loss, process, out)
+
+
+@torch.library.custom_op("xdlm_image::first_derivative", mutates_args=())
+def first_derivative(grad: Tensor) -> Tensor:
+    """The gradient that comes in; for backward passes in graphs that have no other operator to refuse the second."""
+    refuse_second_derivative()
+    return grad.clone()
+
+
+@first_derivative.register_fake
+def _(grad):
+    return torch.empty_like(grad)
