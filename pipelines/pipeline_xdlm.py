@@ -188,7 +188,7 @@ class XDLMPipeline(SelfContainedPipeline):
                     f"scheduler draws from {process.num_codes} codes, vqvae has {known}: they do not belong together"
                 )
         count("num_images_per_prompt", num_images_per_prompt)
-        check_setting("guidance_scale", guidance_scale)
+        check_setting("guidance_scale", guidance_scale, lowest=0.0)
         check_interval("guidance_interval", guidance_interval)
         is_guided = {value_at(guidance_scale, t) for t in (0.0, 1.0)} != {1.0}
         if is_guided:

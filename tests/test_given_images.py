@@ -175,7 +175,7 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path):
         GivenImages(tmp_path / "small", 3, 8, CLASSES)  # and not the first file alone
     for path in (tmp_path / "none", tmp_path / "empty"):
         Path(tmp_path / "empty").mkdir(exist_ok=True)
-        with pytest.raises(FileNotFoundError, match="neither a folder nor an .npz|no image file"):
+        with pytest.raises(FileNotFoundError, match="no such folder or .npz|no image file"):
             GivenImages(path, 3, 8, CLASSES)
     (tmp_path / "empty" / "broken.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match=r"broken\.png"):

@@ -235,6 +235,10 @@ def test_a_root_means_a_folder_and_nothing_is_downloaded_among_images(tmp_path, 
     for verb, options in (("train-extractor", []), ("encode", ["--tokenizer=t"]), ("train-tokenizer", [])):
         named = [parse(verb, [*options, "--output_dir=o", *more]).data.name for more in ([], given)]
         assert named == ["fashion-mnist", "folder"]
+    for forgotten in ({"image_size": 64}, {"channels": 3}):  # the folder, of whoever says what its images become
+        with pytest.raises(ValueError, match=rf"data\.{next(iter(forgotten))}=.*Name your folder with data\.root"):
+            DataOptions(**forgotten)
+        assert DataOptions("fashion-mnist", **forgotten).name == "fashion-mnist"
     (tmp_path / "recipe.yaml").write_text(f"output_dir: o\ndata:\n  root: {tmp_path}\n  image_size: 64\n")
     assert parse("train-extractor", ["--config", str(tmp_path / "recipe.yaml")]).data.name == "folder"
 

@@ -65,6 +65,12 @@ def test_samples_are_drawn_by_the_sampler_that_is_named(parts, tmp_path):
     assert found[None] == found["ancestral"] != found["halton"]
 
 
+def test_samples_may_be_drawn_as_readme_advises(parts, tmp_path):
+    output = neighbours(recipe_of(parts, tmp_path / "a", temperature=(1.0, 0.2), time_grid="cosine"))
+    sampler = json.loads(output.with_suffix(".json").read_text())["sampler"]
+    assert sampler["temperature"] == [1.0, 0.2] and sampler["time_grid"] == "cosine" and sampler["seed"] == 0
+
+
 def test_what_does_not_fit_is_refused(parts, tmp_path, capsys):
     with pytest.raises(ValueError, match="name a .png file"):
         neighbours(recipe_of(parts, tmp_path, output="near.jpg"))

@@ -153,7 +153,7 @@ def test_a_file_that_does_not_say_its_size_takes_that_of_the_first_set(parts, in
     assert (checked.given["val"].image_size, checked.given["val"].channels) == (16, 3)
     assert "the reference has no floors" in checked.warnings
     with pytest.raises(ValueError, match=r"and data\.image_size=16: a reference folder or file stands for the images"):
-        sweep.check(dataclasses.replace(recipe, data=DataOptions(image_size=16)))
+        sweep.check(dataclasses.replace(recipe, data=DataOptions("fashion-mnist", image_size=16)))
     with pytest.raises(ValueError, match="reference_split='train': .* is a file of statistics, which has no splits"):
         sweep.check(dataclasses.replace(recipe, reference_split="train"))
 

@@ -19,7 +19,7 @@ from xdlm_image.data.images import Uint8Images, normalise, open_images
 from xdlm_image.drawing.draw import decode, draw_codes
 from xdlm_image.drawing.opening import open_pipeline
 from xdlm_image.drawing.sampler_settings import SamplerSettings, with_scheduler
-from xdlm_image.evaluation import plan, references, sweep
+from xdlm_image.evaluation import caveats, plan, references, sweep
 from xdlm_image.evaluation.code_pairs import PairFrequencies
 from xdlm_image.evaluation.comparing import fids
 from xdlm_image.evaluation.feature_metrics import kid_of_classes, manifold_metrics, unbiased_mmd
@@ -304,6 +304,7 @@ def test_wrong_recipes_are_refused_before_anything_is_drawn(parts, tmp_path, mon
         (dict(num_samples=0), ValueError, "num_samples=0"),
         (dict(num_samples=3 * 2**18), ValueError, "num_samples=786432: at most 262144"),
         (dict(guidance_scale=[1.0, math.inf]), ValueError, "guidance_scale=inf: must be a finite number"),
+        (dict(guidance_scale=-2.0), ValueError, "guidance_scale=-2.0: must not be negative"),
         (dict(temperature=math.nan), ValueError, "temperature=nan: must be a finite number"),
         (dict(num_steps=[4, 4]), ValueError, r"num_steps=\[4, 4\]"),
         (dict(num_steps=[4, 10**6]), ValueError, r"pipelines\.mdlm=.*steps=1000000: .* from 1 to 100,000"),
@@ -381,6 +382,30 @@ def test_few_samples_are_warned_of(parts, tmp_path):
             sweep.check(parts.recipe(tmp_path, **changes))
         (text,) = [str(w.message) for w in caught if "images are few" in str(w.message)]
         assert text.startswith(f"{sets} are few for the 64 features of 'spatial'")
+
+
+def test_of_a_small_reference_it_is_told_that_it_is_small(parts):
+    extractor = load_extractor(str(parts.extractor), torch.device("cpu"))
+    said = caveats.of_numbers(500, {}, 36, extractor, keeps_features=False)
+    assert said[-1].startswith("the reference's 36 images are few for the 64 features of 'spatial'")
+
+
+def test_a_judge_that_has_learned_nothing_is_told_of(parts):
+    extractor = load_extractor(str(parts.extractor), torch.device("cpu"))
+    names = list(extractor.config.class_names)
+    assert caveats.of_judge(extractor, names, None, None) == []
+    blind = dataclasses.replace(extractor.config, test_accuracy=0.34)
+    (told,) = caveats.of_judge(dataclasses.replace(extractor, config=blind), names, None, None)
+    assert "34.0 % of its test images rightly, little more than chance" in told
+
+
+@pytest.mark.parametrize(
+    ("temperature", "is_told"), [([1.0, 0.2], True), ([0.2, 1.0], False), ([(1.0, 0.2)], False), ([1.0], False)]
+)
+def test_two_temperatures_that_look_like_a_falling_one_are_told_of(parts, tmp_path, capsys, temperature, is_told):
+    sweep.check(parts.recipe(tmp_path, temperature=temperature))
+    said = "note: temperature=[1.0, 0.2] is two constant temperatures; one that falls from 1 to 0.2 is [[1, 0.2]]"
+    assert (said in capsys.readouterr().out) == is_told
 
 
 def test_a_number_of_images_that_nobody_gave_is_whole_classes(parts, tmp_path):

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from diffusers import VQModel
 from PIL import Image
 from tiny_parts import statistics_of
@@ -172,7 +173,7 @@ def test_killed_and_resumed_is_bitwise_the_same(tmp_path, trained, pictures, mon
         patch.setattr(torch.optim.AdamW, "step", dies_after_nine)
         train_tokenizer(recipe)
     output = tmp_path / "tokenizer"
-    told = "number of processes x batch_size = 1 x 4 = 4 images a step, of 40\n"
+    told = "number of processes x batch_size = 1 x 4 = 4 images a step, of 40 in "
     assert told in capsys.readouterr().out
     assert [line[0] for line in losses(output)] == list(range(1, 10))
     assert [p.name for p in (output / "checkpoints").glob("step-*")] == [f"step-{CHECKPOINT:08d}"]
@@ -188,6 +189,7 @@ def test_killed_and_resumed_is_bitwise_the_same(tmp_path, trained, pictures, mon
     assert losses(output) == losses(trained)
     kept = sorted(path.name for path in (output / "checkpoints").iterdir())
     assert kept == [f"step-{step:08d}" for step in (2 * CHECKPOINT, STEPS)]
+    assert yaml.safe_load((output / "recipe.yaml").read_text()) == dataclasses.asdict(recipe)
     assert weights_hash(load_tokenizer(output)) == weights_hash(load_tokenizer(trained))
     codes = [encode_images(load_tokenizer(p), torch.zeros(1, 1, 16, 16)) for p in (output, trained)]
     assert torch.equal(*codes)

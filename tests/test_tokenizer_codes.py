@@ -54,6 +54,12 @@ def test_hash_sees_values_only(trained, tmp_path):
     assert weights_hash(vqvae) != first
 
 
+def test_the_folder_of_a_pipeline_is_no_tokenizer_and_the_error_names_its_own(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "pipeline" / "vqvae")
+    with pytest.raises(FileNotFoundError, match="no saved VQModel; name '.*pipeline/vqvae'"):
+        load_tokenizer(tmp_path / "pipeline")
+
+
 def test_damaged_tokenizers_are_refused(trained, tmp_path):
     with pytest.raises(FileNotFoundError, match="no such folder; train one"):
         load_tokenizer(tmp_path / "nowhere")

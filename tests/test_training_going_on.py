@@ -35,6 +35,19 @@ def test_a_finished_run_goes_on_longer_bit_for_bit_under_a_constant_learning_rat
         train(recipe_in(world, "longer", lr_schedule="constant", max_steps=8))
 
 
+def test_a_folder_of_another_verbs_run_is_refused_by_its_name(world: Path) -> None:  # noqa: F811
+    train(recipe_in(world, stop_after=4))
+    (state,) = (world / "run" / "checkpoints").glob("step-*/state.json")
+    content = json.loads(state.read_text())
+    assert content["verb"] == "train"
+    state.write_text(json.dumps(content | {"verb": "train-tokenizer"}))
+    with pytest.raises(ValueError, match=r"output_dir='.*run': holds a run of train-tokenizer; name another folder"):
+        train(recipe_in(world))
+    del content["verb"]  # as checkpoints were once
+    state.write_text(json.dumps(content))
+    train(recipe_in(world))
+
+
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
 def test_a_falling_learning_rate_binds_the_number_of_steps(world: Path, schedule: str) -> None:  # noqa: F811
     train(recipe_in(world, max_steps=4, lr_schedule=schedule))

@@ -66,7 +66,8 @@ class GivenImages:
         elif self.path.is_dir():
             self._open_folder(class_names)
         else:
-            raise FileNotFoundError(f"images={str(path)!r}: neither a folder nor an .npz file")
+            what = "neither a folder nor an .npz file" if self.path.exists() else "no such folder or .npz file"
+            raise FileNotFoundError(f"images={str(path)!r}: {what}; docs/evaluation.md shows how to write one")
         if len(self) < 2:
             raise ValueError(f"images={str(path)!r}: a single image; distances need at least 2, and mean far more")
 
@@ -187,7 +188,7 @@ class GivenImages:
             if labels.min() < 0 or labels.max() >= num_classes:
                 raise ValueError(
                     f"images={str(self.path)!r}: labels from {labels.min()} to {labels.max()}, the reference has "
-                    f"{num_classes} classes"
+                    f"{num_classes} classes: number them as its class folders are sorted, or leave arr_1 out"
                 )
             self.labels = labels.astype(np.int64)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 
 from xdlm_image.devices import warn_if_slow
@@ -50,6 +51,8 @@ def open_pipeline(
             + fetch_hint(folder)
         )
     warn_if_slow(device, dtype, f"dtype={str(dtype).removeprefix('torch.')!r}")
+    bars = diffusers_logging.is_progress_bar_enabled()
+    diffusers_logging.disable_progress_bar()  # of the parts that are loaded: it would break into a verb's own
     try:
         dtypes = {"transformer": dtype, "default": torch.float32}
         pipeline = XDLMPipeline.from_pretrained(str(path), local_files_only=True, dtype=dtypes)
@@ -57,6 +60,9 @@ def open_pipeline(
         raise ValueError(
             f"{argument}={str(folder)!r}: cannot be loaded ({type(error).__name__}: {error}); save it again"
         ) from error
+    finally:
+        if bars:
+            diffusers_logging.enable_progress_bar()
     if pipeline.vqvae is None:
         raise ValueError(f"{argument}={str(folder)!r}: saved without its tokenizer (vqvae); save it with that")
     pipeline.transformer.eval()

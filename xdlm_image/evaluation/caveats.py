@@ -28,6 +28,11 @@ def of_judge(
             f"the extractor's weights are not the released ones of Inception (SHA-256 {RELEASED}...): its FID is no "
             "Inception FID and compares with no published number or statistics"
         )
+    if extractor.config is not None and extractor.config.test_accuracy < 2 / len(extractor.config.class_names):
+        said.append(
+            f"the extractor classifies {100 * extractor.config.test_accuracy:.1f} % of its test images rightly, little "
+            "more than chance: its distances mean little; train one for more epochs"
+        )
     if not extractor.knows(class_names) and classifier is None:
         said.append("the extractor was trained on other classes than the data's: no class accuracy is given")
     if classifier is not None and reference is not None and reference.about["class_accuracy"] is not None:
@@ -73,8 +78,9 @@ def of_numbers(
         alike = [name for name in numbers if numbers[name] == number]
         sets = "" if alike == [CELL] else f"{', '.join(alike[:NAMED])}{', ...' * (len(alike) > NAMED)}: "
         smallest = number if reference is None else min(number, reference)
+        whose = f"{number} images" if smallest == number else f"the reference's {smallest} images"
         said += [
-            f"{sets}{smallest} images are few for the {dim} features of {layer!r} (at least {2 * dim} are wanted): FID "
+            f"{sets}{whose} are few for the {dim} features of {layer!r} (at least {2 * dim} are wanted): FID "
             "is biased upwards, compare only numbers of as many images"
             for layer, dim in extractor.feature_dims.items()
             if smallest < 2 * dim

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -79,7 +80,14 @@ def neighbours(recipe: NeighboursRecipe) -> Path:
     device = best_device(recipe.device)
     pipeline = open_pipeline(recipe.pipeline, device)
     ids = class_ids(pipeline, recipe.class_labels)
-    settings = SamplerSettings(recipe.num_steps, recipe.guidance_scale, recipe.temperature, sampler=recipe.sampler)
+    settings = SamplerSettings(
+        recipe.num_steps,
+        recipe.guidance_scale,
+        recipe.temperature,
+        recipe.time_grid,
+        recipe.sampler,
+        recipe.guidance_interval,
+    )
     check_settings(pipeline, settings)
     labels = grid_labels(ids, recipe.images_per_class)
     held_out, trained = open_reference_images(recipe.data, "test")
@@ -108,9 +116,7 @@ def neighbours(recipe: NeighboursRecipe) -> Path:
     spaces = {space: _compare(nearest, len(samples)) for space, nearest in found.items()}
     about = {
         "pipeline_weights": pipeline_hash(pipeline),
-        "sampler": {
-            name: getattr(recipe, name) for name in ("num_steps", "guidance_scale", "temperature", "sampler", "seed")
-        },
+        "sampler": {name: value for name, value in asdict(settings).items() if name != "start"} | {"seed": recipe.seed},
         "training_images": describe_images(trained),
         "held_out_images": {**describe_images(held_out), "searched_for": len(chosen)},
         "extractor": extractor.describe(),

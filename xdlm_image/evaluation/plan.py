@@ -112,6 +112,12 @@ def check(recipe: EvaluateRecipe) -> Plan:
         numbers = {len(images_given) for images_given in given.values()} | ({drawn} if drawn else set())
         said += caveats.of_reference(reference, pipelines, numbers)
     if rank_and_world()[0] == 0:
+        first, *others = recipe.settings["temperature"]
+        if len(others) == 1 and isinstance(first, float) and isinstance(others[0], float) and others[0] < first:
+            print(
+                f"note: temperature={[first, *others]} is two constant temperatures; one that falls from {first:g} to "
+                f"{others[0]:g} is [[{first:g}, {others[0]:g}]]"
+            )
         for caveat in said:
             warnings.warn(caveat, stacklevel=3)
     if images is not None:

@@ -102,7 +102,7 @@ def _train(recipe: ExtractorRecipe, train: ImageSet, test: ImageSet) -> None:
             recipe.data.image_size, recipe.data.channels, len(train.class_names), recipe.width, recipe.feature_dim
         )
     classifier = classifier.to(device).to(memory_format=torch.channels_last)
-    checkpoints = CheckpointFolder(output / "checkpoints", keep=1)
+    checkpoints = CheckpointFolder(output / "checkpoints", "train-extractor", keep=1)
     curve, seconds = _fit(classifier, train, recipe, device, checkpoints)
     accuracy = measure_accuracy(classifier, test, device, recipe.num_workers)
 
@@ -136,6 +136,11 @@ def _train(recipe: ExtractorRecipe, train: ImageSet, test: ImageSet) -> None:
     load_extractor(output, device)
     shutil.rmtree(checkpoints.folder)
     print(f"{output}: test accuracy {accuracy:.4f} after {seconds:.0f} s")
+    if accuracy < 2 / len(train.class_names):
+        print(
+            f"warning: that is little more than chance for {len(train.class_names)} classes, so distances by this "
+            "extractor will mean little; train one with more epochs, in another folder"
+        )
 
 
 def _recipe_key(recipe: ExtractorRecipe) -> dict[str, Any]:

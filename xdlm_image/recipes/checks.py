@@ -24,3 +24,4 @@ def require_finite(argument: str, value: float) -> None:
 def require_in_time(argument: str, value: float | tuple[float, float]) -> None:
     for one in value if isinstance(value, list | tuple) else (value,):
         require_finite(argument, one)
+        require(one >= 0, argument, value, "must not be negative")

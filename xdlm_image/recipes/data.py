@@ -43,6 +43,15 @@ class DataOptions:
     download: bool = True
 
     def __post_init__(self) -> None:
+        if self.name is None and self.root is None:
+            for name, own in (("image_size", 28), ("channels", 1)):
+                require(
+                    getattr(self, name) in (None, own),
+                    f"data.{name}",
+                    getattr(self, name),
+                    "of which images? Name your folder with data.root, or say data.name=fashion-mnist (beside a "
+                    "reference leave all of data out)",
+                )
         if self.name is None:  # what is written down anywhere is the name that it stands for
             self.name = "fashion-mnist" if self.root is None else "folder"
         require(self.name != "folder" or self.root is not None, "data.root", self.root, "name the image folder")

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import Any, Literal, get_args
 
-from xdlm_image.recipes.checks import require, require_at_least, require_finite, require_in_time
+from xdlm_image.recipes.checks import require, require_at_least, require_in_time
 from xdlm_image.recipes.data import DataOptions
 from xdlm_image.recipes.sampling import Sampler, TimeGrid
 from xdlm_image.seeds import MAX_IMAGES, check_seed
@@ -201,9 +201,11 @@ class NeighboursRecipe:
         held_out: Most test images that are searched for too, for comparison: of the classes that are drawn, each as
             often as among the samples, and all of one that has fewer, which is said.
         num_steps: Reverse steps.
-        guidance_scale: 1 is no guidance.
-        temperature: Divides the logits.
+        guidance_scale: 1 is no guidance; a pair as in `sample`.
+        guidance_interval: As in `sample`.
+        temperature: Divides the logits; a pair as in `sample`.
         sampler: As in `sample`: `ancestral`, `psi`, `confidence`, `halton`; None is the pipeline's own.
+        time_grid: As in `sample`: `linear`, `cosine`, `arccos`; None is the pipeline's own.
         seed: Decides the samples, and which test images are taken.
         batch_size: Images at once.
         device: torch device; None picks the best there is.
@@ -218,9 +220,11 @@ class NeighboursRecipe:
     num_neighbours: int = 4
     held_out: int = 500
     num_steps: int = 8
-    guidance_scale: float = 1.0
-    temperature: float = 1.0
+    guidance_scale: float | tuple[float, float] = 1.0
+    guidance_interval: tuple[float, float] | None = None
+    temperature: float | tuple[float, float] = 1.0
     sampler: Sampler | None = None
+    time_grid: TimeGrid | None = None
     seed: int = 0
     batch_size: int = 250
     device: str | None = None
@@ -228,9 +232,8 @@ class NeighboursRecipe:
     def __post_init__(self) -> None:
         require_at_least(self, 1, "images_per_class", "num_neighbours", "held_out", "num_steps", "batch_size")
         check_seed(self.seed)
-        require_finite("guidance_scale", self.guidance_scale)
-        require_finite("temperature", self.temperature)
-        require(self.temperature > 0, "temperature", self.temperature, "must be positive")
+        require_in_time("guidance_scale", self.guidance_scale)
+        require_in_time("temperature", self.temperature)
 
 
 @dataclass

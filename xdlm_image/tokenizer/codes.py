@@ -98,7 +98,9 @@ def load_tokenizer(path: str | Path, device: str | torch.device | None = None) -
         what = "a file, not a folder" if folder.exists() else "no such folder"
         raise FileNotFoundError(f"tokenizer={str(path)!r}: {what}; train one with train-tokenizer{fetch_hint(path)}")
     if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"tokenizer={str(path)!r}: has no config.json; it is no saved VQModel (unfinished?)")
+        inside = folder / "vqvae"
+        remedy = f"name {str(inside)!r}" if inside.is_dir() else "is it unfinished?"
+        raise FileNotFoundError(f"tokenizer={str(path)!r}: has no config.json, so it is no saved VQModel; {remedy}")
     if not any(folder.glob("diffusion_pytorch_model*.safetensors")):
         raise FileNotFoundError(f"tokenizer={str(path)!r}: has no diffusion_pytorch_model.safetensors")
     try:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+import yaml
 from accelerate.utils import broadcast, broadcast_object_list, set_seed
 from diffusers import VQModel
 from diffusers.training_utils import EMAModel
@@ -24,7 +25,7 @@ from tqdm import tqdm
 from xdlm_image.data.image_check import check_images
 from xdlm_image.data.images import ImageSet, normalise, open_images
 from xdlm_image.devices import uncompiled
-from xdlm_image.files import refuse_unwritable, share_permissions, write_json
+from xdlm_image.files import refuse_unwritable, share_permissions, write_json, write_text
 from xdlm_image.metric_lines import MetricLines
 from xdlm_image.processes import only_command
 from xdlm_image.recipes import WHERE_IMAGES_ARE, TokenizerRecipe
@@ -162,7 +163,7 @@ class TokenizerTraining:
     def __init__(self, recipe: TokenizerRecipe):
         self.recipe = recipe
         self.output = Path(recipe.output_dir)
-        self.checkpoints = CheckpointFolder(self.output / "checkpoints")
+        self.checkpoints = CheckpointFolder(self.output / "checkpoints", "train-tokenizer")
         self.metrics = MetricLines(self.output)
         if not recipe.resume and (self.checkpoints.steps() or (self.output / INFO_FILE).exists()):
             raise ValueError(
@@ -326,10 +327,11 @@ class TokenizerTraining:
             accelerator.print(f"going on from step {self.step} of {recipe.max_steps}")
         else:
             number = f"{self.processes} x {recipe.batch_size} = {self.processes * recipe.batch_size:,} images a step"
-            number += f", of {len(self.images):,}"
+            number += f", of {len(self.images):,} in {recipe.data.root or recipe.data.name}"
             accelerator.print(f"begins {self.output}: number of processes x batch_size = {number}")
         if accelerator.is_main_process:
             self.metrics.forget_after(self.step)
+            write_text(self.output / "recipe.yaml", yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False))
         views = TrainingViews(self.images, recipe.seed, recipe.horizontal_flip)
         positions = Positions(
             self.step, recipe.max_steps, recipe.batch_size, accelerator.process_index, accelerator.num_processes

@@ -82,11 +82,13 @@ class CheckpointFolder:
 
     Args:
         folder: Where they are.
+        verb: Whose run it is.
         keep: How many of the newest stay.
     """
 
-    def __init__(self, folder: str | Path, keep: int = 2) -> None:
+    def __init__(self, folder: str | Path, verb: str, keep: int = 2) -> None:
         self.folder = Path(folder)
+        self.verb = verb
         self.keep = keep
 
     def steps(self) -> list[int]:
@@ -119,7 +121,8 @@ class CheckpointFolder:
                 contiguous = {key: value.detach().contiguous() for key, value in tensors.items()}
                 save_file(contiguous, partial / f"{name}.safetensors")
             torch.save(checkpoint.optimizer, partial / "optimizer.pt")
-            (partial / "state.json").write_text(json.dumps({"step": checkpoint.step} | checkpoint.state, indent=2))
+            state = {"step": checkpoint.step, "verb": self.verb} | checkpoint.state
+            (partial / "state.json").write_text(json.dumps(state, indent=2))
         for step in self.steps()[: -self.keep]:
             shutil.rmtree(self._path(step), ignore_errors=True)
         return final
@@ -128,7 +131,7 @@ class CheckpointFolder:
         """The newest checkpoint with its tensors on the CPU, None if there is none.
 
         Raises:
-            ValueError: If a file of it is missing or damaged.
+            ValueError: If a file of it is missing or damaged, or another verb wrote it.
         """
         steps = self.steps()
         if not steps:
@@ -141,6 +144,9 @@ class CheckpointFolder:
         except Exception as error:
             remedy = f"go on from step {steps[-2]}" if len(steps) > 1 else "start afresh, as there is none before it"
             raise ValueError(f"checkpoint {path} is damaged ({error!r}); remove that folder to {remedy}") from error
+        verb = state.pop("verb", self.verb)  # which once was not written
+        if verb != self.verb:
+            raise ValueError(f"output_dir={str(self.folder.parent)!r}: holds a run of {verb}; name another folder")
         return Checkpoint(state.pop("step"), tensors, optimizer, state)
 
 

@@ -114,7 +114,7 @@ class TrainingRun:
         self.accelerator = make_accelerator(recipe)
         self.recipe = recipe
         self.output_dir = Path(recipe.output_dir)
-        self.checkpoints = CheckpointFolder(self.output_dir / "checkpoints", recipe.keep_checkpoints)
+        self.checkpoints = CheckpointFolder(self.output_dir / "checkpoints", "train", recipe.keep_checkpoints)
         self.metrics = MetricLines(self.output_dir)
         if not recipe.resume and self.checkpoints.steps():
             raise ValueError(
@@ -336,6 +336,7 @@ class TrainingRun:
         if not self.accelerator.is_main_process:
             return
         pipeline = self._pipeline()
+        pipeline.set_progress_bar_config(disable=True)
         names = class_names(pipeline)[:SAMPLE_CLASSES]
         ids = range(len(names)) if names else [0] * SAMPLE_CLASSES  # rows of an unconditional pipeline
         with self.averaged_weights():
