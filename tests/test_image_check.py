@@ -47,6 +47,16 @@ def test_whole_files_pass_once(root, monkeypatch):
         check_images(training(root.parent / "copy"))
 
 
+def test_images_that_are_enlarged_are_told_of(root, capsys):
+    check_images(training(root))
+    assert "enlarged" not in capsys.readouterr().out
+    for i in range(2):
+        Image.new("RGB", (30, 20 + i)).save(root / "val" / "a" / f"small{i}.png")
+    check_images(open_images(DataOptions(name="folder", root=str(root), image_size=24, channels=3), "test"))
+    said = "note: 2 of 3 images of test are smaller than 24 x 24 pixels, down to 20, and are enlarged"
+    assert said in capsys.readouterr().out
+
+
 def test_some_of_the_files_are_checked_alone(root):
     broken = root / "train" / "a" / "02.png"
     broken.write_bytes(b"nothing")

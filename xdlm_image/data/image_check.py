@@ -50,31 +50,40 @@ def check_images(images: ImageSet, num_workers: int = 0, places: Sequence[int] |
         return
     mine = paths[rank::world]
     broken: list[tuple[str, str]] = []  # (path, fault)
+    small: list[int] = []  # shorter sides below the size that images are brought to
     with ThreadPool(max(1, num_workers)) as pool:
         found = pool.imap_unordered(_fault, mine, chunksize=32)
-        for path, fault in tqdm(
+        for path, side, fault in tqdm(
             found, f"checking the files of {images.split}", len(mine), unit="image", disable=rank != 0, mininterval=1
         ):
             if fault is not None:
                 broken.append((path, fault))
+            elif side < images.image_size:
+                small.append(side)
+    small = [side for part in _over_ranks(small, world) for side in part]
     broken = sorted(item for part in _over_ranks(broken, world) for item in part)
     if broken:
         faults = "\n  ".join(fault for _, fault in broken[:NAMED])
         more = f"\n  and {len(broken) - NAMED} more" if len(broken) > NAMED else ""
         raise ValueError(f"data: {len(broken)} of {len(paths)} files of {images.split} are broken:\n  {faults}{more}")
     if rank == 0:
+        if small:
+            tqdm.write(
+                f"note: {len(small)} of {len(paths)} images of {images.split} are smaller than {images.image_size} x "
+                f"{images.image_size} pixels, down to {min(small)}, and are enlarged"
+            )
         try:
             write_json(notes[-1], {"images": len(paths), "first": paths[0]})
         except OSError as error:
             tqdm.write(f"note: {notes[-1]} cannot be written ({error}); the next run checks these files again")
 
 
-def _fault(path: str) -> tuple[str, str | None]:
+def _fault(path: str) -> tuple[str, int, str | None]:
+    """The path, the shorter side in pixels, and what is wrong with the file."""
     try:
-        check_image(path)
+        return path, check_image(path), None
     except ValueError as error:
-        return path, str(error)
-    return path, None
+        return path, 0, str(error)
 
 
 def _note_of(images: ImageSet, paths: list[str]) -> Path:

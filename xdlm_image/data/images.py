@@ -164,10 +164,15 @@ def read_image(path: str | os.PathLike, channels: int) -> Image.Image:
         return to_8_bits(image, channels, name)
 
 
-def check_image(path: str | os.PathLike) -> None:
-    """Raise the ValueError that `read_image` would raise, at less cost: JPEG is decoded at an eighth of its size."""
+def check_image(path: str | os.PathLike) -> int:
+    """Raise the ValueError that `read_image` would raise, at less cost: JPEG is decoded at an eighth of its size.
+
+    Returns:
+        The shorter side in pixels.
+    """
     name = _named(path)
     with _opened(path) as image:
+        side = min(image.size)
         try:
             image.draft(None, (1, 1))  # every coefficient is still read, so a truncated file is seen
             image.load()
@@ -177,6 +182,7 @@ def check_image(path: str | os.PathLike) -> None:
             values_of_16_bits(image, name)
         elif image.mode == "F":
             raise ValueError(floating_point(name))
+    return side
 
 
 def _opened(path: str | os.PathLike) -> Image.Image:
