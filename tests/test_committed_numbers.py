@@ -207,6 +207,26 @@ def test_tables_of_the_steps_bits_are_of_their_benchmark():
     assert re.findall(r"[\d.]+\d", told) == [f"{content['limit'][model]['mean']:.2f}" for model in MODELS]
 
 
+def test_table_of_the_lowest_grids_is_of_its_benchmark():
+    own, tuned, grids = (
+        json.loads((ROOT / f"benchmarks/{name}.json").read_text())
+        for name in ("lowest_grid", "samplers", "steps_nelbo")
+    )
+    rows = {name: cells for name, *cells in table_of("docs/few_steps.md", "distance at 4 / 8 steps, plain ancestral")}
+    found = {("own", row["model"], row["num_steps"]): row for row in own["results"]}
+    found |= {(row["sampler"], row["model"], row["num_steps"]): row for row in tuned["results"]}
+    for name, sampler in (("linear", "plain"), ("chosen by trials", "grid"), ("of the lowest NELBO", "own")):
+        for model, text in zip(("mdlm", "xdlm-0.1", "udlm"), rows[name], strict=True):
+            means = (statistics.mean(found[sampler, model, steps]["fid"]["pooled"]) for steps in (4, 8))
+            assert text == " / ".join(f"{value:.2f}" for value in means), (name, model)
+    times = {(row["model"], row["num_steps"]): row["times"] for row in grids["results"] if row["grid"] == "lowest"}
+    assert all(row["times"] == times[row["model"], row["num_steps"]] for row in own["results"])
+    for row in own["differences"]:
+        other = found[row["minus"], row["model"], row["num_steps"]]["fid"][row["layer"]]
+        of = [a - b for a, b in zip(found["own", row["model"], row["num_steps"]]["fid"][row["layer"]], other)]
+        assert row["mean"] == pytest.approx(statistics.mean(of))
+
+
 def test_lowest_grid_is_the_lowest_of_all(monkeypatch):
     monkeypatch.syspath_prepend(FEW_STEPS.parent)
     steps_nelbo = importlib.import_module("steps_nelbo")
