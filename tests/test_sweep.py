@@ -317,6 +317,11 @@ def test_wrong_recipes_are_refused_before_anything_is_drawn(parts, tmp_path, mon
             r"pipelines\.u=.*'halton': k=1.0: ",
         ),
         (dict(extractor=str(tmp_path / "none")), FileNotFoundError, "extractor=.*none"),
+        (
+            dict(extractor=str(tmp_path / "none"), pipelines={"a": "nowhere"}),
+            FileNotFoundError,
+            r"pipelines\.a='nowhere'",
+        ),
     ]
     for changes, kind, message in cases:
         with pytest.raises(kind, match=message):

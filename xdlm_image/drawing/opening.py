@@ -40,16 +40,7 @@ def open_pipeline(
         ValueError: A file in it is damaged or its parts do not fit.
     """
     path = Path(folder)
-    if not (path / "model_index.json").is_file():
-        raise FileNotFoundError(
-            f"{argument}={str(folder)!r}: no saved pipeline there (no model_index.json); "
-            + (
-                f"name the run's {str(path / 'pipeline')!r}"
-                if (path / "pipeline" / "model_index.json").is_file()
-                else "train one with `xdlm-image train`, or check the path"
-            )
-            + fetch_hint(folder)
-        )
+    refuse_missing(folder, argument)
     warn_if_slow(device, dtype, f"dtype={str(dtype).removeprefix('torch.')!r}")
     bars = diffusers_logging.is_progress_bar_enabled()
     diffusers_logging.disable_progress_bar()  # of the parts that are loaded: it would break into a verb's own
@@ -69,6 +60,21 @@ def open_pipeline(
     pipeline.vqvae.eval()
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
+
+
+def refuse_missing(folder: str | Path, argument: str) -> None:
+    """Raise FileNotFoundError unless a pipeline was saved there."""
+    path = Path(folder)
+    if not (path / "model_index.json").is_file():
+        raise FileNotFoundError(
+            f"{argument}={str(folder)!r}: no saved pipeline there (no model_index.json); "
+            + (
+                f"name the run's {str(path / 'pipeline')!r}"
+                if (path / "pipeline" / "model_index.json").is_file()
+                else "train one with `xdlm-image train`, or check the path"
+            )
+            + fetch_hint(folder)
+        )
 
 
 def open_any_pipeline(

@@ -22,7 +22,14 @@ from xdlm_image.data.images import UINT8_RULE, ImageSet
 from xdlm_image.data.labels import Labels, same_classes
 from xdlm_image.drawing.foreign_pipelines import ForeignPipeline
 from xdlm_image.drawing.given_images import GivenImages, images_in_npz
-from xdlm_image.drawing.opening import class_names, folder_names, image_shape, open_any_pipeline, pipeline_hash
+from xdlm_image.drawing.opening import (
+    class_names,
+    folder_names,
+    image_shape,
+    open_any_pipeline,
+    pipeline_hash,
+    refuse_missing,
+)
 from xdlm_image.drawing.sampler_settings import SamplerSettings, check_settings
 from xdlm_image.evaluation import caveats
 from xdlm_image.evaluation.cells import refuse_name
@@ -84,6 +91,8 @@ def check(recipe: EvaluateRecipe) -> Plan:
     for argument, names_given in (("pipelines", recipe.pipelines), ("images", recipe.images)):
         for name in names_given:
             refuse_name(argument, name)
+    for name, folder in recipe.pipelines.items():  # before the judge's weights are fetched
+        refuse_missing(folder, f"pipelines.{name}")
     device = own_device(recipe.device)
     extractor = load_extractor(recipe.extractor, device)
     target = _open_target(recipe, extractor, device)
