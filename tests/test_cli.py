@@ -13,6 +13,8 @@ import pytest
 
 from xdlm_image.cli import SHARING, VERBS, main, nearest_option, parse, shipped_recipes
 
+RECIPE = Path(__file__).parents[1] / "configs" / "fashion_mnist" / "xdlm.yaml"
+
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_help_explains_every_option(verb: str, capsys) -> None:
@@ -194,6 +196,7 @@ def test_names_of_recipes_are_offered_where_they_fit(tmp_path, capsys):
         (["train", "--config", "process: {k: 1}"], "no such file, and no shipped recipe; shipped recipes: "),
         (["train", "--process", "file.yaml"], "--process: name one of its options, as in --process.NAME VALUE"),
         (["sample", "--num_step", "3", "--pipeline=p", "--output=o.png"], "did you mean 'num_steps'?"),
+        (["sample", "--config", str(RECIPE), "--pipeline=p", "--output=o.png"], "--config one of another verb?"),
     ):
         with pytest.raises(SystemExit):
             main(arguments)

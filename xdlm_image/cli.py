@@ -120,7 +120,8 @@ class RecipeParser(ArgumentParser):
             found = re.search(pattern, message)
             if found:
                 near = nearest_option(".".join(found.groups()), list(self._options()))
-                message += f"; did you mean {near!r}?" if near else ""
+                of_a_file = "; is the recipe of --config one of another verb?" * ("not accepted" in message)
+                message += f"; did you mean {near!r}?" if near else of_a_file
                 break
         if re.search(r"unrecognized arguments: [^-]", message):
             message += "; an option takes one value, and several stand in brackets, as in '[a, b]'"
