@@ -51,15 +51,7 @@ def sample(recipe: SampleRecipe) -> Path:
             read_image(recipe.mask, 1)  # refuses files by name
             mask = Image.open(recipe.mask)
         pipeline, start = beginning_at(pipeline, image, mask, recipe.strength)
-    settings = SamplerSettings(
-        recipe.num_steps,
-        recipe.guidance_scale,
-        recipe.temperature,
-        recipe.time_grid,
-        recipe.sampler,
-        recipe.guidance_interval,
-        start,
-    )
+    settings = SamplerSettings.of(recipe, start)
     check_settings(pipeline, settings)
     check_trace(recipe, len(ids))
     labels = grid_labels(ids, recipe.images_per_class)

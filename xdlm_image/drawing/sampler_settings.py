@@ -6,12 +6,13 @@ This file owns what such settings mean for our pipeline; it never draws.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import Any, Self
 
 from xdlm_image.pipelines import XDLMPipeline
 from xdlm_image.pipelines.pipeline_xdlm_img2img import check_strength
 from xdlm_image.pipelines.schedules import Interval, InTime, guidance_at
+from xdlm_image.recipes import NeighboursRecipe, SampleRecipe
 from xdlm_image.schedulers import XDLMOrderedScheduler, XDLMPsiScheduler, XDLMScheduler
 from xdlm_image.schedulers.scheduling_xdlm_psi import KAPPA
 from xdlm_image.seeds import image_generators
@@ -38,6 +39,12 @@ class SamplerSettings:
     sampler: str | None = None
     guidance_interval: Interval = None
     start: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, recipe: SampleRecipe | NeighboursRecipe, start: Mapping[str, Any] | None = None) -> Self:
+        """Those that a recipe names."""
+        names = {setting.name for setting in fields(cls)} - {"start"}
+        return cls(**{name: getattr(recipe, name) for name in names}, start=start or {})
 
 
 def scheduler_for(pipeline: XDLMPipeline, settings: SamplerSettings) -> XDLMScheduler:

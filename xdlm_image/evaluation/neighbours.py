@@ -80,14 +80,7 @@ def neighbours(recipe: NeighboursRecipe) -> Path:
     device = best_device(recipe.device)
     pipeline = open_pipeline(recipe.pipeline, device)
     ids = class_ids(pipeline, recipe.class_labels)
-    settings = SamplerSettings(
-        recipe.num_steps,
-        recipe.guidance_scale,
-        recipe.temperature,
-        recipe.time_grid,
-        recipe.sampler,
-        recipe.guidance_interval,
-    )
+    settings = SamplerSettings.of(recipe)
     check_settings(pipeline, settings)
     labels = grid_labels(ids, recipe.images_per_class)
     held_out, trained = open_reference_images(recipe.data, "test")
