@@ -3,9 +3,9 @@
     python benchmarks/lowest_grid.py
 
 steps_nelbo.json says which times have the lowest NELBO for each model and step count. The images of those times, 5,000
-of each of the seeds that samplers.py measures, drawn and judged as its plain ones are, stand against its results
-on the linear and on the tuned grid, paired by seed. Killed, the same command goes on. It takes half an hour on two
-cores.
+of each of the seeds that samplers.py measures, drawn (but not compiled) and judged as its plain ones are, stand against
+its results on the linear and on the tuned grid, paired by seed. Killed, the same command goes on with the set that it
+was at. It takes about half an hour on two cores.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from xdlm_image import XDLMPipeline
 from xdlm_image.devices import best_device
 from xdlm_image.drawing.draw import decode
 from xdlm_image.drawing.opening import open_pipeline, pipeline_hash
+from xdlm_image.evaluation.measuring import short_hash
 from xdlm_image.evaluation.sweep import evaluate
 from xdlm_image.files import write_atomic, write_json
 from xdlm_image.recipes import EvaluateRecipe
@@ -59,19 +60,22 @@ def main() -> None:
         for row in grids["results"]
         if row["grid"] == "lowest" and row["num_steps"] in arguments.num_steps and row["model"] in samplers["models"]
     ]
-    sets = {}
+    sets: dict[tuple[str, int, int], str] = {}  # model, step count, seed -> name
+    places = {}
     for row in wanted:
         pipe = open_pipeline(arguments.models / "pipelines" / row["model"], best_device())
         if not pipeline_hash(pipe) == grids["models"][row["model"]] == samplers["models"][row["model"]]:
             parser.error(f"--models {arguments.models}: {row['model']} is another than that of the two files")
+        decides = short_hash([row["times"], grids["models"][row["model"]]])
         for seed in SEEDS:
-            place = arguments.folder / f"{row['model']}-{row['num_steps']}-seed{seed}.npz"
+            place = arguments.folder / f"{row['model']}-{row['num_steps']}-seed{seed}-{decides}.npz"
             if not place.is_file():
                 draw(pipe, row["times"], seed, place)
-            sets[place.stem] = str(place)
+            places[place.stem] = str(place)
+            sets[row["model"], row["num_steps"], seed] = place.stem
     recipe = EvaluateRecipe(
         output_dir=str(arguments.folder / "evaluation"),
-        images=sets,
+        images=places,
         reference=str(arguments.models / "reference"),
         extractor=str(arguments.models / "extractor"),
     )
@@ -79,7 +83,7 @@ def main() -> None:
     results, differences = [], []
     for row in wanted:
         model, steps = row["model"], row["num_steps"]
-        own = [found[f"{model}-{steps}-seed{seed}"] for seed in SEEDS]
+        own = [found[sets[model, steps, seed]] for seed in SEEDS]
         fid = {layer: [entry["fid"][layer] for entry in own] for layer in own[0]["fid"]}
         names = {"model": model, "num_steps": steps}
         results.append(names | {"times": row["times"], "seeds": SEEDS, "fid": fid})

@@ -402,6 +402,15 @@ def test_a_judge_that_has_learned_nothing_is_told_of(parts):
     blind = dataclasses.replace(extractor.config, test_accuracy=0.34)
     (told,) = caveats.of_judge(dataclasses.replace(extractor, config=blind), names, None, None)
     assert "34.0 % of its test images rightly, little more than chance" in told
+    for classes, accuracy, near in (
+        (2, 0.52, True),
+        (2, 0.9, False),
+        (10, 0.15, True),
+        (10, 0.3, False),
+        (1000, 0.01, False),
+    ):
+        of = dataclasses.replace(blind, class_names=[*map(str, range(classes))], test_accuracy=accuracy)
+        assert of.is_near_chance == near, (classes, accuracy)
 
 
 @pytest.mark.parametrize(
@@ -415,3 +424,5 @@ def test_two_temperatures_that_look_like_a_falling_one_are_told_of(parts, tmp_pa
 
 def test_a_number_of_images_that_nobody_gave_is_whole_classes(parts, tmp_path):
     assert plan.check(parts.recipe(tmp_path, num_samples=None)).num_samples == 5001
+    mine = {"mine": f"{parts.data.root}/val"}  # nothing is drawn: floors are of the usual number
+    assert plan.check(parts.recipe(tmp_path, num_samples=None, pipelines={}, images=mine)).num_samples == 5000

@@ -79,10 +79,10 @@ class CodeBlocks:
                     raise ValueError(f"it holds {codes.shape}")
             except (ValueError, EOFError) as error:
                 file.unlink(missing_ok=True)
-                raise ValueError(f"{file} is damaged ({error}): start again, it is made again") from error
+                raise ValueError(f"{file} is damaged ({error}): start again, and it is rebuilt") from error
             except OSError as error:
                 raise OSError(
-                    f"{file} cannot be read ({error}): start again, what is missing is made again; output_dir must be "
+                    f"{file} cannot be read ({error}): start again, what is missing is rebuilt; output_dir must be "
                     "one folder that all nodes see"
                 ) from error
             yield block, codes

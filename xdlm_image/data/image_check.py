@@ -50,7 +50,7 @@ def check_images(images: ImageSet, num_workers: int = 0, places: Sequence[int] |
         return
     mine = paths[rank::world]
     broken: list[tuple[str, str]] = []  # (path, fault)
-    small: list[int] = []  # shorter sides below the size that images are brought to
+    small, least = 0, images.image_size  # images that are enlarged, and the shortest side
     with ThreadPool(max(1, num_workers)) as pool:
         found = pool.imap_unordered(_fault, mine, chunksize=32)
         for path, side, fault in tqdm(
@@ -59,18 +59,18 @@ def check_images(images: ImageSet, num_workers: int = 0, places: Sequence[int] |
             if fault is not None:
                 broken.append((path, fault))
             elif side < images.image_size:
-                small.append(side)
-    small = [side for part in _over_ranks(small, world) for side in part]
+                small, least = small + 1, min(least, side)
+    counts, sides = zip(*_over_ranks((small, least), world))
     broken = sorted(item for part in _over_ranks(broken, world) for item in part)
     if broken:
         faults = "\n  ".join(fault for _, fault in broken[:NAMED])
         more = f"\n  and {len(broken) - NAMED} more" if len(broken) > NAMED else ""
         raise ValueError(f"data: {len(broken)} of {len(paths)} files of {images.split} are broken:\n  {faults}{more}")
     if rank == 0:
-        if small:
+        if sum(counts):
             tqdm.write(
-                f"note: {len(small)} of {len(paths)} images of {images.split} are smaller than {images.image_size} x "
-                f"{images.image_size} pixels, down to {min(small)}, and are enlarged"
+                f"note: {sum(counts)} of {len(paths)} images of {images.split} are smaller than {images.image_size} x "
+                f"{images.image_size} pixels, down to {min(sides)}, and are enlarged"
             )
         try:
             write_json(notes[-1], {"images": len(paths), "first": paths[0]})

@@ -119,7 +119,7 @@ def refuse_changed(about: Mapping[str, Any], device: torch.device, argument: str
     foreign = isinstance(pipeline, ForeignPipeline)
     if about["weights_hash"] != (pipeline.describe()["weights_hash"] if foreign else pipeline_hash(pipeline)):
         raise ValueError(
-            f"{argument}={about['folder']!r}: it was written again since this command began; give the command again"
+            f"{argument}={about['folder']!r}: it was rewritten since this command began; give the command again"
         )
 
 

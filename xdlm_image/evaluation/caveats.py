@@ -28,7 +28,7 @@ def of_judge(
             f"the extractor's weights are not the released ones of Inception (SHA-256 {RELEASED}...): its FID is no "
             "Inception FID and compares with no published number or statistics"
         )
-    if extractor.config is not None and extractor.config.test_accuracy < 2 / len(extractor.config.class_names):
+    if extractor.config is not None and extractor.config.is_near_chance:
         said.append(
             f"the extractor classifies {100 * extractor.config.test_accuracy:.1f} % of its test images rightly, little "
             "more than chance: its distances mean little; train one for more epochs"

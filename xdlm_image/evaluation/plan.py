@@ -138,9 +138,10 @@ def check(recipe: EvaluateRecipe) -> Plan:
 
 def _num_samples(recipe: EvaluateRecipe, num_classes: int) -> int:
     """Images a cell, as many of each class. Raises ValueError where the number that was asked for does not allow it."""
+    is_balanced = bool(recipe.pipelines) and num_classes > 0
     if recipe.num_samples is None:
-        return NUM_SAMPLES if num_classes == 0 else -(-NUM_SAMPLES // num_classes) * num_classes
-    if recipe.pipelines and num_classes > 0 and recipe.num_samples % num_classes != 0:
+        return -(-NUM_SAMPLES // num_classes) * num_classes if is_balanced else NUM_SAMPLES
+    if is_balanced and recipe.num_samples % num_classes != 0:
         nearest = max(1, round(recipe.num_samples / num_classes)) * num_classes
         raise ValueError(
             f"num_samples={recipe.num_samples}: must be a multiple of the {num_classes} classes, so that each has as "

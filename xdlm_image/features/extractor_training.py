@@ -136,7 +136,7 @@ def _train(recipe: ExtractorRecipe, train: ImageSet, test: ImageSet) -> None:
     load_extractor(output, device)
     shutil.rmtree(checkpoints.folder)
     print(f"{output}: test accuracy {accuracy:.4f} after {seconds:.0f} s")
-    if accuracy < 2 / len(train.class_names):
+    if config.is_near_chance:
         print(
             f"warning: that is little more than chance for {len(train.class_names)} classes, so distances by this "
             "extractor will mean little; train one with more epochs, in another folder"

@@ -55,6 +55,12 @@ class ExtractorConfig:
     weights_sha256: str
     schema_version: int = SCHEMA_VERSION
 
+    @property
+    def is_near_chance(self) -> bool:
+        """Whether its accuracy is below twice that of guessing, and below a tenth of the way from there to 1."""
+        chance = 1 / len(self.class_names)
+        return self.test_accuracy < min(2 * chance, chance + 0.1 * (1 - chance))
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return asdict(self)

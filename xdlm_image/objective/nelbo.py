@@ -50,9 +50,8 @@ def xdlm_nelbo(
 
     Returns:
         (B, L), float32 (float64 for float64 logits). Rounding may make a loss negative, by 5e-6 times the larger of 1
-        and the largest loss at most. Finite for alpha and
-        beta in [0, 1] and finite logits, unless it passes float32's range. At beta = 0 a z other than x has no
-        probability; its loss then stands for infinity.
+        and the largest loss at most. Finite for alpha and beta in [0, 1] and finite logits, unless it passes float32's
+        range. At beta = 0 a z other than x has no probability; its loss then stands for infinity.
 
     Raises:
         ValueError: If shapes, dtypes or devices do not fit, ids, alpha or beta are out of range (looked for on the CPU

@@ -25,6 +25,7 @@ from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import torch
+from torch._subclasses import FakeTensor
 
 
 class UniformsAhead:
@@ -312,8 +313,8 @@ def check_shares(alpha: torch.Tensor, beta: torch.Tensor) -> None:
 
 def _can_be_looked_at(value: torch.Tensor) -> bool:
     """Whether there are numbers, asking for which waits for no accelerator and breaks no graph of torch.compile."""
-    is_plain = type(value) in (torch.Tensor, torch.nn.Parameter)  # a subclass may hold none
-    return is_plain and value.device.type == "cpu" and not torch.compiler.is_compiling()
+    holds_numbers = value.device.type == "cpu" and not isinstance(value, FakeTensor)
+    return holds_numbers and not torch.compiler.is_compiling()
 
 
 def _per_image(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
