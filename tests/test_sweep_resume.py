@@ -147,7 +147,7 @@ def test_weights_that_are_replaced_meanwhile_are_not_taken_for_those_that_were_t
 
     monkeypatch.setattr(sweep, "measure", measure_while_somebody_saves)
     pipelines = {"first": parts.pipelines["mdlm"], "second": str(changing)}
-    with pytest.raises(ValueError, match=r"pipelines\.second=.*changing': it was written again since"):
+    with pytest.raises(ValueError, match=r"pipelines\.second=.*changing': it was rewritten since"):
         evaluate(parts.recipe(tmp_path / "out", pipelines=pipelines, num_steps=[1], seeds=[0]))
     assert [cell["pipeline"] for cell in _numbers(tmp_path / "out")] == ["first"]
 
